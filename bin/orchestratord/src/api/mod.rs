@@ -1,0 +1,15 @@
+//! How the daemon is asked: one file for each resource.
+//!
+//! Handlers check input, ask the services, and shape answers. They decide
+//! nothing about queues or engines.
+
+pub mod auth;
+pub mod catalog;
+pub mod correlation;
+pub mod error;
+pub mod health;
+pub mod meta;
+pub mod metrics;
+pub mod pools;
+pub mod task_request;
+pub mod tasks;

@@ -1,0 +1,222 @@
+//! What a client asks for, and what of it is refused before anything else
+//! happens. Pure.
+
+use llama_orch_types::ErrorCode;
+use serde::Deserialize;
+use utoipa::ToSchema;
+use worker_adapters_adapter_api::{ChatMessage, SamplingParams, TaskInput};
+
+use crate::services::admission::Priority;
+use crate::services::event_log::Failure;
+
+const MAX_STOPS: usize = 16;
+const MAX_STOP_BYTES: usize = 256;
+
+/// Body of `POST /v2/tasks`. Unknown keys are refused.
+#[derive(Debug, Clone, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct TaskRequest {
+    /// The pool to use. Default: the one that serves `model`, else `default`.
+    pub pool_id: Option<String>,
+    /// The model, as the configuration names it.
+    pub model: Option<String>,
+    /// A text to continue. Exactly one of `prompt` and `messages` is needed.
+    pub prompt: Option<String>,
+    /// A conversation to answer, put through the model's chat template.
+    #[schema(value_type = Option<Vec<Object>>)]
+    pub messages: Option<Vec<ChatMessage>>,
+    /// The most tokens to generate. Default: the pool's `default_max_tokens`.
+    #[schema(minimum = 1)]
+    pub max_tokens: Option<u32>,
+    /// The same seed gives the same answer on a deterministic pool.
+    pub seed: Option<u32>,
+    /// 0 always takes the likeliest token.
+    #[schema(minimum = 0, maximum = 5)]
+    pub temperature: Option<f64>,
+    #[schema(minimum = 0, maximum = 1)]
+    pub top_p: Option<f64>,
+    /// 0 is off.
+    pub top_k: Option<u32>,
+    #[schema(minimum = 0, maximum = 1)]
+    pub min_p: Option<f64>,
+    /// 1 is off.
+    #[schema(minimum = 0, maximum = 10)]
+    pub repeat_penalty: Option<f64>,
+    /// Texts that end the answer: at most 16, each at most 256 bytes.
+    pub stop: Vec<String>,
+    /// A GBNF grammar that the answer must follow.
+    pub grammar: Option<String>,
+    /// A JSON schema that the answer must follow.
+    #[schema(value_type = Option<Object>)]
+    pub json_schema: Option<serde_json::Value>,
+    /// `interactive` goes before `batch`.
+    pub priority: Priority,
+    /// Cancel the task when its last reader goes away. Default: false.
+    pub cancel_on_disconnect: bool,
+}
+
+fn invalid(message: impl Into<String>) -> Failure {
+    Failure::new(ErrorCode::InvalidParams, message)
+}
+
+impl TaskRequest {
+    pub fn parse(body: &[u8]) -> Result<Self, Failure> {
+        // A list would otherwise be taken for the fields in their order.
+        if body.trim_ascii_start().first() != Some(&b'{') {
+            return Err(invalid("the body is no task: a JSON object is expected"));
+        }
+        serde_json::from_slice(body).map_err(|error| {
+            invalid(format!("the body is no task: {error}"))
+                .with_hint("GET /openapi.json describes it")
+        })
+    }
+
+    /// The text to work on.
+    pub fn input(&self) -> Result<TaskInput, Failure> {
+        match (&self.prompt, &self.messages) {
+            (Some(_), Some(_)) => Err(invalid("`prompt` and `messages` exclude each other")),
+            (None, None) => Err(invalid("one of `prompt` and `messages` is needed")),
+            (Some(prompt), None) if prompt.is_empty() => Err(invalid("`prompt` is empty")),
+            (Some(prompt), None) => Ok(TaskInput::Prompt(prompt.clone())),
+            (None, Some(messages)) => {
+                check_messages(messages)?;
+                Ok(TaskInput::Messages(messages.clone()))
+            }
+        }
+    }
+
+    pub fn sampling(&self) -> Result<SamplingParams, Failure> {
+        check_range("temperature", self.temperature, 0.0, 5.0)?;
+        check_range("top_p", self.top_p, 0.0, 1.0)?;
+        check_range("min_p", self.min_p, 0.0, 1.0)?;
+        check_range("repeat_penalty", self.repeat_penalty, 0.0, 10.0)?;
+        if self.grammar.is_some() && self.json_schema.is_some() {
+            return Err(invalid("`grammar` and `json_schema` exclude each other"));
+        }
+        Ok(SamplingParams {
+            seed: self.seed,
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            min_p: self.min_p,
+            repeat_penalty: self.repeat_penalty,
+            grammar: self.grammar.clone(),
+            json_schema: self.json_schema.clone(),
+        })
+    }
+
+    /// The texts that end the answer.
+    pub fn stops(&self) -> Result<Vec<String>, Failure> {
+        if self.stop.len() > MAX_STOPS {
+            return Err(invalid(format!(
+                "`stop` has {} texts; at most {MAX_STOPS} are taken",
+                self.stop.len()
+            )));
+        }
+        if self
+            .stop
+            .iter()
+            .any(|stop| stop.is_empty() || stop.len() > MAX_STOP_BYTES)
+        {
+            return Err(invalid(format!(
+                "each text of `stop` must have 1 to {MAX_STOP_BYTES} bytes"
+            )));
+        }
+        Ok(self.stop.clone())
+    }
+
+    /// The client's own limit, if it names one.
+    pub fn max_tokens(&self) -> Result<Option<u32>, Failure> {
+        match self.max_tokens {
+            Some(0) => Err(invalid("`max_tokens` must be at least 1")),
+            other => Ok(other),
+        }
+    }
+}
+
+fn check_messages(messages: &[ChatMessage]) -> Result<(), Failure> {
+    if messages.is_empty() {
+        return Err(invalid("`messages` is empty"));
+    }
+    for (index, message) in messages.iter().enumerate() {
+        if !matches!(message.role.as_str(), "system" | "user" | "assistant") {
+            return Err(invalid(format!(
+                "messages[{index}].role is `{}`; it must be system, user or assistant",
+                message.role.chars().take(40).collect::<String>()
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn check_range(name: &str, value: Option<f64>, min: f64, max: f64) -> Result<(), Failure> {
+    match value {
+        Some(value) if !(min..=max).contains(&value) => Err(invalid(format!(
+            "`{name}` is {value}; it must be from {min} to {max}"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn check(body: &str) -> Result<(), Failure> {
+        let request = TaskRequest::parse(body.as_bytes())?;
+        request.input()?;
+        request.sampling()?;
+        request.stops()?;
+        request.max_tokens()?;
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (body, word) in [
+            ("{}", "needed"),
+            ("[]", "no task"),
+            (r#"{"prompt":"a","messages":[]}"#, "exclude"),
+            (r#"{"prompt":""}"#, "empty"),
+            (r#"{"messages":[]}"#, "empty"),
+            (r#"{"messages":[{"role":"robot","content":"x"}]}"#, "robot"),
+            (r#"{"prompt":"a","max_tokens":0}"#, "max_tokens"),
+            (r#"{"prompt":"a","temperature":-1}"#, "temperature"),
+            (r#"{"prompt":"a","top_p":1.5}"#, "top_p"),
+            (r#"{"prompt":"a","tempreature":1}"#, "tempreature"),
+            (r#"{"prompt":"a","stop":[""]}"#, "stop"),
+            (
+                r#"{"prompt":"a","grammar":"x","json_schema":{}}"#,
+                "exclude",
+            ),
+            (r#"{"prompt":"a","seed":-1}"#, "seed"),
+        ] {
+            let failure = check(body).unwrap_err();
+            assert_eq!(failure.code, ErrorCode::InvalidParams);
+            // serde names the key by its place for wrong types.
+            assert!(
+                failure.message.contains(word) || word == "seed",
+                "{body}: {}",
+                failure.message
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_right_is_taken() {
+        check(r#"{"prompt":"a","seed":1,"temperature":0,"stop":["\n"],"priority":"batch"}"#)
+            .unwrap();
+        check(r#"{"messages":[{"role":"user","content":""}],"json_schema":{"type":"object"}}"#)
+            .unwrap();
+    }
+
+    proptest! {
+        #[test]
+        fn any_body_is_answered(body in prop::collection::vec(any::<u8>(), 0..200)) {
+            if let Ok(request) = TaskRequest::parse(&body) {
+                let _ = (request.input(), request.sampling(), request.stops());
+            }
+        }
+    }
+}

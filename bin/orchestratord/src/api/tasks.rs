@@ -1,0 +1,363 @@
+//! `/v2/tasks`: submit, look at, read, cancel.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use axum::Json;
+use axum::body::{Body, Bytes};
+use axum::extract::rejection::{BytesRejection, QueryRejection};
+use axum::extract::{Extension, Path, Query, State};
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use llama_orch_types::TaskId;
+use provision_kit::progress::StepKind;
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use worker_adapters_adapter_api::{CancelReport, EngineTask};
+
+use super::correlation::CorrelationId;
+use super::error::{ApiError, ErrorBody};
+use super::task_request::TaskRequest;
+use crate::app::state::AppState;
+use crate::services::dispatch::fit;
+use crate::services::event_log::{End, Failure, TaskEvent};
+use crate::services::pool::{Cancelled, Phase, PoolHandle, Submission};
+use crate::services::preparation::PreparationStep;
+use crate::services::streaming::{KEEP_ALIVE, Presence, View, render_sse_for_task};
+use crate::services::tasks::{Admitted, TaskRecord};
+
+/// Answer to an admitted task.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct TaskAccepted {
+    pub task_id: String,
+    /// How many tasks go first; 0 is next.
+    pub queue_position: u64,
+    /// When it will start, in milliseconds from now, judged from measured
+    /// service times.
+    pub predicted_start_ms: u64,
+    /// How long to wait before sending the next task; 0 while the queue is
+    /// less than half full.
+    pub backoff_ms: u64,
+    pub streams: Streams,
+    pub preparation: Preparation,
+}
+
+/// Where the task's events can be read.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct Streams {
+    pub sse: String,
+    /// With `metrics` events as well.
+    pub sse_verbose: String,
+}
+
+/// What must happen before the pool takes tasks to its engine; no steps if it
+/// is ready.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct Preparation {
+    pub steps: Vec<PreparationStep>,
+}
+
+impl Preparation {
+    /// Steps under way, or the next one if none has begun.
+    pub fn of(pool: &PoolHandle) -> Self {
+        let snapshot = pool.snapshot();
+        let mut steps = match snapshot.phase {
+            Phase::Ready | Phase::Draining | Phase::Stopped => Vec::new(),
+            _ => pool.board().steps(),
+        };
+        let next = match snapshot.phase {
+            Phase::Provisioning => Some((
+                StepKind::EngineProvision,
+                "providing the engine and the model",
+            )),
+            Phase::Starting => Some((StepKind::PoolWarmup, "loading the model into the engine")),
+            Phase::Backoff => Some((StepKind::PoolWarmup, "starting the engine again")),
+            _ => None,
+        };
+        if let (true, Some((kind, description))) = (steps.is_empty(), next) {
+            steps.push(PreparationStep {
+                kind,
+                description: description.to_owned(),
+                progress: None,
+                estimated_ms: None,
+            });
+        }
+        Self { steps }
+    }
+}
+
+/// Where a task stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum TaskStatus {
+    Queued,
+    Running,
+    Completed,
+    Cancelled,
+    Failed,
+}
+
+/// A task as it is now.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct TaskView {
+    pub task_id: String,
+    pub pool_id: String,
+    pub correlation_id: String,
+    pub status: TaskStatus,
+    /// Seconds since the Unix epoch.
+    pub created_at: u64,
+    /// How many tasks go first, while it is queued.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queue_position: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub predicted_start_ms: Option<u64>,
+    /// The answer so far.
+    pub text: String,
+    /// How many pieces the answer has so far.
+    pub pieces: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub end: Option<End>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<Failure>,
+    pub streams: Streams,
+}
+
+/// How a cancel went. The task's stream is closed in every case.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct CancelAnswer {
+    pub task_id: String,
+    /// False if the task was over already.
+    pub cancelled: bool,
+    /// Milliseconds until the engine's slot was seen free; 0 for a task that
+    /// was queued; absent if that was not seen within the bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub freed_ms: Option<u64>,
+}
+
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields, default)]
+pub struct EventsQuery {
+    /// Show `metrics` events too.
+    pub verbose: bool,
+}
+
+fn streams(id: TaskId) -> Streams {
+    Streams {
+        sse: format!("/v2/tasks/{id}/events"),
+        sse_verbose: format!("/v2/tasks/{id}/events?verbose=true"),
+    }
+}
+
+/// Submit a task.
+#[utoipa::path(
+    post, path = "/v2/tasks", tag = "tasks",
+    request_body = TaskRequest,
+    responses(
+        (status = 202, body = TaskAccepted),
+        (status = 400, body = ErrorBody),
+        (status = 404, body = ErrorBody),
+        (status = 429, description = "The queue is full; `Retry-After` and `X-Backoff-Ms` say when to come back", body = ErrorBody),
+        (status = 503, body = ErrorBody),
+    )
+)]
+pub async fn submit(
+    State(state): State<Arc<AppState>>,
+    Extension(CorrelationId(correlation)): Extension<CorrelationId>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<(StatusCode, Json<TaskAccepted>), ApiError> {
+    let request = TaskRequest::parse(&body?)?;
+    let pool = state.pool_for(request.pool_id.as_deref(), request.model.as_deref())?;
+    let (record, admitted) = submit_to(&state, pool, &request, &correlation).await?;
+    let accepted = TaskAccepted {
+        task_id: record.id.to_string(),
+        queue_position: admitted.queue_position as u64,
+        predicted_start_ms: admitted.predicted_start.as_millis() as u64,
+        backoff_ms: admitted.backoff.as_millis() as u64,
+        streams: streams(record.id),
+        preparation: Preparation::of(pool),
+    };
+    Ok((StatusCode::ACCEPTED, Json(accepted)))
+}
+
+/// Checks a request and puts its task into the pool's queue.
+pub async fn submit_to(
+    state: &AppState,
+    pool: &PoolHandle,
+    request: &TaskRequest,
+    correlation: &str,
+) -> Result<(Arc<TaskRecord>, Admitted), Failure> {
+    let max_tokens = request.max_tokens()?;
+    let settings = pool.settings();
+    let record = TaskRecord::new(
+        settings.id.clone(),
+        request.priority,
+        correlation.to_owned(),
+        request.cancel_on_disconnect,
+    );
+    let mut submission = Submission {
+        task: EngineTask {
+            id: record.id,
+            input: request.input()?,
+            max_tokens: max_tokens.unwrap_or(settings.default_max_tokens),
+            stop: request.stops()?,
+            sampling: request.sampling()?,
+        },
+        record: Arc::clone(&record),
+        max_tokens_given: max_tokens.is_some(),
+        fits: false,
+    };
+    // With the engine at hand a task that does not fit is refused here; while
+    // it is not, the same check is made when the task's turn comes.
+    let snapshot = pool.snapshot();
+    if let Some(context) = snapshot.context.filter(|_| snapshot.phase == Phase::Ready) {
+        match fit(&state.host, &context, &mut submission).await {
+            Err(failure) if !failure.retriable => return Err(failure),
+            Ok(()) | Err(_) => {}
+        }
+    }
+    // Known before it is queued: it may end at once.
+    state.tasks.insert(Arc::clone(&record));
+    match pool.submit(submission).await {
+        Ok(admitted) => Ok((record, admitted)),
+        Err(failure) => {
+            state.tasks.remove(record.id);
+            Err(failure)
+        }
+    }
+}
+
+/// Look at a task.
+#[utoipa::path(
+    get, path = "/v2/tasks/{id}", tag = "tasks",
+    params(("id" = String, Path)),
+    responses((status = 200, body = TaskView), (status = 404, body = ErrorBody))
+)]
+pub async fn show(
+    State(state): State<Arc<AppState>>,
+    Path(id): Path<String>,
+) -> Result<Json<TaskView>, ApiError> {
+    let record = state.task(&id)?;
+    let pool = state.pool(record.pool.as_str())?;
+    let position = pool.position(record.id).await?;
+    let (text, pieces) = record.log.text();
+    let (status, end, error) = match record.log.last() {
+        Some(TaskEvent::End(end)) => (ended(&end), Some(end), None),
+        Some(TaskEvent::Error(failure)) => (TaskStatus::Failed, None, Some(failure)),
+        _ if position.is_some() => (TaskStatus::Queued, None, None),
+        _ => (TaskStatus::Running, None, None),
+    };
+    Ok(Json(TaskView {
+        task_id: record.id.to_string(),
+        pool_id: record.pool.to_string(),
+        correlation_id: record.correlation_id.clone(),
+        status,
+        created_at: unix_seconds(record.created_at),
+        queue_position: position.map(|(ahead, _)| ahead as u64),
+        predicted_start_ms: position.map(|(_, start)| start.as_millis() as u64),
+        text,
+        pieces,
+        end,
+        error,
+        streams: streams(record.id),
+    }))
+}
+
+fn ended(end: &End) -> TaskStatus {
+    use worker_adapters_adapter_api::FinishReason;
+    match end.finish_reason {
+        FinishReason::Cancelled => TaskStatus::Cancelled,
+        FinishReason::Stop | FinishReason::Length => TaskStatus::Completed,
+    }
+}
+
+fn unix_seconds(time: SystemTime) -> u64 {
+    // Zero for a clock before 1970, which only a broken one shows.
+    time.duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+/// Read a task's events as they come. `Last-Event-ID` reads on from there.
+#[utoipa::path(
+    get, path = "/v2/tasks/{id}/events", tag = "tasks",
+    params(("id" = String, Path), EventsQuery, ("Last-Event-ID" = Option<u64>, Header, description = "The last id that was read")),
+    responses(
+        (status = 200, description = "`started`, then `token`s (and `metrics`), then `end` or `error`", body = String, content_type = "text/event-stream"),
+        (status = 400, body = ErrorBody),
+        (status = 404, body = ErrorBody),
+    )
+)]
+pub async fn events(
+    State(state): State<Arc<AppState>>,
+    Path(id): Path<String>,
+    query: Result<Query<EventsQuery>, QueryRejection>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let Query(query) = query?;
+    let record = state.task(&id)?;
+    let view = View {
+        after: last_event_id(&headers)?,
+        verbose: query.verbose,
+        fallback: state.is_fallback(&record.pool),
+        keep_alive: KEEP_ALIVE,
+    };
+    let presence = {
+        let (pool, task) = (state.pool(record.pool.as_str())?.clone(), record.id);
+        Presence::new(Arc::clone(&record), move || {
+            // Dropped by the server's own task, so there is a runtime; the
+            // cancel has a bound of its own.
+            tokio::spawn(async move { pool.cancel(task).await });
+        })
+    };
+    let body = Body::from_stream(render_sse_for_task(
+        record.log.cursor(view.after),
+        view,
+        presence,
+    ));
+    let headers = [
+        (CONTENT_TYPE, "text/event-stream"),
+        (CACHE_CONTROL, "no-cache"),
+        // Asks proxies that know it not to hold tokens back.
+        (
+            axum::http::HeaderName::from_static("x-accel-buffering"),
+            "no",
+        ),
+    ];
+    Ok((headers, body).into_response())
+}
+
+fn last_event_id(headers: &HeaderMap) -> Result<u64, ApiError> {
+    let Some(value) = headers.get("last-event-id") else {
+        return Ok(0);
+    };
+    let id = value
+        .to_str()
+        .ok()
+        .and_then(|text| text.trim().parse().ok());
+    id.ok_or_else(|| ApiError::invalid("`Last-Event-ID` must be the number of an event"))
+}
+
+/// Cancel a task. Answers when the engine's slot was seen free.
+#[utoipa::path(
+    post, path = "/v2/tasks/{id}/cancel", tag = "tasks",
+    params(("id" = String, Path)),
+    responses((status = 200, body = CancelAnswer), (status = 404, body = ErrorBody))
+)]
+pub async fn cancel(
+    State(state): State<Arc<AppState>>,
+    Path(id): Path<String>,
+) -> Result<Json<CancelAnswer>, ApiError> {
+    let record = state.task(&id)?;
+    let cancelled = state.pool(record.pool.as_str())?.cancel(record.id).await?;
+    let freed_ms = match cancelled {
+        // The engine never had it, or had ended with it already.
+        Cancelled::Queued | Cancelled::Running(CancelReport::NotRunning) => Some(0),
+        Cancelled::Running(CancelReport::Freed { after_ms }) => Some(after_ms),
+        Cancelled::Running(CancelReport::NotSeenFree { .. }) | Cancelled::Over => None,
+    };
+    Ok(Json(CancelAnswer {
+        task_id: record.id.to_string(),
+        cancelled: cancelled != Cancelled::Over,
+        freed_ms,
+    }))
+}

@@ -1,0 +1,142 @@
+//! The command line: parse, set up logs, run one command, report errors.
+
+mod config;
+mod doctor;
+mod report;
+mod run;
+mod serve;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use indicatif::MultiProgress;
+
+use crate::app::config::{Loaded, SetupError};
+use crate::app::env;
+use crate::ui::logging::{self, LogFormat};
+
+/// Turns a bare machine into a working LLM endpoint.
+///
+/// Without a command it serves: the engine (llama.cpp's llama-server) and the
+/// model are provided, the engine is started and supervised, and tasks are
+/// taken over HTTP. Without any configuration it serves the small model
+/// `haiku` on 127.0.0.1:8080.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    common: Common,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  orchestratord                                  serve with the defaults
+  orchestratord --config orchestratord.yaml      serve what a file says
+  orchestratord run \"Write a haiku about rain\"   one answer on the terminal
+  orchestratord doctor                           what this machine has and lacks
+  orchestratord config schema                    every setting, as JSON schema
+
+Then, from another terminal:
+  curl -s 127.0.0.1:8080/v2/tasks -d '{\"messages\":[{\"role\":\"user\",\"content\":\"Hello\"}]}'
+  curl -N 127.0.0.1:8080/v2/tasks/<task_id>/events";
+
+#[derive(Debug, Args)]
+struct Common {
+    /// Configuration file (YAML or JSON). Default: orchestratord.yaml in the
+    /// working directory, if it is there.
+    #[arg(long, short, global = true, env = env::CONFIG, value_name = "PATH")]
+    config: Option<PathBuf>,
+    /// Address to listen on; port 0 takes any free one.
+    #[arg(long, global = true, env = env::LISTEN, value_name = "ADDRESS:PORT")]
+    listen: Option<SocketAddr>,
+    /// Where engines, models and logs are kept.
+    #[arg(long, global = true, value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
+    /// Where handoff and provenance files are written.
+    #[arg(long, global = true, value_name = "DIR")]
+    runtime_dir: Option<PathBuf>,
+    /// How logs are written.
+    #[arg(long, global = true, value_enum, default_value_t)]
+    log_format: LogFormat,
+    /// What is logged: error, warn, info, debug, trace, or a filter such as
+    /// `info,orchestratord=debug`. RUST_LOG overrides it.
+    #[arg(long, global = true, value_name = "LEVEL")]
+    log_level: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve the configured pools over HTTP (what happens without a command).
+    Serve,
+    /// Provide engine and model, answer one prompt on the terminal, and exit.
+    Run(run::RunArgs),
+    /// Say what this machine has and lacks.
+    Doctor,
+    /// Check or describe the configuration.
+    #[command(subcommand)]
+    Config(config::ConfigCommand),
+}
+
+impl Common {
+    /// The file's settings with the command line's on top.
+    fn load(&self) -> Result<Loaded, SetupError> {
+        let mut loaded = Loaded::read(self.config.as_deref())?;
+        let config = &mut loaded.config;
+        if let Some(listen) = self.listen {
+            config.listen = listen;
+        }
+        if let Some(dir) = &self.cache_dir {
+            config.cache_dir = Some(dir.clone());
+        }
+        if let Some(dir) = &self.runtime_dir {
+            config.runtime_dir = Some(dir.clone());
+        }
+        Ok(loaded)
+    }
+}
+
+/// What every command is given.
+#[derive(Debug)]
+struct Context {
+    common: Common,
+    bars: MultiProgress,
+}
+
+pub(crate) fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let command = cli.command.unwrap_or(Command::Serve);
+    let bars = MultiProgress::new();
+    let default_level = match command {
+        Command::Serve => "info",
+        // The answer is what counts: only progress and trouble beside it.
+        Command::Run(_) => "warn,orchestratord::ui=info",
+        Command::Doctor | Command::Config(_) => "error",
+    };
+    let level = cli.common.log_level.as_deref().unwrap_or(default_level);
+    logging::set_up(cli.common.log_format, level, &bars);
+    let context = Context {
+        common: cli.common,
+        bars,
+    };
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => return report::failed("could not start the runtime", &error, None),
+    };
+    let code = runtime.block_on(dispatch(command, context));
+    // Nothing of ours blocks for long; what still does must not hold the exit.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(2));
+    code
+}
+
+async fn dispatch(command: Command, context: Context) -> ExitCode {
+    match command {
+        Command::Serve => serve::serve(context).await,
+        Command::Run(args) => run::run(context, args).await,
+        Command::Doctor => doctor::doctor(&context).await,
+        Command::Config(command) => config::config(&context, &command),
+    }
+}

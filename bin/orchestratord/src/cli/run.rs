@@ -1,0 +1,211 @@
+//! `orchestratord run "PROMPT"`: one answer on the terminal.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::Args;
+use llama_orch_types::PoolId;
+use worker_adapters_adapter_api::{ChatMessage, FinishReason};
+
+use super::{Context, report};
+use crate::api::task_request::TaskRequest;
+use crate::api::tasks::submit_to;
+use crate::app::bootstrap::{self, App, Plan, StartError};
+use crate::app::config::{Config, PoolConfig, SetupError};
+use crate::app::shutdown::{self, Shutdown};
+use crate::services::event_log::{Cursor, End, Failure, TaskEvent};
+use crate::services::pool::{Phase, PoolHandle};
+use crate::ui::progress;
+
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    /// What to ask.
+    prompt: String,
+    /// The model: a profile or a model reference. Default: the pool's.
+    #[arg(long, short)]
+    model: Option<String>,
+    /// The configured pool whose settings are used. Default: `default`, else
+    /// the only one.
+    #[arg(long)]
+    pool: Option<String>,
+    /// A system message to go before the prompt.
+    #[arg(long)]
+    system: Option<String>,
+    /// Continue the text as it is, without the model's chat template.
+    #[arg(long, conflicts_with = "system")]
+    raw: bool,
+    /// The most tokens to generate.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    max_tokens: Option<u32>,
+    /// 0 always takes the likeliest token.
+    #[arg(long)]
+    temperature: Option<f64>,
+    /// The same seed gives the same answer.
+    #[arg(long)]
+    seed: Option<u32>,
+}
+
+impl RunArgs {
+    fn request(&self) -> TaskRequest {
+        let message = |role: &str, content: &str| ChatMessage {
+            role: role.to_owned(),
+            content: content.to_owned(),
+        };
+        let (prompt, messages) = if self.raw {
+            (Some(self.prompt.clone()), None)
+        } else {
+            let system = self.system.iter().map(|text| message("system", text));
+            (
+                None,
+                Some(system.chain([message("user", &self.prompt)]).collect()),
+            )
+        };
+        TaskRequest {
+            prompt,
+            messages,
+            max_tokens: self.max_tokens,
+            temperature: self.temperature,
+            seed: self.seed,
+            ..TaskRequest::default()
+        }
+    }
+}
+
+pub(super) async fn run(context: Context, args: RunArgs) -> ExitCode {
+    match start(&context, &args) {
+        Ok((app, shutdown)) => {
+            let code = answer(&app, &args, &shutdown).await;
+            app.shut_down(&shutdown.hurried).await;
+            code
+        }
+        Err(error) => report::error(&error),
+    }
+}
+
+fn start(context: &Context, args: &RunArgs) -> Result<(App, Shutdown), StartError> {
+    let mut loaded = context.common.load().map_err(StartError::Setup)?;
+    // A pool of its own, so that a daemon on this machine is not disturbed.
+    let pool = choose_pool(&loaded.config, args).map_err(StartError::Setup)?;
+    loaded.config.pools = BTreeMap::from([(own_pool_id(), pool)]);
+    let reporter = progress::reporter(context.common.log_format, &context.bars);
+    let plan = Plan::new(loaded, reporter)?;
+    let shutdown = shutdown::on_signals().map_err(StartError::Signals)?;
+    Ok((bootstrap::start(plan)?, shutdown))
+}
+
+fn own_pool_id() -> PoolId {
+    let name = format!("run-{}", std::process::id());
+    // Lower-case letters, a dash and digits.
+    name.parse().unwrap_or_else(|_| PoolId::default_pool())
+}
+
+fn choose_pool(config: &Config, args: &RunArgs) -> Result<PoolConfig, SetupError> {
+    let pools = &config.pools;
+    let wanted = match &args.pool {
+        Some(name) => pools.iter().find(|(id, _)| id.as_str() == name),
+        None => pools
+            .get_key_value(&PoolId::default_pool())
+            .or_else(|| pools.iter().next().filter(|_| pools.len() == 1)),
+    };
+    let Some((_, pool)) = wanted else {
+        let names: Vec<_> = pools.keys().map(PoolId::as_str).collect();
+        return Err(SetupError::NoPool {
+            named: args.pool.clone(),
+            known: names.join(", "),
+        });
+    };
+    let mut pool = pool.clone();
+    if let Some(model) = &args.model {
+        pool.model.clone_from(model);
+    }
+    Ok(pool)
+}
+
+async fn answer(app: &App, args: &RunArgs, shutdown: &Shutdown) -> ExitCode {
+    // There is exactly one pool: `start` has put it there.
+    let Some(pool) = app.state.pools.values().next() else {
+        return ExitCode::FAILURE;
+    };
+    let work = async {
+        until_ready(pool).await?;
+        let begun = Instant::now();
+        let (record, _) = submit_to(&app.state, pool, &args.request(), "run").await?;
+        let end = print(record.log.cursor(0)).await?;
+        report::aside(summary(&end, begun));
+        Ok::<_, Failure>(end.finish_reason)
+    };
+    tokio::select! {
+        done = work => match done {
+            Ok(FinishReason::Cancelled) => ExitCode::FAILURE,
+            Ok(FinishReason::Stop | FinishReason::Length) => ExitCode::SUCCESS,
+            Err(failure) => report::failure(&failure),
+        },
+        () = shutdown.asked.cancelled() => {
+            // Nobody waits for the rest of the answer.
+            shutdown.hurried.cancel();
+            report::aside("stopped");
+            ExitCode::from(130)
+        }
+    }
+}
+
+async fn until_ready(pool: &PoolHandle) -> Result<(), Failure> {
+    let settled = |phase| matches!(phase, Phase::Ready | Phase::Failed | Phase::Stopped);
+    let snapshot = pool.wait_for(|snapshot| settled(snapshot.phase)).await;
+    match snapshot {
+        Some(snapshot) if snapshot.phase == Phase::Ready => Ok(()),
+        Some(snapshot) => Err(snapshot
+            .last_error
+            .unwrap_or_else(|| Failure::internal("the pool stopped"))),
+        None => Err(Failure::internal("the pool stopped")),
+    }
+}
+
+/// Writes the answer as it comes.
+async fn print(mut cursor: Cursor) -> Result<End, Failure> {
+    while let Some(batch) = cursor.read().await {
+        for (_, event) in batch {
+            match event {
+                TaskEvent::Token(token) => write(&token.t),
+                TaskEvent::End(end) => {
+                    write("\n");
+                    return Ok(end);
+                }
+                TaskEvent::Error(failure) => {
+                    write("\n");
+                    return Err(failure);
+                }
+                TaskEvent::Started(_) | TaskEvent::Metrics(_) => {}
+            }
+        }
+    }
+    Err(Failure::internal("the answer broke off"))
+}
+
+fn write(text: &str) {
+    let mut out = std::io::stdout().lock();
+    // A reader that has gone away (`| head`) is no error worth a message.
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+fn summary(end: &End, begun: Instant) -> String {
+    let seconds = end.decode_time_ms / 1000.0;
+    let pace = if seconds > 0.0 {
+        end.tokens_out as f64 / seconds
+    } else {
+        0.0
+    };
+    let (engine, model) = end.receipt.as_ref().map_or(("", ""), |receipt| {
+        (
+            receipt.engine_version.as_str(),
+            receipt.model.as_deref().unwrap_or(""),
+        )
+    });
+    format!(
+        "[{} tokens in {:.1} s, {pace:.0} tokens/s, {model} on llama.cpp {engine}]",
+        end.tokens_out,
+        begun.elapsed().as_secs_f64()
+    )
+}

@@ -1,0 +1,84 @@
+//! `orchestratord serve`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use provision_kit::fs::{create_dir_all, write_atomic};
+use serde::Serialize;
+use tokio::net::TcpListener;
+
+use super::{Context, report};
+use crate::app::bootstrap::{self, Plan, StartError};
+use crate::app::config::Config;
+use crate::app::shutdown;
+use crate::ui::progress;
+
+pub(super) async fn serve(context: Context) -> ExitCode {
+    match try_serve(context).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => report::error(&error),
+    }
+}
+
+async fn try_serve(context: Context) -> Result<(), StartError> {
+    let loaded = context.common.load().map_err(StartError::Setup)?;
+    let config = loaded.config.clone();
+    let reporter = progress::reporter(context.common.log_format, &context.bars);
+    let plan = Plan::new(loaded, reporter)?;
+    let shutdown = shutdown::on_signals().map_err(StartError::Signals)?;
+    let listener = bind(config.listen).await?;
+    let address = listener.local_addr().unwrap_or(config.listen);
+    let app = bootstrap::start(plan)?;
+    tracing::info!("listening on http://{address}");
+    let presence = Presence::announce(&config, address)?;
+    let served = bootstrap::serve(app, listener, shutdown).await;
+    drop(presence);
+    tracing::info!("stopped");
+    served
+}
+
+async fn bind(address: SocketAddr) -> Result<TcpListener, StartError> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| StartError::Listen { address, source })
+}
+
+/// The file that tells other programs where this daemon listens; removed when
+/// it stops.
+struct Presence(PathBuf);
+
+#[derive(Serialize)]
+struct Listening {
+    pid: u32,
+    url: String,
+    version: &'static str,
+}
+
+impl Presence {
+    fn announce(config: &Config, address: SocketAddr) -> Result<Self, StartError> {
+        let (_, runtime) = bootstrap::directories(config)?;
+        let path = runtime.root().join("orchestratord.json");
+        let listening = Listening {
+            pid: std::process::id(),
+            url: format!("http://{address}"),
+            version: env!("CARGO_PKG_VERSION"),
+        };
+        // Numbers and strings only, which JSON always holds.
+        let text = serde_json::to_vec_pretty(&listening).unwrap_or_default();
+        create_dir_all(runtime.root())
+            .and_then(|()| write_atomic(&path, &text))
+            .map_err(|source| StartError::Write {
+                what: format!("{}", path.display()),
+                source,
+            })?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        // Left behind it would only name a process that is gone.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}

@@ -1,0 +1,58 @@
+//! `orchestratord` turns a bare machine into a working LLM endpoint.
+//!
+//! # Layout
+//!
+//! - [`cli`]: the command line
+//! - [`app`]: how the daemon is put together; [`app::bootstrap`] says what
+//!   happens at start
+//! - `provisioning` (feature `provisioning`): engine and model, from nothing to
+//!   a bound pool
+//! - [`services`]: queues, tasks, event logs, streams
+//! - [`api`]: the HTTP API, one file for each resource
+//! - [`ui`]: progress and logs as people see them
+//! - `env_shim`, `mock_pool`: development only, off by default
+
+pub mod api;
+pub mod app;
+pub mod cli;
+#[cfg(any(feature = "env-shim", all(test, feature = "provisioning")))]
+#[cfg_attr(not(feature = "env-shim"), allow(dead_code))]
+pub mod env_shim;
+#[cfg(feature = "mock-adapter")]
+pub mod mock_pool;
+#[cfg(feature = "provisioning")]
+pub mod provisioning;
+pub mod services;
+pub mod ui;
+
+use std::process::ExitCode;
+use std::sync::OnceLock;
+
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+
+/// The program, apart from its `main`.
+pub fn main() -> ExitCode {
+    cli::main()
+}
+
+/// The process's one metrics recorder. A process has one, however many
+/// daemons a test starts in it.
+pub fn telemetry_recorder() -> PrometheusHandle {
+    static RECORDER: OnceLock<PrometheusHandle> = OnceLock::new();
+    RECORDER
+        .get_or_init(|| {
+            let builder = PrometheusBuilder::new().set_buckets(services::telemetry::BUCKETS);
+            // Refused only for an empty list of buckets, and for a second
+            // recorder, which the OnceLock rules out.
+            let recorder = builder
+                .expect("the bucket list is not empty")
+                .build_recorder();
+            let handle = recorder.handle();
+            if metrics::set_global_recorder(recorder).is_err() {
+                tracing::warn!("another metrics recorder is in place; /metrics stays empty");
+            }
+            services::telemetry::describe();
+            handle
+        })
+        .clone()
+}

@@ -1,0 +1,121 @@
+//! Every error's stable code, message and hint, for clients.
+//!
+//! This is the one place where the errors of other crates become a
+//! [`Failure`], which is what HTTP answers, `event: error` and the terminal
+//! show. The HTTP status is chosen from the code alone, in `api::error`.
+
+use std::time::Duration;
+
+use adapter_host::HostError;
+use llama_orch_types::{ErrorCode, Hinted, PoolId};
+use worker_adapters_adapter_api::WorkerError;
+
+use super::admission::QueueFull;
+use super::event_log::Failure;
+
+/// An error and what caused it, in one line.
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        // Wrappers that only repeat their cause are skipped.
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+impl Failure {
+    #[must_use]
+    pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    #[must_use]
+    pub fn retry_after(mut self, after: Duration) -> Self {
+        self.retriable = true;
+        self.retry_after_ms = Some(u64::try_from(after.as_millis()).unwrap_or(u64::MAX));
+        self
+    }
+
+    #[must_use]
+    pub fn retriable(mut self) -> Self {
+        self.retriable = true;
+        self
+    }
+
+    #[must_use]
+    pub fn in_pool(mut self, pool: &PoolId) -> Self {
+        self.pool_id = Some(pool.to_string());
+        self
+    }
+
+    pub fn from_worker(error: &WorkerError) -> Self {
+        Self {
+            hint: error.hint(),
+            retriable: error.retriable(),
+            ..Self::new(error.code(), chain(error))
+        }
+    }
+
+    pub fn from_host(error: &HostError) -> Self {
+        Self {
+            hint: error.hint(),
+            retriable: error.retriable(),
+            ..Self::new(error.code(), chain(error))
+        }
+    }
+
+    pub fn queue_full(full: QueueFull, retry_after: Duration) -> Self {
+        let mut failure = Self::new(
+            ErrorCode::QueueFull,
+            format!("the queue holds {} tasks, as many as it may", full.capacity),
+        )
+        .retry_after(retry_after);
+        failure.policy_label = Some("queue_capacity".to_owned());
+        failure
+    }
+
+    pub fn context_exceeded(prompt_tokens: u32, max_tokens: Option<u32>, ctx: u32) -> Self {
+        let message = match max_tokens {
+            Some(max) => format!(
+                "the prompt has {prompt_tokens} tokens; with max_tokens {max} that is more than the context of {ctx}"
+            ),
+            None => format!(
+                "the prompt has {prompt_tokens} tokens and leaves no room in the context of {ctx}"
+            ),
+        };
+        Self::new(ErrorCode::ContextLengthExceeded, message)
+            .with_hint("shorten the prompt or lower max_tokens, or give the pool a larger `ctx`")
+    }
+
+    pub fn pool_not_found<'a>(pool: &str, known: impl IntoIterator<Item = &'a PoolId>) -> Self {
+        let known: Vec<&str> = known.into_iter().map(PoolId::as_str).collect();
+        let hint = match provision_kit::config::nearest(pool, known.iter().copied()) {
+            Some(nearest) => format!("did you mean `{nearest}`?"),
+            None => format!("the pools are: {}", known.join(", ")),
+        };
+        Self::new(
+            ErrorCode::PoolNotFound,
+            format!("there is no pool `{pool}`"),
+        )
+        .with_hint(hint)
+    }
+
+    pub fn shutting_down(pool: &PoolId) -> Self {
+        Self::new(ErrorCode::PoolUnavailable, "the daemon is shutting down")
+            .retriable()
+            .in_pool(pool)
+    }
+
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(ErrorCode::Internal, message).with_hint(
+            "this is a fault of orchestratord; its log tells more under the correlation id",
+        )
+    }
+}

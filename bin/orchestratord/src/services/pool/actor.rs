@@ -1,0 +1,405 @@
+//! The one owner of a pool's queue and running tasks.
+//!
+//! Commands come in, decisions are made here and nowhere else, and the result
+//! is published. Nothing in here waits for the engine: a running task is a
+//! future of its own in a [`JoinSet`], and its end is one more thing to handle.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use adapter_host::AdapterHost;
+use llama_orch_types::{ErrorCode, ProvisionedContext, TaskId};
+use metrics::{counter, gauge, histogram};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use worker_adapters_adapter_api::{CancelReport, FinishReason};
+
+use super::{Cancelled, Change, Command, Phase, PoolSettings, PoolSnapshot, Submission};
+use crate::services::admission::{AdmissionQueue, Priority};
+use crate::services::dispatch::{Finished, TaskRun};
+use crate::services::estimates::{Outlook, ServiceTimes};
+use crate::services::event_log::{End, Failure, TaskEvent};
+use crate::services::preparation::PreparationBoard;
+use crate::services::tasks::{Admitted, TaskRecord};
+use crate::services::telemetry;
+
+struct Actor {
+    settings: Arc<PoolSettings>,
+    host: AdapterHost,
+    board: Arc<PreparationBoard>,
+    phase: Phase,
+    since: Instant,
+    last_error: Option<Failure>,
+    context: Option<Arc<ProvisionedContext>>,
+    queue: AdmissionQueue<Submission>,
+    running: HashMap<TaskId, Running>,
+    runs: JoinSet<Finished>,
+    times: ServiceTimes,
+    engine_exits: u64,
+    drained: Vec<oneshot::Sender<()>>,
+    publish: watch::Sender<PoolSnapshot>,
+}
+
+struct Running {
+    record: Arc<TaskRecord>,
+    cancel: CancellationToken,
+    /// Who waits for the engine's slot to be free.
+    waiters: Vec<oneshot::Sender<Cancelled>>,
+}
+
+pub(super) fn spawn(
+    settings: Arc<PoolSettings>,
+    host: AdapterHost,
+    board: Arc<PreparationBoard>,
+    commands: mpsc::Receiver<Command>,
+) -> watch::Receiver<PoolSnapshot> {
+    let (publish, snapshot) = watch::channel(PoolSnapshot {
+        phase: Phase::Provisioning,
+        since: Instant::now(),
+        last_error: None,
+        context: None,
+        queued_interactive: 0,
+        queued_batch: 0,
+        running: 0,
+        slots: settings.slots,
+        engine_exits: 0,
+        times: ServiceTimes::default(),
+    });
+    let actor = Actor {
+        queue: AdmissionQueue::new(settings.queue_capacity),
+        settings,
+        host,
+        board,
+        phase: Phase::Provisioning,
+        since: Instant::now(),
+        last_error: None,
+        context: None,
+        running: HashMap::new(),
+        runs: JoinSet::new(),
+        times: ServiceTimes::default(),
+        engine_exits: 0,
+        drained: Vec::new(),
+        publish,
+    };
+    // Owned by the handles: it ends with the last of them, or when drained.
+    tokio::spawn(actor.run(commands));
+    snapshot
+}
+
+impl Actor {
+    async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        let mut drain_deadline = None;
+        while self.phase != Phase::Stopped {
+            self.dispatch();
+            self.publish();
+            tokio::select! {
+                command = commands.recv() => match command {
+                    Some(Command::Drain(limit, reply)) => {
+                        drain_deadline.get_or_insert(tokio::time::Instant::now() + limit);
+                        self.begin_drain(reply);
+                    }
+                    Some(command) => self.handle(command),
+                    None => break,
+                },
+                Some(finished) = self.runs.join_next() => match finished {
+                    Ok(finished) => self.finish(&finished),
+                    Err(error) => tracing::error!(pool = %self.settings.id, %error, "a task's run broke"),
+                },
+                () = at(drain_deadline), if drain_deadline.is_some() => {
+                    drain_deadline = None;
+                    self.cancel_all();
+                }
+            }
+            if self.phase == Phase::Draining && self.runs.is_empty() {
+                self.enter(Phase::Stopped);
+            }
+        }
+        self.publish();
+        for reply in self.drained {
+            let _ = reply.send(());
+        }
+    }
+
+    fn handle(&mut self, command: Command) {
+        match command {
+            Command::Submit(submission, reply) => {
+                let admitted = self.admit(*submission);
+                let _ = reply.send(admitted);
+            }
+            Command::Cancel(id, reply) => self.cancel(id, reply),
+            Command::Position(id, reply) => {
+                let position = self.queue.position(id);
+                let _ = reply.send(position.map(|ahead| (ahead, self.until_start(ahead))));
+            }
+            Command::Change(change) => self.change(change),
+            Command::Drain(..) => unreachable!("handled by the loop, which holds the deadline"),
+        }
+    }
+
+    fn admit(&mut self, submission: Submission) -> Result<Admitted, Failure> {
+        let record = Arc::clone(&submission.record);
+        let admitted = self.refusal().map_or_else(|| self.enqueue(submission), Err);
+        match &admitted {
+            Ok(admitted) => {
+                // Set once: a record is submitted once.
+                let _ = record.admitted.set(*admitted);
+                tracing::info!(
+                    pool = %self.settings.id, task = %record.id, correlation_id = record.correlation_id,
+                    position = admitted.queue_position, "task admitted"
+                );
+            }
+            Err(failure) => {
+                counter!(telemetry::REFUSED, "pool" => self.label(), "code" => failure.code.as_str()).increment(1);
+            }
+        }
+        admitted
+    }
+
+    fn enqueue(&mut self, submission: Submission) -> Result<Admitted, Failure> {
+        let (id, priority) = (submission.record.id, submission.record.priority);
+        match self.queue.push(id, priority, submission) {
+            Ok(ahead) => Ok(Admitted {
+                queue_position: ahead,
+                predicted_start: self.until_start(ahead),
+                backoff: self.backoff(),
+            }),
+            Err((full, _)) => {
+                let after = self.times.retry_after(self.outlook(full.capacity));
+                Err(Failure::queue_full(full, after).in_pool(&self.settings.id))
+            }
+        }
+    }
+
+    /// Why no task is taken now, if none is.
+    fn refusal(&self) -> Option<Failure> {
+        match self.phase {
+            Phase::Failed => Some(self.unavailable()),
+            Phase::Draining | Phase::Stopped => Some(Failure::shutting_down(&self.settings.id)),
+            Phase::Provisioning | Phase::Starting | Phase::Ready | Phase::Backoff => None,
+        }
+    }
+
+    fn unavailable(&self) -> Failure {
+        let last = self.last_error.clone();
+        last.unwrap_or_else(|| Failure::new(ErrorCode::PoolUnavailable, "the pool has failed"))
+            .in_pool(&self.settings.id)
+    }
+
+    fn cancel(&mut self, id: TaskId, reply: oneshot::Sender<Cancelled>) {
+        if let Some(submission) = self.queue.remove(id) {
+            end_cancelled(&submission.record);
+            self.count_outcome("cancelled");
+            let _ = reply.send(Cancelled::Queued);
+        } else if let Some(running) = self.running.get_mut(&id) {
+            // Closed before the engine is told, so no later token gets in.
+            let was_open = end_cancelled(&running.record);
+            running.cancel.cancel();
+            if was_open || !running.waiters.is_empty() {
+                running.waiters.push(reply);
+            } else {
+                let _ = reply.send(Cancelled::Over);
+            }
+        } else {
+            let _ = reply.send(Cancelled::Over);
+        }
+    }
+
+    fn change(&mut self, change: Change) {
+        if matches!(self.phase, Phase::Draining | Phase::Stopped) {
+            return;
+        }
+        match change {
+            Change::Provisioning => self.enter(Phase::Provisioning),
+            Change::Starting => self.enter(Phase::Starting),
+            Change::Ready(context) => {
+                self.context = Some(context);
+                self.enter(Phase::Ready);
+            }
+            Change::Backoff(failure) => {
+                self.engine_exits += 1;
+                counter!(telemetry::ENGINE_EXITS, "pool" => self.label()).increment(1);
+                self.context = None;
+                self.last_error = Some(failure);
+                self.enter(Phase::Backoff);
+            }
+            Change::Failed(failure) => {
+                self.context = None;
+                self.last_error = Some(failure);
+                self.enter(Phase::Failed);
+                self.end_queued(&self.unavailable());
+            }
+        }
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        if self.phase != phase {
+            tracing::info!(
+                pool = %self.settings.id, from = self.phase.as_str(), to = phase.as_str(),
+                cause = self.last_error.as_ref().map_or("", |error| error.message.as_str()), "pool phase"
+            );
+            self.phase = phase;
+            self.since = Instant::now();
+        }
+    }
+
+    fn begin_drain(&mut self, reply: oneshot::Sender<()>) {
+        self.enter(Phase::Draining);
+        self.end_queued(&Failure::shutting_down(&self.settings.id));
+        self.drained.push(reply);
+    }
+
+    fn cancel_all(&mut self) {
+        for running in self.running.values() {
+            let mut failure = Failure::shutting_down(&self.settings.id);
+            failure.correlation_id = Some(running.record.correlation_id.clone());
+            let _ = running.record.log.append(TaskEvent::Error(failure));
+            running.cancel.cancel();
+        }
+    }
+
+    fn end_queued(&mut self, failure: &Failure) {
+        while let Some((_, submission)) = self.queue.pop() {
+            let mut failure = failure.clone();
+            failure.correlation_id = Some(submission.record.correlation_id.clone());
+            // Only its owner closes a queued task's log, and that is us.
+            let _ = submission.record.log.append(TaskEvent::Error(failure));
+            self.count_outcome(ErrorCode::PoolUnavailable.as_str());
+        }
+    }
+
+    /// Takes tasks to the engine while it has free slots. The engine is never
+    /// given more tasks than it has slots: the queue is ours.
+    fn dispatch(&mut self) {
+        let Some(context) = self.context.clone().filter(|_| self.phase == Phase::Ready) else {
+            return;
+        };
+        while self.running.len() < self.slots() as usize {
+            let Some((id, submission)) = self.queue.pop() else {
+                return;
+            };
+            let cancel = CancellationToken::new();
+            let running = Running {
+                record: Arc::clone(&submission.record),
+                cancel: cancel.clone(),
+                waiters: Vec::new(),
+            };
+            self.running.insert(id, running);
+            let run = TaskRun {
+                host: self.host.clone(),
+                context: Arc::clone(&context),
+                submission,
+                cancel,
+            };
+            self.runs.spawn(run.run());
+        }
+    }
+
+    fn finish(&mut self, finished: &Finished) {
+        let Some(running) = self.running.remove(&finished.id) else {
+            return;
+        };
+        let outcome = finished.outcome.label();
+        self.count_outcome(outcome);
+        if finished.outcome.tells_service_time() {
+            self.times.record(finished.took);
+        }
+        histogram!(telemetry::SERVICE_TIME, "pool" => self.label()).record(finished.took);
+        let report = finished.cancelled.unwrap_or(CancelReport::NotRunning);
+        if let CancelReport::Freed { after_ms } = report {
+            histogram!(telemetry::CANCEL_FREED, "pool" => self.label())
+                .record(Duration::from_millis(after_ms));
+        }
+        for waiter in running.waiters {
+            let _ = waiter.send(Cancelled::Running(report));
+        }
+        tracing::info!(
+            pool = %self.settings.id, task = %finished.id, correlation_id = running.record.correlation_id,
+            outcome, took_ms = finished.took.as_millis() as u64, "task over"
+        );
+    }
+
+    fn slots(&self) -> u32 {
+        let bound = self.context.as_ref().map(|context| context.slots);
+        bound.unwrap_or(self.settings.slots).max(1)
+    }
+
+    fn outlook(&self, ahead: usize) -> Outlook {
+        let preparation = match self.phase {
+            Phase::Ready => Duration::ZERO,
+            _ => self.board.remaining(),
+        };
+        Outlook {
+            ahead,
+            running: self.running.len(),
+            slots: self.slots() as usize,
+            preparation,
+        }
+    }
+
+    fn until_start(&self, ahead: usize) -> Duration {
+        self.times.until_start(self.outlook(ahead))
+    }
+
+    fn backoff(&self) -> Duration {
+        if self.queue.len() * 2 < self.queue.capacity() {
+            Duration::ZERO
+        } else {
+            self.times.retry_after(self.outlook(self.queue.len()))
+        }
+    }
+
+    fn label(&self) -> String {
+        self.settings.id.to_string()
+    }
+
+    fn count_outcome(&self, outcome: &'static str) {
+        counter!(telemetry::TASKS, "pool" => self.label(), "outcome" => outcome).increment(1);
+    }
+
+    fn publish(&self) {
+        let snapshot = PoolSnapshot {
+            phase: self.phase,
+            since: self.since,
+            last_error: self.last_error.clone(),
+            context: self.context.clone(),
+            queued_interactive: self.queue.len_of(Priority::Interactive),
+            queued_batch: self.queue.len_of(Priority::Batch),
+            running: self.running.len(),
+            slots: self.slots(),
+            engine_exits: self.engine_exits,
+            times: self.times,
+        };
+        for priority in [Priority::Interactive, Priority::Batch] {
+            gauge!(telemetry::QUEUED, "pool" => self.label(), "priority" => priority.as_str())
+                .set(self.queue.len_of(priority) as f64);
+        }
+        gauge!(telemetry::RUNNING, "pool" => self.label()).set(self.running.len() as f64);
+        gauge!(telemetry::SLOTS, "pool" => self.label()).set(f64::from(snapshot.slots));
+        gauge!(telemetry::READY, "pool" => self.label())
+            .set(f64::from(u8::from(self.phase == Phase::Ready)));
+        self.publish.send_replace(snapshot);
+    }
+}
+
+/// Closes a task's log as cancelled; says whether it was open.
+fn end_cancelled(record: &TaskRecord) -> bool {
+    let (_, pieces) = record.log.text();
+    let end = End {
+        tokens_in: 0,
+        tokens_out: pieces,
+        decode_time_ms: 0.0,
+        finish_reason: FinishReason::Cancelled,
+        receipt: None,
+    };
+    record.log.append(TaskEvent::End(end)).is_ok()
+}
+
+/// Waits until the deadline; for ever where there is none.
+async fn at(deadline: Option<tokio::time::Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}

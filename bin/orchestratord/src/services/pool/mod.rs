@@ -1,0 +1,266 @@
+//! A pool: one model served by one engine, its queue, and its running tasks.
+//!
+//! ```text
+//!              ┌──────────────────────────────────────────────┐
+//!              ▼                                              │ engine exited
+//!   Provisioning ──► Starting ──► Ready ──────────────────► Backoff
+//!        │  ▲           │           │
+//!        ▼  │ retry     ▼           ▼ shutdown
+//!      Failed ◄─────────┘        Draining ──► Stopped
+//! ```
+//!
+//! Tasks are queued in every phase but `Failed`, `Draining` and `Stopped`,
+//! and go to the engine only in `Ready`. In `Failed` new tasks are refused and
+//! queued ones end with the reason; in `Backoff` queued ones are kept.
+//!
+//! One actor owns all of it ([`actor`]). Everybody else holds a
+//! [`PoolHandle`]: it sends commands with a place for the answer, and reads
+//! the last published [`PoolSnapshot`].
+
+mod actor;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use adapter_host::AdapterHost;
+use llama_orch_types::{EngineKind, PoolId, ProvisionedContext, TaskId};
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot, watch};
+use utoipa::ToSchema;
+use worker_adapters_adapter_api::{CancelReport, EngineTask};
+
+use super::estimates::ServiceTimes;
+use super::event_log::Failure;
+use super::preparation::PreparationBoard;
+use super::tasks::{Admitted, TaskRecord};
+
+/// How long a command may take. The actor only decides, so only a fault of
+/// ours takes that long.
+const COMMAND_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the answer to a cancel may take: the adapter waits with bounds of
+/// its own until the engine's slot is free.
+const CANCEL_LIMIT: Duration = Duration::from_secs(30);
+
+/// Commands that may wait for the actor before senders have to.
+const COMMAND_QUEUE: usize = 256;
+
+/// Where a pool stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// The engine and the model are being provided.
+    Provisioning,
+    /// The engine is loading the model.
+    Starting,
+    /// Tasks go to the engine.
+    Ready,
+    /// The engine ended by itself and will be started again.
+    Backoff,
+    /// The engine or the model could not be provided or started.
+    Failed,
+    /// The daemon is shutting down; running tasks are finishing.
+    Draining,
+    Stopped,
+}
+
+impl Phase {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Provisioning => "provisioning",
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Backoff => "backoff",
+            Self::Failed => "failed",
+            Self::Draining => "draining",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+/// What the supervisor tells the pool.
+#[derive(Debug)]
+pub enum Change {
+    Provisioning,
+    Starting,
+    /// The engine is bound in the adapter host.
+    Ready(Arc<ProvisionedContext>),
+    Backoff(Failure),
+    Failed(Failure),
+}
+
+/// What a pool is made from.
+#[derive(Debug, Clone)]
+pub struct PoolSettings {
+    pub id: PoolId,
+    pub engine: EngineKind,
+    /// The model as the configuration names it.
+    pub model: String,
+    /// Expected number of slots, until the engine says.
+    pub slots: u32,
+    pub queue_capacity: usize,
+    /// For tasks that name no `max_tokens`.
+    pub default_max_tokens: u32,
+}
+
+/// A pool as last published.
+#[derive(Debug, Clone)]
+pub struct PoolSnapshot {
+    pub phase: Phase,
+    pub since: Instant,
+    /// Why the pool failed or is backing off; the last such reason otherwise.
+    pub last_error: Option<Failure>,
+    /// The bound engine, in `Ready` and `Draining`.
+    pub context: Option<Arc<ProvisionedContext>>,
+    pub queued_interactive: usize,
+    pub queued_batch: usize,
+    pub running: usize,
+    pub slots: u32,
+    /// Engines that ended without being asked to.
+    pub engine_exits: u64,
+    pub times: ServiceTimes,
+}
+
+impl PoolSnapshot {
+    pub fn queued(&self) -> usize {
+        self.queued_interactive + self.queued_batch
+    }
+}
+
+/// A task on its way into the queue.
+#[derive(Debug)]
+pub struct Submission {
+    pub record: Arc<TaskRecord>,
+    pub task: EngineTask,
+    /// Whether the client named `max_tokens` itself. If not, an answer may be
+    /// cut to what the context has room for.
+    pub max_tokens_given: bool,
+    /// Whether prompt and answer are known to fit the context.
+    pub fits: bool,
+}
+
+/// How a cancel went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cancelled {
+    /// It had not begun; nothing had to be freed.
+    Queued,
+    /// It was running; what was seen of the engine's slot.
+    Running(CancelReport),
+    /// It was over already.
+    Over,
+}
+
+enum Command {
+    Submit(Box<Submission>, oneshot::Sender<Result<Admitted, Failure>>),
+    Cancel(TaskId, oneshot::Sender<Cancelled>),
+    Position(TaskId, oneshot::Sender<Option<(usize, Duration)>>),
+    Change(Change),
+    Drain(Duration, oneshot::Sender<()>),
+}
+
+/// The way to a pool's actor. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct PoolHandle {
+    settings: Arc<PoolSettings>,
+    commands: mpsc::Sender<Command>,
+    snapshot: watch::Receiver<PoolSnapshot>,
+    board: Arc<PreparationBoard>,
+}
+
+impl PoolHandle {
+    /// Starts the pool's actor. It ends when it has been drained, or when all
+    /// handles are gone.
+    pub fn start(settings: PoolSettings, host: AdapterHost, board: Arc<PreparationBoard>) -> Self {
+        let settings = Arc::new(settings);
+        let (commands, receiver) = mpsc::channel(COMMAND_QUEUE);
+        let snapshot = actor::spawn(Arc::clone(&settings), host, Arc::clone(&board), receiver);
+        Self {
+            settings,
+            commands,
+            snapshot,
+            board,
+        }
+    }
+
+    pub fn settings(&self) -> &PoolSettings {
+        &self.settings
+    }
+
+    pub fn board(&self) -> &Arc<PreparationBoard> {
+        &self.board
+    }
+
+    pub fn snapshot(&self) -> PoolSnapshot {
+        self.snapshot.borrow().clone()
+    }
+
+    /// Waits until the pool's snapshot satisfies `wanted`; `None` if the actor
+    /// ends before.
+    pub async fn wait_for(
+        &self,
+        wanted: impl FnMut(&PoolSnapshot) -> bool,
+    ) -> Option<PoolSnapshot> {
+        let mut snapshot = self.snapshot.clone();
+        snapshot
+            .wait_for(wanted)
+            .await
+            .ok()
+            .map(|found| found.clone())
+    }
+
+    /// Puts a task into the queue.
+    pub async fn submit(&self, submission: Submission) -> Result<Admitted, Failure> {
+        let send = |reply| Command::Submit(Box::new(submission), reply);
+        self.ask(send, COMMAND_LIMIT).await?
+    }
+
+    /// Ends a task. Its log is closed at once; the answer comes when the
+    /// engine's slot was seen free, or the adapter gave up waiting for that.
+    pub async fn cancel(&self, task: TaskId) -> Result<Cancelled, Failure> {
+        self.ask(|reply| Command::Cancel(task, reply), CANCEL_LIMIT)
+            .await
+    }
+
+    /// How many tasks go first, and the time until this one starts; `None` if
+    /// it does not wait.
+    pub async fn position(&self, task: TaskId) -> Result<Option<(usize, Duration)>, Failure> {
+        self.ask(|reply| Command::Position(task, reply), COMMAND_LIMIT)
+            .await
+    }
+
+    /// For the supervisor. Fails only when the actor is gone, in which case
+    /// nobody is left to be told.
+    pub async fn change(&self, change: Change) {
+        let _ = self.commands.send(Command::Change(change)).await;
+    }
+
+    /// Refuses new tasks, ends queued ones, and returns when the running ones
+    /// are over, at the latest after `limit` plus what cancelling them takes.
+    pub async fn drain(&self, limit: Duration) {
+        let _ = self
+            .ask(|reply| Command::Drain(limit, reply), limit + CANCEL_LIMIT)
+            .await;
+    }
+
+    async fn ask<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<T>) -> Command,
+        limit: Duration,
+    ) -> Result<T, Failure> {
+        let (reply, answer) = oneshot::channel();
+        let command = command(reply);
+        let asked = async {
+            self.commands.send(command).await.ok()?;
+            answer.await.ok()
+        };
+        match tokio::time::timeout(limit, asked).await {
+            Ok(Some(answer)) => Ok(answer),
+            Ok(None) => Err(Failure::shutting_down(&self.settings.id)),
+            Err(_) => Err(Failure::internal(format!(
+                "pool {} did not answer within {} s",
+                self.settings.id,
+                limit.as_secs()
+            ))),
+        }
+    }
+}

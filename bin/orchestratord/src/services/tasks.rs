@@ -1,0 +1,209 @@
+//! The tasks there are. A finished one is kept for a while, so that a reader
+//! can come late, and then forgotten, so that memory stays bounded.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use llama_orch_types::{PoolId, TaskId};
+
+use super::admission::Priority;
+use super::event_log::EventLog;
+
+/// A task, from admission until it is forgotten.
+#[derive(Debug)]
+pub struct TaskRecord {
+    pub id: TaskId,
+    pub pool: PoolId,
+    pub priority: Priority,
+    pub correlation_id: String,
+    /// Whether the last reader's leaving cancels the task.
+    pub cancel_on_disconnect: bool,
+    pub created_at: SystemTime,
+    pub created: Instant,
+    pub log: Arc<EventLog>,
+    /// What the client was told; set once, at admission.
+    pub admitted: OnceLock<Admitted>,
+    /// When the engine took it.
+    pub started: OnceLock<Instant>,
+    /// When its log was closed, as far as the registry has noticed.
+    finished: OnceLock<Instant>,
+    readers: AtomicUsize,
+}
+
+/// What admission promised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Admitted {
+    /// How many tasks go first; 0 is next.
+    pub queue_position: usize,
+    pub predicted_start: Duration,
+    /// How long to wait before sending the next task; zero while the queue is
+    /// less than half full.
+    pub backoff: Duration,
+}
+
+impl TaskRecord {
+    pub fn new(
+        pool: PoolId,
+        priority: Priority,
+        correlation_id: String,
+        cancel_on_disconnect: bool,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            id: TaskId::generate(),
+            pool,
+            priority,
+            correlation_id,
+            cancel_on_disconnect,
+            created_at: SystemTime::now(),
+            created: Instant::now(),
+            log: EventLog::new(),
+            admitted: OnceLock::new(),
+            started: OnceLock::new(),
+            finished: OnceLock::new(),
+            readers: AtomicUsize::new(0),
+        })
+    }
+
+    pub fn reader_came(&self) {
+        self.readers.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Whether that was the last reader of a task that wants to be cancelled
+    /// in that case and is not over.
+    pub fn reader_left(&self) -> bool {
+        let last = self.readers.fetch_sub(1, Ordering::AcqRel) == 1;
+        last && self.cancel_on_disconnect && !self.log.is_closed()
+    }
+}
+
+/// How long finished tasks are kept.
+#[derive(Debug, Clone, Copy)]
+pub struct Retention {
+    pub keep_for: Duration,
+    pub at_most: usize,
+}
+
+/// All tasks, by id.
+#[derive(Debug)]
+pub struct TaskRegistry {
+    // Held for a look-up or an insertion only, never across an await.
+    tasks: Mutex<HashMap<TaskId, Arc<TaskRecord>>>,
+    retention: Retention,
+}
+
+impl TaskRegistry {
+    pub fn new(retention: Retention) -> Self {
+        Self {
+            tasks: Mutex::default(),
+            retention,
+        }
+    }
+
+    pub fn insert(&self, record: Arc<TaskRecord>) {
+        self.lock().insert(record.id, record);
+    }
+
+    pub fn get(&self, id: TaskId) -> Option<Arc<TaskRecord>> {
+        self.lock().get(&id).cloned()
+    }
+
+    /// Forgets a task that was never admitted.
+    pub fn remove(&self, id: TaskId) {
+        self.lock().remove(&id);
+    }
+
+    pub fn len(&self) -> usize {
+        self.lock().len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Forgets finished tasks that are too old or too many, oldest first.
+    /// Running and queued tasks are never forgotten. Called once in a while.
+    pub fn sweep(&self, now: Instant) {
+        let mut tasks = self.lock();
+        let mut finished: Vec<(Instant, TaskId)> = tasks
+            .values()
+            .filter(|record| record.log.is_closed())
+            .map(|record| (*record.finished.get_or_init(|| now), record.id))
+            .collect();
+        finished.sort_unstable_by_key(|(at, id)| (std::cmp::Reverse(*at), std::cmp::Reverse(*id)));
+        for (index, (at, id)) in finished.into_iter().enumerate() {
+            if index >= self.retention.at_most || now.duration_since(at) > self.retention.keep_for {
+                tasks.remove(&id);
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<TaskId, Arc<TaskRecord>>> {
+        // Map operations do not panic half-way, so the map is whole.
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::services::event_log::{Failure, TaskEvent};
+    use llama_orch_types::ErrorCode;
+
+    fn record(cancel_on_disconnect: bool) -> Arc<TaskRecord> {
+        TaskRecord::new(
+            PoolId::default_pool(),
+            Priority::default(),
+            "c".to_owned(),
+            cancel_on_disconnect,
+        )
+    }
+
+    fn close(record: &TaskRecord) {
+        record
+            .log
+            .append(TaskEvent::Error(Failure::new(ErrorCode::Internal, "over")))
+            .unwrap();
+    }
+
+    #[test]
+    fn only_finished_tasks_are_forgotten_and_the_newest_are_kept() {
+        let registry = TaskRegistry::new(Retention {
+            keep_for: Duration::from_mins(1),
+            at_most: 2,
+        });
+        let records: Vec<_> = (0..5).map(|_| record(false)).collect();
+        for record in &records {
+            registry.insert(Arc::clone(record));
+        }
+        records[..4].iter().for_each(|record| close(record));
+        let now = Instant::now();
+        registry.sweep(now);
+        let kept = |record: &Arc<TaskRecord>| registry.get(record.id).is_some();
+        assert_eq!(
+            records.iter().map(kept).collect::<Vec<_>>(),
+            [false, false, true, true, true]
+        );
+        registry.sweep(now + Duration::from_secs(61));
+        assert_eq!(
+            records.iter().map(kept).collect::<Vec<_>>(),
+            [false, false, false, false, true]
+        );
+    }
+
+    #[test]
+    fn only_the_last_reader_of_a_living_task_cancels_it() {
+        let task = record(true);
+        task.reader_came();
+        task.reader_came();
+        assert!(!task.reader_left());
+        assert!(task.reader_left());
+        task.reader_came();
+        close(&task);
+        assert!(!task.reader_left());
+        let stays = record(false);
+        stays.reader_came();
+        assert!(!stays.reader_left());
+    }
+}

@@ -1,0 +1,69 @@
+//! The names of the metrics, in one place, and what they mean.
+
+use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+
+pub const TASKS: &str = "orchestratord_tasks_total";
+pub const REFUSED: &str = "orchestratord_tasks_refused_total";
+pub const QUEUED: &str = "orchestratord_queue_depth";
+pub const RUNNING: &str = "orchestratord_running_tasks";
+pub const SLOTS: &str = "orchestratord_slots";
+pub const READY: &str = "orchestratord_pool_ready";
+pub const ENGINE_EXITS: &str = "orchestratord_engine_exits_total";
+pub const TOKENS_IN: &str = "orchestratord_prompt_tokens_total";
+pub const TOKENS_OUT: &str = "orchestratord_generated_tokens_total";
+pub const QUEUE_WAIT: &str = "orchestratord_queue_wait_seconds";
+pub const FIRST_TOKEN: &str = "orchestratord_time_to_first_token_seconds";
+pub const SERVICE_TIME: &str = "orchestratord_service_time_seconds";
+pub const CANCEL_FREED: &str = "orchestratord_cancel_to_free_seconds";
+pub const READY_AFTER: &str = "orchestratord_pool_ready_after_seconds";
+
+/// Bucket bounds in seconds: from a cached first token to a long build.
+pub const BUCKETS: &[f64] = &[
+    0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0,
+];
+
+pub fn describe() {
+    describe_counter!(
+        TASKS,
+        "Tasks that are over, by pool and outcome (completed, cancelled, or an error code)"
+    );
+    describe_counter!(
+        REFUSED,
+        "Tasks refused at admission, by pool and error code"
+    );
+    describe_gauge!(QUEUED, "Tasks waiting, by pool and priority");
+    describe_gauge!(RUNNING, "Tasks in the engine, by pool");
+    describe_gauge!(SLOTS, "Tasks the engine decodes side by side, by pool");
+    describe_gauge!(READY, "1 while the pool takes tasks to its engine, else 0");
+    describe_counter!(
+        ENGINE_EXITS,
+        "Engines that ended without being asked to, by pool"
+    );
+    describe_counter!(TOKENS_IN, "Prompt tokens of completed tasks, by pool");
+    describe_counter!(TOKENS_OUT, "Generated tokens of completed tasks, by pool");
+    describe_histogram!(
+        QUEUE_WAIT,
+        Unit::Seconds,
+        "From admission until the engine took the task"
+    );
+    describe_histogram!(
+        FIRST_TOKEN,
+        Unit::Seconds,
+        "From admission until the first piece of the answer"
+    );
+    describe_histogram!(
+        SERVICE_TIME,
+        Unit::Seconds,
+        "From dispatch until the task was over"
+    );
+    describe_histogram!(
+        CANCEL_FREED,
+        Unit::Seconds,
+        "From a cancel until the engine's slot was seen free"
+    );
+    describe_histogram!(
+        READY_AFTER,
+        Unit::Seconds,
+        "From the start of making a pool ready until it was"
+    );
+}

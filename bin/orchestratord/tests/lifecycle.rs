@@ -1,0 +1,309 @@
+//! The engine's life under the daemon: loading, crashing, failing, stopping.
+
+mod support;
+
+use std::process::Output;
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use support::{Setup, exists, is_alive, shape, text};
+use test_harness_fake_engine::{Fault, LoadFailure, Script, grandchild};
+
+fn id(accepted: &Value) -> &str {
+    accepted["task_id"].as_str().unwrap()
+}
+
+fn output(setup: &Setup, args: &[&str]) -> Output {
+    setup.command(args).output().unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[tokio::test]
+async fn a_task_submitted_while_the_engine_loads_waits_and_completes() {
+    let daemon = Setup::new(&Script {
+        load_ms: 600,
+        ..Script::default()
+    })
+    .start();
+    let accepted = daemon.submit(json!({ "prompt": "a" })).await;
+    let steps = accepted["preparation"]["steps"].as_array().unwrap();
+    assert!(!steps.is_empty(), "{accepted}");
+    assert!(accepted["predicted_start_ms"].as_u64().unwrap() > 0);
+    let health = daemon.get("/v2/pools/default/health").await;
+    assert_eq!(health.status(), 503);
+    assert!(health.headers().contains_key("retry-after"));
+    assert_eq!(daemon.get_json("/health").await["status"], "preparing");
+    let events = daemon.events(id(&accepted), None).await;
+    assert_eq!(shape(&events), ["started", "token", "end"]);
+    assert_eq!(daemon.get("/v2/pools/default/health").await.status(), 200);
+    assert_eq!(daemon.get_json("/health").await["status"], "ok");
+}
+
+#[tokio::test]
+async fn a_crash_in_mid_stream_is_said_and_the_engine_comes_back() {
+    let script = Script {
+        fault: Some(Fault::Crash {
+            after_tokens: 2,
+            exit_code: 3,
+        }),
+        token_ms: 5,
+        ..Script::default()
+    };
+    let daemon = Setup::new(&script).ready().await;
+    let first = daemon.submit(json!({ "prompt": "a" })).await;
+    let second = daemon.submit(json!({ "prompt": "b" })).await;
+    // The engine's next start follows a script without the fault.
+    test_harness_fake_engine::install(&daemon.engine_dir(), &Script::default());
+    let events = daemon.events(id(&first), None).await;
+    assert_eq!(shape(&events), ["started", "token", "error"]);
+    let error = &events.last().unwrap().data;
+    assert_eq!(error["code"], "WORKER_RESET");
+    assert_eq!(error["retriable"], true);
+    // The queued task was kept and ran on the new engine.
+    let events = daemon.events(id(&second), None).await;
+    assert_eq!(shape(&events), ["started", "token", "end"], "{events:?}");
+    let pool = daemon.pool().await;
+    assert_eq!(pool["engine_exits"], 1);
+    assert_eq!(pool["state"], "ready");
+}
+
+#[tokio::test]
+async fn an_engine_that_dies_while_loading_fails_the_pool_with_its_last_words() {
+    let script = Script {
+        load_failure: Some(LoadFailure {
+            exit_code: 1,
+            message: "no room for the tensors".to_owned(),
+        }),
+        load_ms: 150,
+        ..Script::default()
+    };
+    let daemon = Setup::new(&script).start();
+    let waiting = daemon.submit(json!({ "prompt": "a" })).await;
+    let events = daemon.events(id(&waiting), None).await;
+    assert_eq!(shape(&events), ["error"]);
+    assert_eq!(events[0].data["code"], "POOL_UNAVAILABLE");
+    let pool = daemon.until_state("failed").await;
+    assert!(
+        pool["last_error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("no room for the tensors"),
+        "{pool}"
+    );
+    let refused = daemon.post("/v2/tasks", json!({ "prompt": "a" })).await;
+    assert_eq!(refused.status(), 503);
+    assert_eq!(
+        refused.json::<Value>().await.unwrap()["error"]["code"],
+        "POOL_UNAVAILABLE"
+    );
+    assert_eq!(daemon.get_json("/health").await["status"], "degraded");
+}
+
+#[tokio::test]
+async fn no_engine_to_be_had_means_503_and_no_token() {
+    let setup = Setup::new(&Script::default())
+        .pool(
+            "provision",
+            json!({ "mode": "system", "path": "/nowhere/llama-server" }),
+        )
+        .env("REQUIRE_REAL_LLAMA", "1");
+    let daemon = setup.start();
+    let pool = daemon.until_state("failed").await;
+    assert!(
+        pool["last_error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("/nowhere/llama-server"),
+        "{pool}"
+    );
+    assert_eq!(
+        daemon
+            .post("/v2/tasks", json!({ "prompt": "a" }))
+            .await
+            .status(),
+        503
+    );
+}
+
+#[tokio::test]
+async fn a_stop_signal_lets_running_tasks_finish_and_leaves_nothing_behind() {
+    let mut daemon = Setup::new(&Script {
+        token_ms: 20,
+        ..Script::default()
+    })
+    .ready()
+    .await;
+    assert!(exists(&daemon.handoff()) && exists(&daemon.pid_file()));
+    let engine = daemon.pool().await["replica"]["pid"].as_u64().unwrap();
+    let running = daemon.submit(json!({ "prompt": "a" })).await;
+    let queued = daemon.submit(json!({ "prompt": "b" })).await;
+    let (mut reader, mut waiter) = (
+        daemon.open_events(id(&running), "", None).await,
+        daemon.open_events(id(&queued), "", None).await,
+    );
+    let mut events = vec![reader.next().await.unwrap()];
+    daemon.signal(Signal::SIGTERM);
+    while let Some(event) = reader.next().await {
+        events.push(event);
+    }
+    assert_eq!(
+        shape(&events),
+        ["started", "token", "end"],
+        "the running task finished"
+    );
+    assert_eq!(text(&events), Script::default().pieces.concat());
+    let refused = waiter.next().await.unwrap();
+    assert_eq!(
+        (refused.name.as_str(), refused.data["code"].as_str()),
+        ("error", Some("POOL_UNAVAILABLE"))
+    );
+    assert!(daemon.wait().success());
+    assert!(!is_alive(engine));
+    assert!(!exists(&daemon.handoff()) && !exists(&daemon.pid_file()));
+    assert!(!exists(&daemon.runtime_dir().join("orchestratord.json")));
+}
+
+#[tokio::test]
+async fn a_second_signal_ends_at_once() {
+    let setup = Setup::new(&Script::endless(5)).top("drain_seconds", 3600);
+    let mut daemon = setup.ready().await;
+    let running = daemon
+        .submit(json!({ "prompt": "a", "max_tokens": 4000 }))
+        .await;
+    let mut reader = daemon.open_events(id(&running), "", None).await;
+    reader.next().await.unwrap();
+    daemon.signal(Signal::SIGINT);
+    daemon.until_state("draining").await;
+    daemon.signal(Signal::SIGINT);
+    assert!(daemon.wait().success());
+}
+
+#[tokio::test]
+async fn a_killed_daemon_takes_its_engine_with_it() {
+    let mut daemon = Setup::new(&Script::default()).ready().await;
+    let engine = daemon.pool().await["replica"]["pid"].as_u64().unwrap();
+    daemon.signal(Signal::SIGKILL);
+    daemon.wait();
+    daemon
+        .until("the engine is gone", async || {
+            (!is_alive(engine)).then_some(())
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn an_engine_that_ignores_term_and_has_a_child_is_ended_all_the_same() {
+    let script = Script {
+        ignore_term: true,
+        grandchild: true,
+        ..Script::default()
+    };
+    let mut daemon = Setup::new(&script).ready().await;
+    let engine = daemon.pool().await["replica"]["pid"].as_u64().unwrap();
+    let child = u64::from(grandchild(&daemon.engine_dir()).unwrap());
+    assert!(is_alive(engine) && is_alive(child));
+    daemon.signal(Signal::SIGTERM);
+    daemon.wait();
+    daemon
+        .until("both are gone", async || {
+            (!is_alive(engine) && !is_alive(child)).then_some(())
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_token_opens_every_route_and_health_needs_none() {
+    let daemon = Setup::new(&Script::default())
+        .top("auth", json!({ "token": "s3cret" }))
+        .start();
+    assert_eq!(daemon.get("/health").await.status(), 200);
+    for path in ["/v2/pools", "/metrics", "/openapi.json", "/v2/nothing"] {
+        let refused = daemon.get(path).await;
+        assert_eq!(refused.status(), 401, "{path}");
+        assert_eq!(refused.headers()["www-authenticate"], "Bearer");
+        assert_eq!(
+            refused.json::<Value>().await.unwrap()["error"]["code"],
+            "UNAUTHORIZED"
+        );
+        let url = format!("{}{path}", daemon.url);
+        let opened = daemon
+            .client
+            .get(url)
+            .bearer_auth("s3cret")
+            .send()
+            .await
+            .unwrap();
+        assert_ne!(opened.status(), 401, "{path}");
+    }
+}
+
+#[test]
+fn an_open_address_without_a_token_is_refused_at_start() {
+    let setup = Setup::new(&Script::default()).top("listen", "0.0.0.0:0");
+    let output = output(&setup, &["serve"]);
+    assert!(!output.status.success());
+    let said = stderr(&output);
+    assert!(
+        said.contains("listen") && said.contains("hint:") && said.contains("token"),
+        "{said}"
+    );
+}
+
+#[test]
+fn the_shims_variables_are_refused_where_only_real_engines_may_answer() {
+    let setup = Setup::new(&Script::default())
+        .env("REQUIRE_REAL_LLAMA", "1")
+        .env("ORCHD_LLAMACPP_URL", "http://127.0.0.1:9");
+    let output = output(&setup, &["serve"]);
+    assert!(!output.status.success());
+    let said = stderr(&output);
+    assert!(
+        said.contains("ORCHD_LLAMACPP_URL") && said.contains("REQUIRE_REAL_LLAMA"),
+        "{said}"
+    );
+}
+
+#[test]
+fn run_prints_the_answer_and_nothing_else_on_standard_output() {
+    let setup = Setup::new(&Script::with_pieces(&["Good ", "day"]));
+    let output = output(&setup, &["run", "Hello"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "Good day\n");
+    assert!(stderr(&output).contains("2 tokens"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_failed_run_says_why_and_what_to_do() {
+    let setup = Setup::new(&Script::default()).pool("model", "no-such-profile");
+    let output = output(&setup, &["run", "Hello"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.stdout.is_empty());
+    let said = stderr(&output);
+    assert!(
+        said.contains("no-such-profile") && said.contains("hint:"),
+        "{said}"
+    );
+}
+
+#[test]
+fn config_check_and_schema_work() {
+    let good = output(&Setup::new(&Script::default()), &["config", "check"]);
+    assert!(good.status.success(), "{}", stderr(&good));
+    let bad = output(
+        &Setup::new(&Script::default()).pool("slotz", 1),
+        &["config", "check"],
+    );
+    assert!(!bad.status.success());
+    let said = stderr(&bad);
+    assert!(
+        said.contains("slotz") && said.contains("orchestratord.json:"),
+        "{said}"
+    );
+    assert!(said.contains("hint: did you mean `slots`?"), "{said}");
+    let schema = output(&Setup::new(&Script::default()), &["config", "schema"]);
+    let schema: Value = serde_json::from_slice(&schema.stdout).unwrap();
+    assert!(schema["properties"]["pools"].is_object());
+}

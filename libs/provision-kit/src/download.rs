@@ -1,0 +1,470 @@
+//! One file over HTTP: resumed, hashed as it arrives, retried within bounds.
+//!
+//! ```text
+//! attempt ──► request (Range when something is there)
+//!               │ 206 from where we are ──► append
+//!               │ 200                   ──► the server ignored Range: begin again
+//!               │ 416                   ──► complete already, or begin again
+//!               │ other 4xx             ──► give up
+//!               └ 5xx, 429, cut, stall  ──► wait, next attempt
+//! whole ──► length and digest as expected? ──► the part file, complete
+//!               └ no ──► part file removed; once more from zero if it was resumed
+//! ```
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use llama_orch_types::Digest;
+use reqwest::header::{
+    ACCEPT_ENCODING, CONTENT_RANGE, ETAG, HeaderMap, HeaderValue, IF_RANGE, RANGE, RETRY_AFTER,
+};
+use reqwest::{Client, Response, StatusCode};
+
+use crate::fs::{free_space, remove_file_if_there, write_atomic};
+use crate::part::PartFile;
+use crate::progress::Step;
+use crate::secret::Secret;
+
+pub use crate::download_error::DownloadError;
+
+/// The longest wait between two attempts, whatever the server asks for.
+const MAX_BACKOFF: Duration = Duration::from_mins(1);
+
+/// An attempt that brought at least this much is not counted as a failed one.
+const PROGRESS_THAT_COUNTS: u64 = 1024 * 1024;
+
+/// What to fetch, and how patiently.
+#[derive(Debug, Clone)]
+pub struct Download<'a> {
+    pub url: &'a str,
+    /// Sent as `Authorization: Bearer …` to the URL's own host only.
+    pub bearer: Option<&'a Secret>,
+    /// Where the bytes gather. The caller gives a complete file its name.
+    pub part: &'a Path,
+    pub expected_digest: Option<Digest>,
+    /// In bytes.
+    pub expected_size: Option<u64>,
+    /// Longest time without a byte before the attempt counts as failed.
+    pub stall_timeout: Duration,
+    /// Attempts in a row that bring nothing before giving up; at least one.
+    pub attempts: u32,
+    /// Wait after the first failed attempt; doubled for each further one.
+    pub backoff: Duration,
+}
+
+impl<'a> Download<'a> {
+    /// A download with patience for slow servers.
+    pub fn new(url: &'a str, part: &'a Path) -> Self {
+        Self {
+            url,
+            bearer: None,
+            part,
+            expected_digest: None,
+            expected_size: None,
+            stall_timeout: Duration::from_secs(30),
+            attempts: 5,
+            backoff: Duration::from_millis(500),
+        }
+    }
+}
+
+/// A complete file, checked as far as it could be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fetched {
+    /// The part file.
+    pub path: PathBuf,
+    pub digest: Digest,
+    /// In bytes.
+    pub size: u64,
+}
+
+/// A client for [`fetch`]: bounded connects, no overall time limit (a model
+/// may take hours), and a name servers can see.
+pub fn http_client() -> Result<Client, DownloadError> {
+    Client::builder()
+        .user_agent(concat!("llama-orch/", env!("CARGO_PKG_VERSION")))
+        .connect_timeout(Duration::from_secs(15))
+        .build()
+        .map_err(DownloadError::Client)
+}
+
+/// Fetches one file into its part file. Moves `step` along in bytes.
+///
+/// Two fetches must not share a part file: callers hold a lock.
+pub async fn fetch(
+    client: &Client,
+    download: Download<'_>,
+    step: &mut Step,
+) -> Result<Fetched, DownloadError> {
+    let mut transfer = Transfer::open(client, &download).await?;
+    let mut resumed = transfer.part.size() > 0;
+    loop {
+        let whole = transfer.run(step).await?;
+        let (digest, size) = whole.complete().await?;
+        let problem = match (download.expected_size, download.expected_digest) {
+            (Some(expected), _) if expected != size => DownloadError::WrongSize {
+                url: display_url(download.url),
+                expected,
+                actual: size,
+            },
+            (_, Some(expected)) if expected != digest => DownloadError::WrongDigest {
+                url: display_url(download.url),
+                expected,
+                actual: digest,
+                size,
+            },
+            _ => {
+                remove_file_if_there(&etag_path(download.part))?;
+                return Ok(Fetched {
+                    path: download.part.to_owned(),
+                    digest,
+                    size,
+                });
+            }
+        };
+        remove_file_if_there(download.part)?;
+        remove_file_if_there(&etag_path(download.part))?;
+        if !resumed {
+            return Err(problem);
+        }
+        // The bytes left by an earlier transfer may be the wrong ones.
+        step.note(format!("{problem}; fetching it again from the start"));
+        resumed = false;
+        transfer = Transfer::open(client, &download).await?;
+    }
+}
+
+/// The attempts at one file.
+struct Transfer<'a> {
+    client: &'a Client,
+    download: &'a Download<'a>,
+    part: PartFile,
+    /// The server's name for this version of the file.
+    etag: Option<HeaderValue>,
+    /// The whole file's length, once known.
+    total: Option<u64>,
+    failures: u32,
+}
+
+/// What one attempt came to.
+enum Attempt {
+    Whole,
+    /// What is there cannot be continued: begin again.
+    Restart(&'static str),
+}
+
+impl<'a> Transfer<'a> {
+    async fn open(client: &'a Client, download: &'a Download<'a>) -> Result<Self, DownloadError> {
+        let mut part = PartFile::open(download.part).await?;
+        let etag = stored_etag(download.part);
+        // Without a digest or the server's name for the version, nothing would
+        // notice that the file changed between two transfers.
+        let trusted = download.expected_digest.is_some() || etag.is_some();
+        let too_long = download
+            .expected_size
+            .is_some_and(|expected| part.size() > expected);
+        if part.size() > 0 && (!trusted || too_long) {
+            part.restart().await?;
+        }
+        Ok(Self {
+            client,
+            download,
+            part,
+            etag,
+            total: download.expected_size,
+            failures: 0,
+        })
+    }
+
+    /// Attempts until the file is whole or hope is gone.
+    async fn run(mut self, step: &mut Step) -> Result<PartFile, DownloadError> {
+        step.set(self.part.size(), self.total);
+        if self.part.size() > 0 && Some(self.part.size()) == self.download.expected_size {
+            return Ok(self.part);
+        }
+        let mut restarts = 0;
+        loop {
+            let before = self.part.size();
+            let error = match self.attempt(step).await {
+                Ok(Attempt::Whole) => return Ok(self.part),
+                Ok(Attempt::Restart(why)) => {
+                    restarts += 1;
+                    if restarts > 2 {
+                        return Err(self.confused(why));
+                    }
+                    step.note(format!("{why}; fetching it again from the start"));
+                    self.part.restart().await?;
+                    self.etag = None;
+                    self.total = self.download.expected_size;
+                    continue;
+                }
+                Err(error) => error,
+            };
+            // What has arrived must outlive the failure.
+            self.part.flush().await?;
+            if !error.retriable() {
+                return Err(error);
+            }
+            if self.part.size() >= before + PROGRESS_THAT_COUNTS {
+                self.failures = 0;
+            }
+            self.failures += 1;
+            if self.failures >= self.download.attempts.max(1) {
+                return Err(error);
+            }
+            let wait = self.backoff(&error);
+            step.note(format!(
+                "{error}; trying again in {:.1} s ({} of {})",
+                wait.as_secs_f64(),
+                self.failures + 1,
+                self.download.attempts
+            ));
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    fn backoff(&self, error: &DownloadError) -> Duration {
+        let doubled = self.download.backoff
+            * 2u32
+                .saturating_pow(self.failures.saturating_sub(1))
+                .min(1024);
+        error
+            .retry_after()
+            .unwrap_or(doubled)
+            .max(doubled)
+            .min(MAX_BACKOFF)
+    }
+
+    fn confused(&self, why: &'static str) -> DownloadError {
+        DownloadError::Confused {
+            url: display_url(self.download.url),
+            why,
+        }
+    }
+
+    async fn attempt(&mut self, step: &mut Step) -> Result<Attempt, DownloadError> {
+        let response = self.send().await?;
+        let from = self.part.size();
+        match response.status() {
+            StatusCode::PARTIAL_CONTENT => match content_range(response.headers()) {
+                Some(range) if range.start == Some(from) => self.total = range.total.or(self.total),
+                _ => {
+                    return Ok(Attempt::Restart(
+                        "the server sent another part of the file than asked for",
+                    ));
+                }
+            },
+            StatusCode::RANGE_NOT_SATISFIABLE if from > 0 => {
+                let total = content_range(response.headers()).and_then(|range| range.total);
+                return Ok(if total == Some(from) {
+                    Attempt::Whole
+                } else {
+                    Attempt::Restart("what was here is longer than the server's file")
+                });
+            }
+            status if status.is_success() => {
+                if from > 0 {
+                    self.part.restart().await?;
+                }
+                self.total = response.content_length().or(self.download.expected_size);
+            }
+            status => {
+                return Err(DownloadError::status(
+                    self.download.url,
+                    status,
+                    retry_after(response.headers()),
+                ));
+            }
+        }
+        self.check_total()?;
+        self.check_space()?;
+        self.remember_etag(response.headers())?;
+        self.receive(response, step).await?;
+        Ok(Attempt::Whole)
+    }
+
+    async fn send(&self) -> Result<Response, DownloadError> {
+        // A compressed answer would have other lengths and another digest.
+        let mut request = self
+            .client
+            .get(self.download.url)
+            .header(ACCEPT_ENCODING, "identity");
+        if let Some(bearer) = self.download.bearer {
+            // reqwest marks it sensitive and drops it when redirected to another host.
+            request = request.bearer_auth(bearer.reveal());
+        }
+        if self.part.size() > 0 {
+            request = request.header(RANGE, format!("bytes={}-", self.part.size()));
+            if let Some(etag) = &self.etag {
+                request = request.header(IF_RANGE, etag.clone());
+            }
+        }
+        match tokio::time::timeout(self.download.stall_timeout, request.send()).await {
+            Ok(Ok(response)) => Ok(response),
+            Ok(Err(error)) => Err(DownloadError::request(self.download.url, error)),
+            Err(_) => Err(self.stalled()),
+        }
+    }
+
+    async fn receive(
+        &mut self,
+        mut response: Response,
+        step: &mut Step,
+    ) -> Result<(), DownloadError> {
+        step.set(self.part.size(), self.total);
+        loop {
+            let chunk =
+                match tokio::time::timeout(self.download.stall_timeout, response.chunk()).await {
+                    Ok(Ok(Some(chunk))) => chunk,
+                    Ok(Ok(None)) => break,
+                    Ok(Err(error)) => {
+                        return Err(DownloadError::Cut {
+                            url: display_url(self.download.url),
+                            received: self.part.size(),
+                            source: error.without_url(),
+                        });
+                    }
+                    Err(_) => return Err(self.stalled()),
+                };
+            self.part.write(&chunk).await?;
+            step.set(self.part.size(), self.total);
+            if let Some(total) = self.total
+                && self.part.size() > total
+            {
+                return Err(self.wrong_size(total));
+            }
+        }
+        match self.total {
+            Some(total) if total > self.part.size() => Err(DownloadError::Short {
+                url: display_url(self.download.url),
+                received: self.part.size(),
+                total,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn stalled(&self) -> DownloadError {
+        DownloadError::Stalled {
+            url: display_url(self.download.url),
+            received: self.part.size(),
+            seconds: self.download.stall_timeout.as_secs_f64(),
+        }
+    }
+
+    fn wrong_size(&self, expected: u64) -> DownloadError {
+        DownloadError::WrongSize {
+            url: display_url(self.download.url),
+            expected,
+            actual: self.part.size(),
+        }
+    }
+
+    /// The server's length must be the expected one: better to hear it now
+    /// than after the last byte.
+    fn check_total(&self) -> Result<(), DownloadError> {
+        match (self.download.expected_size, self.total) {
+            (Some(expected), Some(actual)) if expected != actual => Err(DownloadError::WrongSize {
+                url: display_url(self.download.url),
+                expected,
+                actual,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_space(&self) -> Result<(), DownloadError> {
+        let Some(total) = self.total else {
+            return Ok(());
+        };
+        let needed = total.saturating_sub(self.part.size());
+        let free = free_space(self.download.part)?;
+        if free < needed {
+            return Err(DownloadError::NoSpace {
+                path: self.download.part.to_owned(),
+                needed,
+                free,
+            });
+        }
+        Ok(())
+    }
+
+    /// Keeps the server's name for this version beside the part file, so that
+    /// a later process can continue it. Weak names do not promise equal bytes.
+    fn remember_etag(&mut self, headers: &HeaderMap) -> Result<(), DownloadError> {
+        let etag = headers
+            .get(ETAG)
+            .filter(|etag| !etag.as_bytes().starts_with(b"W/"));
+        if etag != self.etag.as_ref() || self.part.size() == 0 {
+            let path = etag_path(self.download.part);
+            match etag {
+                Some(etag) => write_atomic(&path, etag.as_bytes())?,
+                None => remove_file_if_there(&path)?,
+            }
+            self.etag = etag.cloned();
+        }
+        Ok(())
+    }
+}
+
+fn etag_path(part: &Path) -> PathBuf {
+    let mut name = part.as_os_str().to_owned();
+    name.push(".etag");
+    name.into()
+}
+
+fn stored_etag(part: &Path) -> Option<HeaderValue> {
+    let bytes = std::fs::read(etag_path(part)).ok()?;
+    HeaderValue::from_bytes(&bytes).ok()
+}
+
+#[derive(Debug, PartialEq)]
+struct ContentRange {
+    start: Option<u64>,
+    total: Option<u64>,
+}
+
+/// Reads `bytes 5-9/10`, `bytes 5-9/*` and `bytes */10`.
+fn content_range(headers: &HeaderMap) -> Option<ContentRange> {
+    let text = headers.get(CONTENT_RANGE)?.to_str().ok()?;
+    let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
+    Some(ContentRange {
+        start: range
+            .split_once('-')
+            .and_then(|(start, _)| start.trim().parse().ok()),
+        total: total.trim().parse().ok(),
+    })
+}
+
+/// `Retry-After` in seconds; its form as a date is not looked at.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let seconds = headers
+        .get(RETRY_AFTER)?
+        .to_str()
+        .ok()?
+        .trim()
+        .parse()
+        .ok()?;
+    Some(Duration::from_secs(seconds))
+}
+
+/// A URL fit for messages: without user, password and query, which may hold
+/// secrets.
+pub fn display_url(url: &str) -> String {
+    match reqwest::Url::parse(url) {
+        Ok(mut parsed) => {
+            // Fails only for URLs that cannot carry a user at all.
+            let _ = parsed.set_username("");
+            let _ = parsed.set_password(None);
+            let had_query = parsed.query().is_some();
+            parsed.set_query(None);
+            parsed.set_fragment(None);
+            if had_query {
+                format!("{parsed}?…")
+            } else {
+                parsed.to_string()
+            }
+        }
+        Err(_) => url.split(['?', '#']).next().unwrap_or_default().to_owned(),
+    }
+}

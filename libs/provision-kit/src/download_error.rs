@@ -1,0 +1,173 @@
+//! Why a download failed, and whether trying again may help.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use llama_orch_types::{Digest, Hinted};
+use reqwest::StatusCode;
+
+use crate::download::display_url;
+use crate::fs::FsError;
+
+/// Why a file was not fetched.
+#[derive(Debug, thiserror::Error)]
+pub enum DownloadError {
+    #[error("cannot make an HTTP client")]
+    Client(#[source] reqwest::Error),
+    #[error("`{url}` is no URL that can be fetched")]
+    BadUrl {
+        url: String,
+        #[source]
+        source: reqwest::Error,
+    },
+    #[error("cannot reach {url}")]
+    Unreachable {
+        url: String,
+        #[source]
+        source: reqwest::Error,
+    },
+    #[error("the request for {url} failed")]
+    Request {
+        url: String,
+        #[source]
+        source: reqwest::Error,
+    },
+    #[error("{url} answered {status}")]
+    Status {
+        url: String,
+        status: StatusCode,
+        retry_after: Option<Duration>,
+    },
+    #[error("the transfer of {url} was cut after {received} bytes")]
+    Cut {
+        url: String,
+        received: u64,
+        #[source]
+        source: reqwest::Error,
+    },
+    #[error("the transfer of {url} ended after {received} of {total} bytes")]
+    Short {
+        url: String,
+        received: u64,
+        total: u64,
+    },
+    #[error("{url} sent nothing for {seconds:.0} s, after {received} bytes")]
+    Stalled {
+        url: String,
+        received: u64,
+        seconds: f64,
+    },
+    #[error("{url} does not answer consistently: {why}")]
+    Confused { url: String, why: &'static str },
+    #[error("{url} has {actual} bytes where {expected} were expected")]
+    WrongSize {
+        url: String,
+        expected: u64,
+        actual: u64,
+    },
+    #[error("{url} has the digest {actual} ({size} bytes) where {expected} was expected")]
+    WrongDigest {
+        url: String,
+        expected: Digest,
+        actual: Digest,
+        size: u64,
+    },
+    #[error("{} needs {needed} more bytes and the disk has {free} left", path.display())]
+    NoSpace {
+        path: PathBuf,
+        needed: u64,
+        free: u64,
+    },
+    #[error(transparent)]
+    File(#[from] FsError),
+}
+
+impl DownloadError {
+    pub(crate) fn request(url: &str, error: reqwest::Error) -> Self {
+        let url = display_url(url);
+        let builder = error.is_builder();
+        let connect = error.is_connect();
+        let source = error.without_url();
+        if builder {
+            Self::BadUrl { url, source }
+        } else if connect {
+            Self::Unreachable { url, source }
+        } else {
+            Self::Request { url, source }
+        }
+    }
+
+    pub(crate) fn status(url: &str, status: StatusCode, retry_after: Option<Duration>) -> Self {
+        Self::Status {
+            url: display_url(url),
+            status,
+            retry_after,
+        }
+    }
+
+    /// Whether the same request may succeed a little later.
+    pub fn retriable(&self) -> bool {
+        match self {
+            Self::Unreachable { .. }
+            | Self::Request { .. }
+            | Self::Cut { .. }
+            | Self::Short { .. }
+            | Self::Stalled { .. } => true,
+            Self::Status { status, .. } => {
+                status.is_server_error()
+                    || matches!(
+                        *status,
+                        StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT
+                    )
+            }
+            Self::Client(_)
+            | Self::BadUrl { .. }
+            | Self::Confused { .. }
+            | Self::WrongSize { .. }
+            | Self::WrongDigest { .. }
+            | Self::NoSpace { .. }
+            | Self::File(_) => false,
+        }
+    }
+
+    /// How long the server asked us to wait.
+    pub(crate) fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Status { retry_after, .. } => *retry_after,
+            _ => None,
+        }
+    }
+}
+
+impl Hinted for DownloadError {
+    fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::Unreachable { .. } | Self::Request { .. } | Self::Stalled { .. } => {
+                "check the network, and HTTPS_PROXY if this machine needs a proxy; \
+                 or fetch the file on another machine and name it as `file:/…`"
+                    .to_owned()
+            }
+            Self::Cut { .. } | Self::Short { .. } => {
+                "start again: it goes on where it was cut".to_owned()
+            }
+            Self::Status { status, .. } => match status.as_u16() {
+                401 | 403 => "the file needs permission: set a token, or accept its terms on the site".to_owned(),
+                404 | 410 => "check the spelling of the address: there is no such file".to_owned(),
+                429 => "the server asks for patience: try again later".to_owned(),
+                500.. => "the server has a problem: try again later".to_owned(),
+                _ => return None,
+            },
+            Self::WrongSize { .. } | Self::WrongDigest { .. } => {
+                "the file is not the pinned one: name a source that holds the same bytes, or correct the digest if the new file is meant"
+                    .to_owned()
+            }
+            Self::NoSpace { needed, .. } => format!(
+                "free at least {} MB, or set `cache_dir` to a larger disk",
+                needed.div_ceil(1_000_000)
+            ),
+            Self::File(error) => return error.hint(),
+            Self::BadUrl { .. } => "an address starts with https:// and names a host".to_owned(),
+            Self::Client(_) | Self::Confused { .. } => return None,
+        })
+    }
+}

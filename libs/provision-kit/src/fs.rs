@@ -1,0 +1,322 @@
+//! Files, written whole or not at all, with errors that name the path.
+//!
+//! Everything here blocks: call it through `spawn_blocking` where the file
+//! may be large or the disk slow.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use llama_orch_types::{Digest, Hinted};
+use serde::Serialize;
+use sha2::{Digest as _, Sha256};
+
+use crate::lock::FileLock;
+
+/// A record file keeps this many of its newest lines.
+const MAX_RECORDS: usize = 10_000;
+
+/// How long a writer of records waits for another one.
+const RECORD_LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A file operation failed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {operation} {}", path.display())]
+pub struct FsError {
+    /// What was tried, as a verb: "write", "create the directory".
+    pub operation: &'static str,
+    pub path: PathBuf,
+    #[source]
+    pub source: io::Error,
+}
+
+impl FsError {
+    /// For `map_err`: names the operation and the path.
+    pub fn at(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self {
+            operation,
+            path: path.to_owned(),
+            source,
+        }
+    }
+
+    /// The disk or the user's share of it is full.
+    pub fn is_no_space(&self) -> bool {
+        matches!(
+            self.source.kind(),
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+        )
+    }
+}
+
+impl Hinted for FsError {
+    fn hint(&self) -> Option<String> {
+        let parent = self.path.parent().unwrap_or(&self.path).display();
+        Some(match self.source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                format!(
+                    "free some space on the disk that holds {parent}, or set `cache_dir` to a larger one"
+                )
+            }
+            io::ErrorKind::ReadOnlyFilesystem => {
+                format!(
+                    "{parent} is on a read-only file system: set `cache_dir` and `runtime_dir` to a writable place"
+                )
+            }
+            io::ErrorKind::PermissionDenied => {
+                format!(
+                    "give this user access to {parent}, or set `cache_dir` and `runtime_dir` to a place of its own"
+                )
+            }
+            io::ErrorKind::NotFound => format!("check that {} exists", self.path.display()),
+            _ => return None,
+        })
+    }
+}
+
+/// Makes a directory and those above it; one that is there is fine.
+pub fn create_dir_all(path: &Path) -> Result<(), FsError> {
+    fs::create_dir_all(path).map_err(FsError::at("create the directory", path))
+}
+
+/// Writes a file whole: readers see the old content or the new, and after a
+/// crash too. The directory is made if it is missing.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), FsError> {
+    let directory = parent_of(path);
+    create_dir_all(directory)?;
+    let failed = |source| FsError {
+        operation: "write",
+        path: path.to_owned(),
+        source,
+    };
+    let mut staged = tempfile::Builder::new()
+        .prefix(".staged-")
+        .tempfile_in(directory)
+        .map_err(failed)?;
+    staged.write_all(bytes).map_err(failed)?;
+    make_readable(staged.as_file()).map_err(failed)?;
+    staged.as_file().sync_all().map_err(failed)?;
+    staged.persist(path).map_err(|error| failed(error.error))?;
+    sync_dir(directory)
+}
+
+/// Gives a complete file its final name, on the same file system, so that it
+/// survives a crash. An older file of that name is replaced.
+pub fn rename_durably(from: &Path, to: &Path) -> Result<(), FsError> {
+    let directory = parent_of(to);
+    create_dir_all(directory)?;
+    File::open(from)
+        .and_then(|file| file.sync_all())
+        .map_err(FsError::at("flush", from))?;
+    fs::rename(from, to).map_err(FsError::at("rename to", to))?;
+    sync_dir(directory)
+}
+
+/// Removes a file; one that is not there is fine.
+pub fn remove_file_if_there(path: &Path) -> Result<(), FsError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(FsError::at("remove", path)(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Adds one line to a file of JSON records. The file is rewritten whole, under
+/// a lock beside it, and keeps the newest 10,000 lines: a half-written line
+/// can never stay.
+pub fn append_jsonl(path: &Path, record: &impl Serialize) -> Result<(), FsError> {
+    let directory = parent_of(path);
+    create_dir_all(directory)?;
+    let line = serde_json::to_string(record)
+        .map_err(|error| FsError::at("write a record to", path)(io::Error::from(error)))?;
+    let mut lock_name = path.file_name().unwrap_or_default().to_owned();
+    lock_name.push(".lock");
+    let _lock = FileLock::acquire_blocking(&directory.join(lock_name), RECORD_LOCK_TIMEOUT)
+        .map_err(|error| FsError::at("lock", path)(io::Error::other(error)))?;
+    let before = match fs::read_to_string(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        other => other.map_err(FsError::at("read", path))?,
+    };
+    write_atomic(path, with_record(&before, &line, MAX_RECORDS).as_bytes())
+}
+
+/// The records and one more, without the oldest beyond `keep`.
+fn with_record(before: &str, line: &str, keep: usize) -> String {
+    let mut lines: Vec<&str> = before
+        .lines()
+        .filter(|line| !line.trim().is_empty())
+        .collect();
+    lines.push(line);
+    let surplus = lines.len().saturating_sub(keep);
+    let mut text = lines[surplus..].join("\n");
+    text.push('\n');
+    text
+}
+
+/// Bytes that this user may still write to the file system that holds `path`,
+/// which need not exist yet.
+pub fn free_space(path: &Path) -> Result<u64, FsError> {
+    let existing = nearest_existing(path);
+    let stat = nix::sys::statvfs::statvfs(existing)
+        .map_err(|errno| FsError::at("ask for the free space of", existing)(errno.into()))?;
+    // The types of these fields differ between platforms.
+    #[allow(clippy::useless_conversion, clippy::unnecessary_cast)]
+    Ok((stat.blocks_available() as u64).saturating_mul(stat.fragment_size() as u64))
+}
+
+/// The path or the nearest directory above it that is there.
+fn nearest_existing(path: &Path) -> &Path {
+    path.ancestors()
+        .find(|ancestor| ancestor.exists())
+        // A relative path of which no part exists lies in the working directory.
+        .unwrap_or(Path::new("."))
+}
+
+/// A file's digest and size in bytes. Reads the whole file.
+pub fn sha256_file(path: &Path) -> Result<(Digest, u64), FsError> {
+    let mut file = File::open(path).map_err(FsError::at("open", path))?;
+    let mut hasher = Sha256::new();
+    let size = hash_into(&mut file, &mut hasher).map_err(FsError::at("read", path))?;
+    Ok((finish(hasher), size))
+}
+
+/// Feeds everything that is left in `reader` to the hasher.
+pub(crate) fn hash_into(reader: &mut impl Read, hasher: &mut Sha256) -> io::Result<u64> {
+    let mut buffer = vec![0; 256 * 1024];
+    let mut size = 0;
+    loop {
+        match reader.read(&mut buffer) {
+            Ok(0) => return Ok(size),
+            Ok(count) => {
+                hasher.update(&buffer[..count]);
+                size += count as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+pub(crate) fn finish(hasher: Sha256) -> Digest {
+    Digest::from_bytes(hasher.finalize().into())
+}
+
+/// sha256 of bytes at hand.
+pub fn sha256_bytes(bytes: &[u8]) -> Digest {
+    Digest::from_bytes(Sha256::digest(bytes).into())
+}
+
+fn parent_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// A rename is on disk only once its directory is.
+fn sync_dir(directory: &Path) -> Result<(), FsError> {
+    File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .map_err(FsError::at("flush the directory", directory))
+}
+
+/// Temporary files are private; what they become is for everybody to read.
+#[cfg(unix)]
+fn make_readable(file: &File) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    file.set_permissions(fs::Permissions::from_mode(0o644))
+}
+
+#[cfg(not(unix))]
+fn make_readable(_: &File) -> io::Result<()> {
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_file_is_replaced_whole_and_nothing_else_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b.json");
+        write_atomic(&path, b"one").unwrap();
+        write_atomic(&path, b"two").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"two");
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn an_error_names_the_path_and_the_way_out() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("file"), "").unwrap();
+        let error = write_atomic(&dir.path().join("file/below"), b"").unwrap_err();
+        assert!(error.to_string().contains("file"), "{error}");
+        let full = FsError::at("write", Path::new("/cache/x"))(io::ErrorKind::StorageFull.into());
+        assert!(full.is_no_space());
+        assert!(full.hint().unwrap().contains("cache_dir"));
+    }
+
+    #[test]
+    fn records_of_many_threads_are_all_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("provenance/models.jsonl");
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let path = &path;
+                scope.spawn(move || {
+                    for index in 0..5 {
+                        append_jsonl(path, &(thread, index)).unwrap();
+                    }
+                });
+            }
+        });
+        let text = fs::read_to_string(&path).unwrap();
+        let mut records: Vec<(u32, u32)> = text
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        records.sort_unstable();
+        records.dedup();
+        assert_eq!(records.len(), 20);
+    }
+
+    #[test]
+    fn free_space_of_a_path_to_be() {
+        let dir = tempfile::tempdir().unwrap();
+        let here = free_space(dir.path()).unwrap();
+        let below = free_space(&dir.path().join("a/b/c")).unwrap();
+        assert!(here > 0 && below > 0);
+        assert!(free_space(Path::new("no-such-thing/below")).unwrap() > 0);
+    }
+
+    #[test]
+    fn digest_of_a_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        fs::write(&path, "abc").unwrap();
+        let (digest, size) = sha256_file(&path).unwrap();
+        assert_eq!(size, 3);
+        assert_eq!(
+            digest.hex(),
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        );
+        assert_eq!(sha256_bytes(b"abc"), digest);
+    }
+
+    proptest! {
+        #[test]
+        fn the_newest_records_stay(lines in prop::collection::vec("[a-z]{1,4}", 0..20), keep in 1usize..8) {
+            let mut text = String::new();
+            for line in &lines {
+                text = with_record(&text, line, keep);
+            }
+            let kept: Vec<_> = text.lines().collect();
+            let expected = &lines[lines.len().saturating_sub(keep)..];
+            prop_assert_eq!(kept, expected);
+        }
+    }
+}

@@ -1,0 +1,26 @@
+//! What both provisioners share.
+//!
+//! Each module is one mechanism and knows nothing of engines or models:
+//!
+//! - [`config`]: strict configuration files
+//! - [`dirs`]: where files live
+//! - [`download`]: one file over HTTP, resumed and hashed
+//! - [`fs`]: whole-file writes, digests, free space
+//! - [`lock`]: locks between processes
+//! - [`part`]: a file that is still arriving
+//! - [`pip`]: the machine's own pip
+//! - [`process`]: child processes that never outlive their owner
+//! - [`progress`]: progress, reported and never printed
+//! - [`secret`]: a secret that does not get into logs
+
+pub mod config;
+pub mod dirs;
+pub mod download;
+mod download_error;
+pub mod fs;
+pub mod lock;
+pub mod part;
+pub mod pip;
+pub mod process;
+pub mod progress;
+pub mod secret;

@@ -1,0 +1,505 @@
+//! Child processes that never outlive us and never leave children of their own behind.
+//!
+//! - Every child is started by one thread that lives as long as this process: the kernel's
+//!   parent-death signal follows the *thread* that spawned, and threads of an async runtime end
+//!   when they please.
+//! - Every child leads its own process group, and ending it means ending the group. A child that
+//!   moves its own children to other groups (ninja does) is ended with TERM first, so that it can
+//!   end them itself: see [`DeathSignal`].
+//! - Dropping a [`ChildGroup`] ends the group.
+
+mod identity;
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::{OnceLock, mpsc};
+use std::time::{Duration, Instant};
+use std::{io, thread};
+
+use llama_orch_types::Hinted;
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tokio::io::{AsyncRead, AsyncReadExt as _};
+use tokio::process::{Child, ChildStderr, ChildStdout};
+use tokio::sync::oneshot;
+
+pub use identity::ProcessIdentity;
+
+/// How long a group may take to vanish once it was sent KILL. Only a process that is stuck in the
+/// kernel takes longer than a moment.
+const KILL_WAIT: Duration = Duration::from_secs(5);
+
+/// What a dropped group gets to end by itself before it is killed.
+const DROP_GRACE: Duration = Duration::from_secs(2);
+
+/// What a child is sent when we die, and when its [`ChildGroup`] is dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeathSignal {
+    /// For a program that keeps nothing to tidy up, such as an engine.
+    Kill,
+    /// For a program that ends its own children when told, such as ninja. When its group is
+    /// dropped it gets two seconds, then KILL.
+    Terminate,
+}
+
+/// What to start. Standard input is always empty; standard output and error are pipes.
+#[derive(Debug, Clone)]
+pub struct CommandSpec {
+    program: PathBuf,
+    arguments: Vec<OsString>,
+    working_directory: Option<PathBuf>,
+    set_environment: Vec<(OsString, OsString)>,
+    removed_environment: Vec<OsString>,
+    death_signal: DeathSignal,
+}
+
+impl CommandSpec {
+    /// A program (a path, or a name to be found on PATH), killed when we die.
+    pub fn new(program: impl Into<PathBuf>) -> Self {
+        Self {
+            program: program.into(),
+            arguments: Vec::new(),
+            working_directory: None,
+            set_environment: Vec::new(),
+            removed_environment: Vec::new(),
+            death_signal: DeathSignal::Kill,
+        }
+    }
+
+    #[must_use]
+    pub fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {
+        self.arguments.push(argument.as_ref().to_owned());
+        self
+    }
+
+    #[must_use]
+    pub fn args(mut self, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
+        let arguments = arguments.into_iter();
+        self.arguments
+            .extend(arguments.map(|argument| argument.as_ref().to_owned()));
+        self
+    }
+
+    #[must_use]
+    pub fn current_dir(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.working_directory = Some(directory.into());
+        self
+    }
+
+    #[must_use]
+    pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
+        self.set_environment
+            .push((name.as_ref().to_owned(), value.as_ref().to_owned()));
+        self
+    }
+
+    /// Keeps one of our own environment variables from the child.
+    #[must_use]
+    pub fn env_remove(mut self, name: impl AsRef<OsStr>) -> Self {
+        self.removed_environment.push(name.as_ref().to_owned());
+        self
+    }
+
+    #[must_use]
+    pub fn death_signal(mut self, signal: DeathSignal) -> Self {
+        self.death_signal = signal;
+        self
+    }
+
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
+    #[allow(unsafe_code)]
+    fn command(&self) -> std::process::Command {
+        let mut command = std::process::Command::new(&self.program);
+        command
+            .args(&self.arguments)
+            .envs(self.set_environment.iter().cloned())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0);
+        for name in &self.removed_environment {
+            command.env_remove(name);
+        }
+        if let Some(directory) = &self.working_directory {
+            command.current_dir(directory);
+        }
+        let signal = match self.death_signal {
+            DeathSignal::Kill => Signal::SIGKILL,
+            DeathSignal::Terminate => Signal::SIGTERM,
+        };
+        let parent = nix::unistd::getpid();
+        // SAFETY: runs between fork and exec, where only async-signal-safe calls are allowed; the
+        // closure makes two plain system calls and neither allocates nor locks.
+        unsafe {
+            command.pre_exec(move || {
+                nix::sys::prctl::set_pdeathsig(signal)?;
+                // We may have died between fork and prctl; then no signal will come.
+                if nix::unistd::getppid() != parent {
+                    return Err(Errno::ECANCELED.into());
+                }
+                Ok(())
+            });
+        }
+        command
+    }
+}
+
+/// Why a child process could not be started, watched or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    #[error("cannot start `{}`", program.display())]
+    Spawn {
+        program: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot start the thread that starts child processes")]
+    SpawnerThread(#[source] io::Error),
+    #[error("the thread that starts child processes has ended")]
+    SpawnerGone,
+    #[error("cannot wait for process {pid}")]
+    Wait {
+        pid: u32,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot read what process {pid} says")]
+    Read {
+        pid: u32,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot send {signal} to process group {pid}")]
+    Signal {
+        pid: u32,
+        signal: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error("process group {pid} is still there {} s after KILL", KILL_WAIT.as_secs())]
+    Unkillable { pid: u32 },
+    #[error("`{}` did not end within {} s", program.display(), limit.as_secs_f32())]
+    TimedOut { program: PathBuf, limit: Duration },
+}
+
+impl ProcessError {
+    /// The program is not there at all.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Spawn { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+}
+
+impl Hinted for ProcessError {
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Spawn { program, source } => match source.kind() {
+                io::ErrorKind::NotFound => Some(format!(
+                    "install `{}` or give its full path",
+                    program.display()
+                )),
+                io::ErrorKind::PermissionDenied => Some(format!(
+                    "make `{}` executable, and see that its file system is not mounted noexec",
+                    program.display()
+                )),
+                _ => None,
+            },
+            Self::Unkillable { pid } => Some(format!(
+                "it hangs in the kernel; see `cat /proc/{pid}/stack` and the kernel's log"
+            )),
+            _ => None,
+        }
+    }
+}
+
+/// How a group ended.
+#[derive(Debug, Clone, Copy)]
+pub struct Ended {
+    pub status: ExitStatus,
+    /// It did not end in its grace and was sent KILL.
+    pub killed: bool,
+}
+
+/// A running child and everything in its process group. Dropping it ends them.
+#[derive(Debug)]
+pub struct ChildGroup {
+    /// Gone only while being dropped.
+    child: Option<Child>,
+    pid: u32,
+    death_signal: DeathSignal,
+    /// Set once the leader was reaped and its group killed: from then on the id may come to name
+    /// somebody else's group and must not be signalled.
+    ended: Option<ExitStatus>,
+}
+
+impl ChildGroup {
+    /// The leader's process id, which is also the group's id.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    pub fn take_stdout(&mut self) -> Option<ChildStdout> {
+        self.child.as_mut().and_then(|child| child.stdout.take())
+    }
+
+    pub fn take_stderr(&mut self) -> Option<ChildStderr> {
+        self.child.as_mut().and_then(|child| child.stderr.take())
+    }
+
+    /// Waits for the leader's end, however long that takes, and kills what it leaves behind in its
+    /// group. May be cancelled and called again.
+    pub async fn wait(&mut self) -> Result<ExitStatus, ProcessError> {
+        if let Some(status) = self.ended {
+            return Ok(status);
+        }
+        let Some(child) = self.child.as_mut() else {
+            return Err(ProcessError::SpawnerGone);
+        };
+        let status = child.wait().await.map_err(|source| ProcessError::Wait {
+            pid: self.pid,
+            source,
+        })?;
+        self.settle(status);
+        Ok(status)
+    }
+
+    /// Whether the leader has ended, without waiting.
+    pub fn try_wait(&mut self) -> Result<Option<ExitStatus>, ProcessError> {
+        if self.ended.is_some() {
+            return Ok(self.ended);
+        }
+        let Some(child) = self.child.as_mut() else {
+            return Err(ProcessError::SpawnerGone);
+        };
+        let status = child.try_wait().map_err(|source| ProcessError::Wait {
+            pid: self.pid,
+            source,
+        })?;
+        if let Some(status) = status {
+            self.settle(status);
+        }
+        Ok(status)
+    }
+
+    /// TERM to the group, up to `grace` to end, KILL to the group.
+    pub async fn terminate(&mut self, grace: Duration) -> Result<Ended, ProcessError> {
+        if let Some(status) = self.try_wait()? {
+            return Ok(Ended {
+                status,
+                killed: false,
+            });
+        }
+        signal_group(self.pid, Signal::SIGTERM)?;
+        if let Ok(status) = tokio::time::timeout(grace, self.wait()).await {
+            return Ok(Ended {
+                status: status?,
+                killed: false,
+            });
+        }
+        signal_group(self.pid, Signal::SIGKILL)?;
+        match tokio::time::timeout(KILL_WAIT, self.wait()).await {
+            Ok(status) => Ok(Ended {
+                status: status?,
+                killed: true,
+            }),
+            Err(_) => Err(ProcessError::Unkillable { pid: self.pid }),
+        }
+    }
+
+    /// The leader is reaped. Whatever it left in its group is killed now, once: the kernel hands
+    /// process ids out in rising order, so the id cannot name a new group in this instant, but it
+    /// may later.
+    fn settle(&mut self, status: ExitStatus) {
+        if let Err(error) = signal_group(self.pid, Signal::SIGKILL) {
+            tracing::warn!(pid = self.pid, %error, "processes may be left behind");
+        }
+        self.ended = Some(status);
+    }
+}
+
+impl Drop for ChildGroup {
+    fn drop(&mut self) {
+        let Some(mut child) = self.child.take() else {
+            return;
+        };
+        if self.ended.is_some() {
+            return;
+        }
+        let pid = self.pid;
+        let signal = match self.death_signal {
+            DeathSignal::Kill => Signal::SIGKILL,
+            DeathSignal::Terminate => Signal::SIGTERM,
+        };
+        if let Err(error) = signal_group(pid, signal) {
+            tracing::warn!(pid, %error, "a dropped process may be left behind");
+        }
+        if self.death_signal == DeathSignal::Kill {
+            // tokio reaps a dropped child in the background.
+            return;
+        }
+        // The grace is short and the thread ends with it. It keeps the child unreaped, so the
+        // group's id stays its own until the last signal is sent.
+        let bury = move || {
+            let deadline = Instant::now() + DROP_GRACE;
+            while Instant::now() < deadline && matches!(child.try_wait(), Ok(None)) {
+                thread::sleep(Duration::from_millis(10));
+            }
+            let _ = signal_group(pid, Signal::SIGKILL);
+            drop(child);
+        };
+        if let Err(error) = thread::Builder::new().name("bury".into()).spawn(bury) {
+            let _ = signal_group(pid, Signal::SIGKILL);
+            tracing::warn!(pid, %error, "a dropped process got no time to end by itself");
+        }
+    }
+}
+
+/// Signals a group; a group that is already gone is fine.
+fn signal_group(pid: u32, signal: Signal) -> Result<(), ProcessError> {
+    match killpg(Pid::from_raw(pid.cast_signed()), signal) {
+        Ok(()) | Err(Errno::ESRCH) => Ok(()),
+        Err(errno) => Err(ProcessError::Signal {
+            pid,
+            signal: signal.as_str(),
+            source: errno.into(),
+        }),
+    }
+}
+
+/// Starts a child. Must be called within a tokio runtime; the child is reaped by that runtime.
+pub async fn spawn(spec: CommandSpec) -> Result<ChildGroup, ProcessError> {
+    let (reply, answer) = oneshot::channel();
+    let request = SpawnRequest {
+        spec,
+        runtime: tokio::runtime::Handle::current(),
+        reply,
+    };
+    spawner()?
+        .send(request)
+        .map_err(|_| ProcessError::SpawnerGone)?;
+    answer.await.map_err(|_| ProcessError::SpawnerGone)?
+}
+
+struct SpawnRequest {
+    spec: CommandSpec,
+    runtime: tokio::runtime::Handle,
+    reply: oneshot::Sender<Result<ChildGroup, ProcessError>>,
+}
+
+/// The way to the one thread that spawns. The thread ends with the process.
+fn spawner() -> Result<mpsc::SyncSender<SpawnRequest>, ProcessError> {
+    static SPAWNER: OnceLock<mpsc::SyncSender<SpawnRequest>> = OnceLock::new();
+    if let Some(sender) = SPAWNER.get() {
+        return Ok(sender.clone());
+    }
+    let (sender, requests) = mpsc::sync_channel::<SpawnRequest>(64);
+    thread::Builder::new()
+        .name("spawner".into())
+        .spawn(move || {
+            for request in requests {
+                let result = spawn_here(&request.spec, &request.runtime);
+                // If nobody waits any more the group is dropped, and with it the child.
+                let _ = request.reply.send(result);
+            }
+        })
+        .map_err(ProcessError::SpawnerThread)?;
+    // Of two first callers one wins; the other's thread ends with its sender.
+    Ok(SPAWNER.get_or_init(|| sender).clone())
+}
+
+fn spawn_here(
+    spec: &CommandSpec,
+    runtime: &tokio::runtime::Handle,
+) -> Result<ChildGroup, ProcessError> {
+    let _context = runtime.enter();
+    let mut command = tokio::process::Command::from(spec.command());
+    let mut attempts = 0;
+    let child = loop {
+        match command.spawn() {
+            // A file that was written a moment ago may still be open for writing in a child that
+            // another thread of ours has forked and that has not reached its exec yet.
+            Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy && attempts < 50 => {
+                attempts += 1;
+                thread::sleep(Duration::from_millis(4));
+            }
+            result => {
+                break result.map_err(|source| ProcessError::Spawn {
+                    program: spec.program.clone(),
+                    source,
+                })?;
+            }
+        }
+    };
+    // A child that was never waited for always has its id.
+    let pid = child.id().ok_or(ProcessError::SpawnerGone)?;
+    Ok(ChildGroup {
+        child: Some(child),
+        pid,
+        death_signal: spec.death_signal,
+        ended: None,
+    })
+}
+
+/// What a finished program said.
+#[derive(Debug, Clone)]
+pub struct Output {
+    pub status: ExitStatus,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// Most of one stream that [`output`] keeps, in bytes. It goes on reading, so that the program is
+/// never held up by a full pipe, and drops the rest.
+const OUTPUT_LIMIT: u64 = 1024 * 1024;
+
+/// Runs a program to its end, at most for `limit`, and returns what it said (up to 1 MiB of each
+/// stream). A status other than success is not an error here.
+pub async fn output(spec: CommandSpec, limit: Duration) -> Result<Output, ProcessError> {
+    let program = spec.program.clone();
+    let mut group = spawn(spec).await?;
+    let pid = group.pid();
+    let (stdout, stderr) = (group.take_stdout(), group.take_stderr());
+    let run = async {
+        // The streams are read while waiting, and their end is not waited for on its own: `wait`
+        // kills whoever else could hold the pipes open.
+        let (status, stdout, stderr) =
+            tokio::join!(group.wait(), read_capped(stdout), read_capped(stderr));
+        let text = |bytes: io::Result<Vec<u8>>| {
+            bytes
+                .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+                .map_err(|source| ProcessError::Read { pid, source })
+        };
+        Ok(Output {
+            status: status?,
+            stdout: text(stdout)?,
+            stderr: text(stderr)?,
+        })
+    };
+    match tokio::time::timeout(limit, run).await {
+        Ok(result) => result,
+        Err(_) => {
+            group.terminate(DROP_GRACE).await?;
+            Err(ProcessError::TimedOut { program, limit })
+        }
+    }
+}
+
+async fn read_capped(stream: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
+    let mut kept = Vec::new();
+    if let Some(mut stream) = stream {
+        (&mut stream)
+            .take(OUTPUT_LIMIT)
+            .read_to_end(&mut kept)
+            .await?;
+        tokio::io::copy(&mut stream, &mut tokio::io::sink()).await?;
+    }
+    Ok(kept)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,67 @@
+//! `provenance/engines.jsonl`: which engine was provided and started, from what, when.
+
+use llama_orch_types::{Digest, ProvisionedContext};
+use provision_kit::dirs::RuntimeDirs;
+use provision_kit::fs::append_jsonl;
+use serde::Serialize;
+
+use super::{EngineInstallation, blocking};
+use crate::manifest::{Manifest, Recipe};
+
+#[derive(Serialize)]
+struct Provided {
+    at: String,
+    event: &'static str,
+    engine: &'static str,
+    #[serde(flatten)]
+    installation: EngineInstallation,
+    recipe: Option<Recipe>,
+    origin_digest: Option<Digest>,
+}
+
+#[derive(Serialize)]
+struct Started {
+    at: String,
+    event: &'static str,
+    #[serde(flatten)]
+    context: ProvisionedContext,
+}
+
+fn now() -> String {
+    jiff::Timestamp::now().to_string()
+}
+
+/// Records that an engine came to this machine, or that the machine's own was chosen.
+pub(super) async fn record_provided(
+    runtime: &RuntimeDirs,
+    installation: &EngineInstallation,
+    manifest: Option<&Manifest>,
+) {
+    let record = Provided {
+        at: now(),
+        event: "provided",
+        engine: "llamacpp",
+        installation: installation.clone(),
+        recipe: manifest.map(|manifest| manifest.recipe.clone()),
+        origin_digest: manifest.and_then(|manifest| manifest.origin_digest),
+    };
+    append(runtime, record).await;
+}
+
+/// Records that an engine became ready.
+pub(crate) async fn record_start(runtime: &RuntimeDirs, context: &ProvisionedContext) {
+    let record = Started {
+        at: now(),
+        event: "started",
+        context: context.clone(),
+    };
+    append(runtime, record).await;
+}
+
+/// An engine that works is not given up because a record of it could not be written.
+async fn append(runtime: &RuntimeDirs, record: impl Serialize + Send + 'static) {
+    let path = runtime.provenance().join("engines.jsonl");
+    if let Err(error) = blocking(move || append_jsonl(&path, &record)).await {
+        tracing::warn!(error = %crate::error::chain(&error), "provenance is not recorded");
+    }
+}

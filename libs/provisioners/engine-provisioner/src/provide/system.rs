@@ -1,0 +1,102 @@
+//! Mode `system`: a `llama-server` that the machine already has.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use provision_kit::fs::sha256_file;
+use provision_kit::process::{self, CommandSpec};
+
+use super::{BINARY, EngineInstallation, EngineProvisioner, blocking, provenance};
+use crate::config::{Accelerator, EngineConfig, Mode};
+use crate::error::EngineError;
+use crate::machine::{find_on_path, is_executable};
+use crate::run::environment::scrub;
+use crate::version;
+
+/// Longest that an engine may take to list its devices; a GPU's driver may have to wake up.
+const DEVICES_LIMIT: Duration = Duration::from_secs(30);
+
+pub(super) async fn provide(
+    provisioner: &EngineProvisioner,
+    config: &EngineConfig,
+) -> Result<EngineInstallation, EngineError> {
+    let binary = locate(config)?;
+    let found = version::ask(&binary).await?;
+    // A binary that the user names is the user's word; one that merely lies on PATH is not.
+    if config.path.is_none() && found != config.version {
+        return Err(EngineError::WrongVersion {
+            path: binary,
+            found,
+            wanted: config.version.clone(),
+        });
+    }
+    let accelerator = ask_accelerator(&binary).await;
+    if config.require_gpu && accelerator == Accelerator::Cpu {
+        return Err(EngineError::NoGpu {
+            reason: format!("{} lists no GPU", binary.display()),
+        });
+    }
+    let path = binary.clone();
+    let (digest, _) = blocking(move || sha256_file(&path)).await?;
+    let installation = EngineInstallation {
+        binary,
+        version: found,
+        digest,
+        mode: Mode::System.into(),
+        accelerator,
+    };
+    provenance::record_provided(&provisioner.runtime, &installation, None).await;
+    Ok(installation)
+}
+
+pub(super) fn locate(config: &EngineConfig) -> Result<PathBuf, EngineError> {
+    match &config.path {
+        // Absolute, so that it means the same file wherever the engine is started.
+        Some(path) => match std::path::absolute(path) {
+            Ok(path) if is_executable(&path) => Ok(path),
+            _ => Err(EngineError::NotExecutable { path: path.clone() }),
+        },
+        None => find_on_path(BINARY).ok_or(EngineError::NotOnPath),
+    }
+}
+
+/// What the engine can compute on, by its own list. One that gives no list is taken for a plain
+/// one.
+async fn ask_accelerator(binary: &Path) -> Accelerator {
+    let spec = scrub(CommandSpec::new(binary).arg("--list-devices"));
+    match process::output(spec, DEVICES_LIMIT).await {
+        Ok(output) if output.status.success() => parse_devices(&output.stdout),
+        _ => Accelerator::Cpu,
+    }
+}
+
+fn parse_devices(list: &str) -> Accelerator {
+    let named = |prefix: &str| {
+        list.lines()
+            .filter_map(|line| line.trim().split_once(':'))
+            .any(|(name, _)| name.starts_with(prefix))
+    };
+    if named("CUDA") {
+        Accelerator::Cuda
+    } else if named("Vulkan") {
+        Accelerator::Vulkan
+    } else {
+        Accelerator::Cpu
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_read() {
+        let list = "Available devices:\n  CUDA0: NVIDIA H100 (81079 MiB, 80000 MiB free)\n";
+        assert_eq!(parse_devices(list), Accelerator::Cuda);
+        assert_eq!(
+            parse_devices("Available devices:\n  Vulkan0: x (1 MiB)\n"),
+            Accelerator::Vulkan
+        );
+        assert_eq!(parse_devices("Available devices:\n"), Accelerator::Cpu);
+    }
+}

@@ -1,0 +1,63 @@
+//! The handoff file: a ready engine's facts, for people and other processes.
+
+use std::path::{Path, PathBuf};
+
+use llama_orch_types::{PoolId, ProvisionedContext};
+use provision_kit::dirs::RuntimeDirs;
+use provision_kit::fs::write_atomic;
+use serde::Serialize;
+
+use super::spec::Profile;
+use crate::error::EngineError;
+
+#[derive(Serialize)]
+struct Handoff<'a> {
+    #[serde(flatten)]
+    context: &'a ProvisionedContext,
+    profile: Profile,
+    log: &'a Path,
+    started_at: String,
+}
+
+/// `engines/llamacpp.json` for the pool named `default`, `engines/llamacpp-<pool>.json` for others.
+pub fn handoff_path(runtime: &RuntimeDirs, pool: &PoolId) -> PathBuf {
+    let name = if pool.is_default() {
+        "llamacpp.json".to_owned()
+    } else {
+        format!("llamacpp-{pool}.json")
+    };
+    runtime.engines().join(name)
+}
+
+/// Writes the handoff, whole or not at all.
+pub(super) fn write_handoff(
+    path: &Path,
+    context: &ProvisionedContext,
+    profile: Profile,
+    log: &Path,
+) -> Result<(), EngineError> {
+    let handoff = Handoff {
+        context,
+        profile,
+        log,
+        started_at: jiff::Timestamp::now().to_string(),
+    };
+    let text = serde_json::to_vec_pretty(&handoff).map_err(|source| EngineError::Manifest {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok(write_atomic(path, &text)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_pool_has_the_short_name() {
+        let runtime = RuntimeDirs::new("/r");
+        let path = |pool: &str| handoff_path(&runtime, &pool.parse().unwrap());
+        assert_eq!(path("default"), Path::new("/r/engines/llamacpp.json"));
+        assert_eq!(path("haiku"), Path::new("/r/engines/llamacpp-haiku.json"));
+    }
+}

@@ -1,0 +1,360 @@
+//! Running an engine: start, readiness, end.
+//!
+//! ```text
+//! lock the pool ► end what a crash left ► free port ► spawn ► PID file ► /health 200 ► /props
+//!                                            ▲          │                      │
+//!                                            └──────────┘ port taken: again    ▼
+//!                                                          context, handoff, provenance
+//! ```
+//!
+//! A [`RunningEngine`] owns the process group, the log pump, the pool's lock and the files. When it
+//! is dropped, or the start is given up, the group is killed and the files go.
+
+pub(crate) mod argv;
+pub(crate) mod environment;
+mod handoff;
+mod log;
+mod pid_file;
+mod port;
+mod ready;
+pub(crate) mod spec;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+
+use llama_orch_types::{EngineKind, ProvisionedContext};
+use provision_kit::lock::FileLock;
+use provision_kit::process::{self, ChildGroup, CommandSpec, ProcessError, ProcessIdentity};
+use provision_kit::progress::{Step, StepKind, Unit};
+
+use crate::error::{EngineError, chain};
+use crate::provide::{EngineInstallation, EngineProvisioner, record_start};
+use crate::version;
+use environment::scrub;
+use log::LogPump;
+use pid_file::{PidFile, RunFiles};
+use ready::{Readiness, Waited};
+use spec::LaunchSpec;
+
+pub use handoff::handoff_path;
+
+/// How often another port is tried when somebody was quicker.
+const PORT_ATTEMPTS: u32 = 5;
+
+/// How the kernel's refusal of a port shows in an engine's log.
+const BIND_FAILURES: [&str; 2] = ["couldn't bind", "address already in use"];
+
+/// An engine that is up. Dropping it kills it.
+#[derive(Debug)]
+pub struct RunningEngine {
+    // Dropped in this order: first the process, then what says that it runs, then the lock.
+    process: EngineProcess,
+    _files: RunFiles,
+    _lock: FileLock,
+    context: ProvisionedContext,
+    stop_grace: Duration,
+}
+
+/// How an engine ended by itself.
+#[derive(Debug, Clone)]
+pub struct EngineExit {
+    /// `None` if it could not be learnt.
+    pub status: Option<ExitStatus>,
+    pub log_tail: Vec<String>,
+}
+
+/// How an engine was ended.
+#[derive(Debug, Clone)]
+pub struct StopReport {
+    /// `None` if it could not be learnt.
+    pub status: Option<ExitStatus>,
+    /// It did not end in its grace and was killed.
+    pub killed: bool,
+    pub took: Duration,
+}
+
+impl RunningEngine {
+    pub fn context(&self) -> &ProvisionedContext {
+        &self.context
+    }
+
+    /// The last lines of the engine's log, at most 50.
+    pub fn log_tail(&self) -> Vec<String> {
+        self.process.log.tail()
+    }
+
+    /// Waits until the engine ends by itself, however long that takes. May be cancelled and called
+    /// again.
+    pub async fn wait_exit(&mut self) -> EngineExit {
+        let status = match self.process.group.wait().await {
+            Ok(status) => Some(status),
+            Err(error) => {
+                tracing::error!(error = %chain(&error), "the engine's end cannot be watched");
+                None
+            }
+        };
+        self.process.log.drain().await;
+        EngineExit {
+            status,
+            log_tail: self.log_tail(),
+        }
+    }
+
+    /// Ends the engine: TERM to its group, the grace of its launch, KILL. The PID file and the
+    /// handoff go with it.
+    pub async fn stop(mut self) -> StopReport {
+        let start = Instant::now();
+        let ended = self.process.group.terminate(self.stop_grace).await;
+        self.process.log.drain().await;
+        let pool = &self.context.pool_id;
+        let report = match ended {
+            Ok(ended) => StopReport {
+                status: Some(ended.status),
+                killed: ended.killed,
+                took: start.elapsed(),
+            },
+            Err(error) => {
+                tracing::error!(%pool, error = %chain(&error), "the engine may be left behind");
+                StopReport {
+                    status: None,
+                    killed: true,
+                    took: start.elapsed(),
+                }
+            }
+        };
+        tracing::info!(%pool, killed = report.killed, took = ?report.took, "engine stopped");
+        report
+    }
+}
+
+#[derive(Debug)]
+struct EngineProcess {
+    group: ChildGroup,
+    log: LogPump,
+}
+
+/// One try at a port.
+enum Attempt {
+    Ready(Box<(EngineProcess, RunFiles, ProvisionedContext)>),
+    PortTaken,
+}
+
+impl EngineProvisioner {
+    /// Starts an engine and waits until it is ready. Dropping the future ends what was started.
+    pub async fn start(
+        &self,
+        installation: &EngineInstallation,
+        spec: LaunchSpec,
+    ) -> Result<RunningEngine, EngineError> {
+        let what = format!("starting llama-server for pool {}", spec.pool_id);
+        let step = Step::start(&self.reporter, StepKind::PoolWarmup, what, Unit::None, None);
+        match self.start_inner(installation, &spec, &step).await {
+            Ok(engine) => {
+                step.finish();
+                Ok(engine)
+            }
+            Err(error) => {
+                step.fail(chain(&error));
+                Err(error)
+            }
+        }
+    }
+
+    async fn start_inner(
+        &self,
+        installation: &EngineInstallation,
+        spec: &LaunchSpec,
+        step: &Step,
+    ) -> Result<RunningEngine, EngineError> {
+        // Flags that do not fit are told before anything is touched.
+        argv::render_argv(spec, 0).map_err(EngineError::Flags)?;
+        let lock = self.lock_pool(spec)?;
+        let pid_path = self.cache.run().join(format!("{}.pid", spec.pool_id));
+        pid_file::clear_leftovers(&spec.pool_id, &pid_path, spec.stop_grace).await?;
+        for _ in 0..PORT_ATTEMPTS {
+            let attempt = self.attempt(installation, spec, &pid_path, step).await?;
+            if let Attempt::Ready(ready) = attempt {
+                let (process, files, context) = *ready;
+                record_start(&self.runtime, &context).await;
+                return Ok(RunningEngine {
+                    process,
+                    _files: files,
+                    _lock: lock,
+                    context,
+                    stop_grace: spec.stop_grace,
+                });
+            }
+            step.note("somebody took the engine's port: trying another");
+        }
+        Err(EngineError::PortTaken {
+            pool: spec.pool_id.clone(),
+            attempts: PORT_ATTEMPTS,
+        })
+    }
+
+    /// Takes the pool for ourselves, or says who has it.
+    fn lock_pool(&self, spec: &LaunchSpec) -> Result<FileLock, EngineError> {
+        let path = self.cache.run().join(format!("{}.lock", spec.pool_id));
+        FileLock::try_acquire(&path)?.ok_or_else(|| {
+            let holder = std::fs::read_to_string(&path).unwrap_or_default();
+            let holder = holder.trim();
+            EngineError::PoolBusy {
+                pool: spec.pool_id.clone(),
+                holder: if holder.is_empty() {
+                    "that cannot be named"
+                } else {
+                    holder
+                }
+                .to_owned(),
+            }
+        })
+    }
+
+    async fn attempt(
+        &self,
+        installation: &EngineInstallation,
+        spec: &LaunchSpec,
+        pid_path: &Path,
+        step: &Step,
+    ) -> Result<Attempt, EngineError> {
+        let port = port::free_port().map_err(EngineError::Port)?;
+        let flags = argv::render_argv(spec, port).map_err(EngineError::Flags)?;
+        let log_path = self.log_path(spec);
+        let mut process = spawn(installation, spec, &flags, &log_path).await?;
+        let mut files = RunFiles::default();
+        files.add(pid_path.to_owned());
+        if write_pid_file(&process.group, port, pid_path)?.is_none() {
+            // Gone already; the wait below says why.
+            tracing::debug!("the engine ended before it could be looked at");
+        }
+
+        let url = format!("http://127.0.0.1:{port}");
+        let waited = Waited {
+            pool: &spec.pool_id,
+            url: &url,
+            port,
+            model: &spec.model.path,
+            load_timeout: spec.load_timeout,
+        };
+        let client = ready::loopback_client()?;
+        match ready::wait_ready(&client, &mut process.group, &waited).await? {
+            Readiness::Ready => {}
+            Readiness::Ended(status) => {
+                process.log.drain().await;
+                let tail = process.log.tail();
+                if refused_port(&tail) || port::is_taken(port) {
+                    return Ok(Attempt::PortTaken);
+                }
+                return Err(EngineError::DiedLoading {
+                    pool: spec.pool_id.clone(),
+                    status: status.to_string(),
+                    log: log_path,
+                    tail,
+                });
+            }
+            Readiness::TimedOut => {
+                return Err(EngineError::LoadTimeout {
+                    pool: spec.pool_id.clone(),
+                    seconds: spec.load_timeout.as_secs(),
+                    log: log_path,
+                    tail: process.log.tail(),
+                });
+            }
+        }
+        // A wrapper script has become the engine by now: the file must name what runs.
+        write_pid_file(&process.group, port, pid_path)?;
+        if let Some(warning) = ready::probe_metrics(&client, &waited).await {
+            step.note(warning);
+        }
+        let props = ready::ask_props(&client, &waited).await?;
+        let context = describe(
+            installation,
+            spec,
+            &props,
+            url.clone(),
+            flags,
+            process.group.pid(),
+        );
+        let handoff = handoff_path(&self.runtime, &spec.pool_id);
+        handoff::write_handoff(&handoff, &context, spec.profile, &log_path)?;
+        files.add(handoff);
+        Ok(Attempt::Ready(Box::new((process, files, context))))
+    }
+
+    fn log_path(&self, spec: &LaunchSpec) -> PathBuf {
+        self.cache
+            .run()
+            .join(format!("llamacpp-{}.log", spec.pool_id))
+    }
+}
+
+async fn spawn(
+    installation: &EngineInstallation,
+    spec: &LaunchSpec,
+    flags: &[String],
+    log_path: &Path,
+) -> Result<EngineProcess, EngineError> {
+    let command = scrub(CommandSpec::new(&installation.binary).args(flags));
+    let failed = |source: ProcessError| EngineError::Process {
+        pool: spec.pool_id.clone(),
+        source,
+    };
+    let mut group = process::spawn(command).await.map_err(failed)?;
+    let (stdout, stderr) = (group.take_stdout(), group.take_stderr());
+    let log = LogPump::start(log_path, stdout, stderr).await?;
+    Ok(EngineProcess { group, log })
+}
+
+/// Writes down who the engine and its owner are; `None` if the engine is gone already.
+fn write_pid_file(group: &ChildGroup, port: u16, path: &Path) -> Result<Option<()>, EngineError> {
+    let identity =
+        |pid: u32| ProcessIdentity::of(pid).map_err(|source| EngineError::Identity { pid, source });
+    let own = std::process::id();
+    let (Some(engine), Some(owner)) = (identity(group.pid())?, identity(own)?) else {
+        return Ok(None);
+    };
+    let file = PidFile {
+        engine,
+        port,
+        owner_pid: own,
+        owner,
+    };
+    file.write(path).map(Some)
+}
+
+fn refused_port(tail: &[String]) -> bool {
+    tail.iter().any(|line| {
+        let line = line.to_ascii_lowercase();
+        BIND_FAILURES.iter().any(|sign| line.contains(sign))
+    })
+}
+
+/// The facts of a ready engine: what it says itself where it says something.
+fn describe(
+    installation: &EngineInstallation,
+    spec: &LaunchSpec,
+    props: &ready::Props,
+    url: String,
+    flags: Vec<String>,
+    pid: u32,
+) -> ProvisionedContext {
+    let said = props
+        .build_info
+        .as_deref()
+        .and_then(version::from_build_info);
+    ProvisionedContext {
+        pool_id: spec.pool_id.clone(),
+        replica_id: spec.replica_id.clone(),
+        url,
+        engine: EngineKind::Llamacpp,
+        engine_version: said.unwrap_or_else(|| installation.version.clone()),
+        engine_digest: Some(installation.digest),
+        provisioning_mode: installation.mode,
+        model: Some(spec.model.clone()),
+        slots: props.total_slots,
+        ctx: props.ctx_per_slot(),
+        flags,
+        pid: Some(pid),
+    }
+}

@@ -1,0 +1,178 @@
+//! Waiting for an engine to be ready, and asking it what it runs.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use llama_orch_types::PoolId;
+use provision_kit::process::ChildGroup;
+use reqwest::{Client, StatusCode};
+use serde::Deserialize;
+
+use super::port;
+use crate::error::EngineError;
+use crate::provide::blocking;
+
+/// The first wait between two looks, and the longest.
+const FIRST_POLL: Duration = Duration::from_millis(5);
+const MAX_POLL: Duration = Duration::from_millis(50);
+/// Longest that one answer may take.
+const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+/// How long a ready engine may take to describe itself.
+const PROPS_LIMIT: Duration = Duration::from_secs(10);
+
+/// How the wait for readiness ended.
+#[derive(Debug)]
+pub(super) enum Readiness {
+    Ready,
+    /// The engine ended.
+    Ended(std::process::ExitStatus),
+    TimedOut,
+}
+
+/// What `/props` says.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Props {
+    default_generation_settings: GenerationSettings,
+    /// How many tasks the engine decodes side by side.
+    pub total_slots: u32,
+    #[serde(default)]
+    pub model_path: Option<String>,
+    #[serde(default)]
+    pub build_info: Option<String>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct GenerationSettings {
+    n_ctx: u32,
+}
+
+impl Props {
+    /// Context length of one slot, in tokens.
+    pub(super) fn ctx_per_slot(&self) -> u32 {
+        self.default_generation_settings.n_ctx
+    }
+
+    fn serves(&self, model: &Path) -> bool {
+        self.model_path
+            .as_deref()
+            .is_some_and(|path| Path::new(path) == model)
+    }
+}
+
+/// A client for an engine on this machine.
+pub(super) fn loopback_client() -> Result<Client, EngineError> {
+    Client::builder()
+        // A proxy of the user's environment has no business between us and the loopback address.
+        .no_proxy()
+        .connect_timeout(ANSWER_LIMIT)
+        .timeout(ANSWER_LIMIT)
+        .build()
+        .map_err(EngineError::HttpClient)
+}
+
+/// Looks at `/health` until it is 200 and it is our engine that says so.
+pub(super) async fn wait_ready(
+    client: &Client,
+    group: &mut ChildGroup,
+    engine: &Waited<'_>,
+) -> Result<Readiness, EngineError> {
+    let deadline = Instant::now() + engine.load_timeout;
+    let health = format!("{}/health", engine.url);
+    let mut poll = FIRST_POLL;
+    loop {
+        let answer = client.get(&health).send();
+        tokio::select! {
+            // An engine that has died is told from a slow one at once.
+            biased;
+            status = group.wait() => return Ok(Readiness::Ended(status.map_err(|source| engine.process_error(source))?)),
+            answer = answer => {
+                let ready = answer.is_ok_and(|answer| answer.status() == StatusCode::OK);
+                if ready && is_ours(client, group, engine).await {
+                    return Ok(Readiness::Ready);
+                }
+            }
+        }
+        if Instant::now() >= deadline {
+            return Ok(Readiness::TimedOut);
+        }
+        tokio::select! {
+            biased;
+            status = group.wait() => return Ok(Readiness::Ended(status.map_err(|source| engine.process_error(source))?)),
+            () = tokio::time::sleep(poll) => poll = (poll * 2).min(MAX_POLL),
+        }
+    }
+}
+
+/// The engine that is waited for.
+#[derive(Debug)]
+pub(super) struct Waited<'a> {
+    pub pool: &'a PoolId,
+    pub url: &'a str,
+    pub port: u16,
+    pub model: &'a Path,
+    pub load_timeout: Duration,
+}
+
+impl Waited<'_> {
+    fn process_error(&self, source: provision_kit::process::ProcessError) -> EngineError {
+        EngineError::Process {
+            pool: self.pool.clone(),
+            source,
+        }
+    }
+}
+
+/// Whether it is our engine that answers on the port, and not a stranger who took it before our
+/// engine could: the kernel knows, and where it does not say, the answer's model path does.
+async fn is_ours(client: &Client, group: &ChildGroup, engine: &Waited<'_>) -> bool {
+    let (pid, number) = (group.pid(), engine.port);
+    let ours = match blocking(move || port::group_listens(pid, number)).await {
+        Some(ours) => ours,
+        None => props(client, engine.url)
+            .await
+            .is_ok_and(|props| props.serves(engine.model)),
+    };
+    if !ours {
+        tracing::debug!(
+            port = engine.port,
+            "a stranger answers on the engine's port"
+        );
+    }
+    ours
+}
+
+/// Asks a ready engine what it runs.
+pub(super) async fn ask_props(client: &Client, engine: &Waited<'_>) -> Result<Props, EngineError> {
+    let deadline = Instant::now() + PROPS_LIMIT;
+    loop {
+        let reason = match props(client, engine.url).await {
+            Ok(props) => return Ok(props),
+            Err(error) => crate::error::chain(&error.without_url()),
+        };
+        if Instant::now() >= deadline {
+            return Err(EngineError::Props {
+                pool: engine.pool.clone(),
+                reason,
+            });
+        }
+        tokio::time::sleep(MAX_POLL).await;
+    }
+}
+
+async fn props(client: &Client, url: &str) -> Result<Props, reqwest::Error> {
+    let answer = client.get(format!("{url}/props")).send().await?;
+    answer.error_for_status()?.json().await
+}
+
+/// Looks whether the engine counts. It serves without, so this is a warning.
+pub(super) async fn probe_metrics(client: &Client, engine: &Waited<'_>) -> Option<String> {
+    let answer = client.get(format!("{}/metrics", engine.url)).send().await;
+    match answer.and_then(reqwest::Response::error_for_status) {
+        Ok(_) => None,
+        Err(error) => {
+            let reason = crate::error::chain(&error.without_url());
+            tracing::warn!(pool = %engine.pool, reason, "the engine's /metrics cannot be read");
+            Some(format!("the engine's /metrics cannot be read: {reason}"))
+        }
+    }
+}

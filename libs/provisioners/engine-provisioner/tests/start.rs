@@ -1,0 +1,511 @@
+//! Starting and ending engines, with a scripted engine that is a real process.
+
+mod support;
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use provision_kit::process::ProcessIdentity;
+use provisioners_engine_provisioner::{EngineError, LaunchSpec, Profile};
+use support::{LONG, Machine, installation, somebody_runs, until};
+use test_harness_fake_engine::{LoadFailure, Script, grandchild, install, starts};
+
+fn identity(pid: u32) -> ProcessIdentity {
+    ProcessIdentity::of(pid)
+        .unwrap()
+        .expect("the process is there")
+}
+
+async fn gone(identity: ProcessIdentity) {
+    until("the process ends", || !identity.matches()).await;
+}
+
+/// An engine that is a shell script.
+fn script_engine(directory: &Path, script: &str) -> PathBuf {
+    let path = directory.join("llama-server");
+    let staged = directory.join("staged");
+    std::fs::write(&staged, format!("#!/bin/sh\n{script}\n")).unwrap();
+    std::fs::set_permissions(&staged, std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::rename(&staged, &path).unwrap();
+    path
+}
+
+#[tokio::test]
+async fn an_engine_loads_serves_and_stops() {
+    let machine = Machine::new();
+    let script = Script {
+        load_ms: 300,
+        log_lines: 5,
+        ..Script::default()
+    };
+    let engine = install(&machine.path().join("engine"), &script);
+    let spec = LaunchSpec {
+        profile: Profile::Throughput,
+        slots: 2,
+        ctx: Some(512),
+        ..machine.spec()
+    };
+    let begin = Instant::now();
+    let running = machine
+        .provisioner()
+        .start(&installation(&engine), spec)
+        .await
+        .unwrap();
+    assert!(
+        begin.elapsed() >= Duration::from_millis(300),
+        "ready only once it has loaded"
+    );
+
+    let context = running.context().clone();
+    assert_eq!((context.slots, context.ctx), (2, 512), "as /props says");
+    assert_eq!(context.engine_version, "b11434");
+    let engine_process = identity(context.pid.unwrap());
+    assert_eq!(engine_process.exe, std::fs::canonicalize(&engine).unwrap());
+
+    let pid_file: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(machine.pid_file()).unwrap()).unwrap();
+    assert_eq!(pid_file["pid"], engine_process.pid);
+    assert_eq!(pid_file["owner_pid"], std::process::id());
+    let handoff: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(machine.handoff()).unwrap()).unwrap();
+    assert_eq!(handoff["engine"], "llamacpp");
+    assert_eq!(handoff["url"], context.url);
+    assert_eq!(handoff["provisioning_mode"], "system");
+    assert_eq!(handoff["pool_id"], "default");
+    assert_eq!(handoff["replica_id"], "r0");
+    assert_eq!(handoff["model"]["id"], "test");
+    assert!(
+        handoff["flags"]
+            .as_array()
+            .unwrap()
+            .contains(&"--metrics".into())
+    );
+    assert_eq!(machine.provenance()[0]["event"], "started");
+
+    let report = running.stop().await;
+    assert!(!report.killed);
+    gone(engine_process).await;
+    assert!(!machine.pid_file().exists());
+    assert!(!machine.handoff().exists());
+    let log = std::fs::read_to_string(machine.log()).unwrap();
+    assert!(log.lines().count() > 5, "{log}");
+}
+
+#[tokio::test]
+async fn an_engine_that_dies_while_loading_fails_at_once_with_its_last_words() {
+    let machine = Machine::new();
+    let script = Script {
+        load_ms: 50,
+        load_failure: Some(LoadFailure {
+            exit_code: 3,
+            message: "the model is made of cheese".into(),
+        }),
+        ..Script::default()
+    };
+    let engine = install(&machine.path().join("engine"), &script);
+    let begin = Instant::now();
+    let error = machine
+        .provisioner()
+        .start(&installation(&engine), machine.spec())
+        .await
+        .unwrap_err();
+    assert!(
+        begin.elapsed() < Duration::from_secs(20),
+        "not at the deadline"
+    );
+    let EngineError::DiedLoading { status, tail, .. } = &error else {
+        panic!("{error}");
+    };
+    assert!(status.contains('3'), "{status}");
+    assert!(
+        tail.iter().any(|line| line.contains("made of cheese")),
+        "{tail:?}"
+    );
+    assert!(error.to_string().contains("made of cheese"));
+    assert!(!machine.pid_file().exists());
+    assert_eq!(
+        starts(&machine.path().join("engine")),
+        1,
+        "not taken for a port collision"
+    );
+}
+
+#[tokio::test]
+async fn an_engine_that_never_loads_is_given_up_and_ended() {
+    let machine = Machine::new();
+    let engine = install(
+        &machine.path().join("engine"),
+        &Script {
+            load_hang: true,
+            ..Script::default()
+        },
+    );
+    let spec = LaunchSpec {
+        load_timeout: Duration::from_millis(200),
+        ..machine.spec()
+    };
+    let error = machine
+        .provisioner()
+        .start(&installation(&engine), spec)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, EngineError::LoadTimeout { .. }), "{error}");
+    let path = engine.to_string_lossy().into_owned();
+    until("the engine is killed", || !somebody_runs(&path)).await;
+}
+
+#[tokio::test]
+async fn a_start_that_is_given_up_leaves_nothing() {
+    let machine = Machine::new();
+    let engine = install(
+        &machine.path().join("engine"),
+        &Script {
+            load_hang: true,
+            ..Script::default()
+        },
+    );
+    let provisioner = machine.provisioner();
+    let installation = installation(&engine);
+    let start = provisioner.start(&installation, machine.spec());
+    tokio::select! {
+        result = start => panic!("it cannot have started: {result:?}"),
+        () = until("the PID file is there", || machine.pid_file().exists()) => {}
+    }
+    let path = engine.to_string_lossy().into_owned();
+    until("the engine is killed", || !somebody_runs(&path)).await;
+    assert!(!machine.pid_file().exists());
+}
+
+#[tokio::test]
+async fn an_engine_that_ignores_term_is_killed_with_its_children() {
+    let machine = Machine::new();
+    let directory = machine.path().join("engine");
+    let script = Script {
+        ignore_term: true,
+        grandchild: true,
+        ..Script::default()
+    };
+    let engine = install(&directory, &script);
+    let spec = LaunchSpec {
+        stop_grace: Duration::from_millis(100),
+        ..machine.spec()
+    };
+    let running = machine
+        .provisioner()
+        .start(&installation(&engine), spec)
+        .await
+        .unwrap();
+    until("the grandchild is there", || {
+        grandchild(&directory).is_some()
+    })
+    .await;
+    let child = identity(grandchild(&directory).unwrap());
+    let engine_process = identity(running.context().pid.unwrap());
+    let report = running.stop().await;
+    assert!(report.killed);
+    gone(engine_process).await;
+    gone(child).await;
+    assert!(!machine.pid_file().exists());
+}
+
+#[tokio::test]
+async fn a_dropped_engine_is_killed_and_its_files_go() {
+    let machine = Machine::new();
+    let engine = install(&machine.path().join("engine"), &Script::default());
+    let running = machine
+        .provisioner()
+        .start(&installation(&engine), machine.spec())
+        .await
+        .unwrap();
+    let engine_process = identity(running.context().pid.unwrap());
+    drop(running);
+    gone(engine_process).await;
+    assert!(!machine.pid_file().exists());
+    assert!(!machine.handoff().exists());
+}
+
+#[tokio::test]
+async fn a_crash_is_noticed_with_the_last_lines() {
+    let machine = Machine::new();
+    let script = Script {
+        log_lines: 3,
+        ..Script::default()
+    };
+    let engine = install(&machine.path().join("engine"), &script);
+    let mut running = machine
+        .provisioner()
+        .start(&installation(&engine), machine.spec())
+        .await
+        .unwrap();
+    let pid = running.context().pid.unwrap();
+    Command::new("kill")
+        .args(["-ABRT", &pid.to_string()])
+        .status()
+        .unwrap();
+    let exit = tokio::time::timeout(LONG, running.wait_exit())
+        .await
+        .unwrap();
+    assert!(!exit.status.unwrap().success());
+    assert!(exit.log_tail.len() >= 3, "{:?}", exit.log_tail);
+}
+
+#[tokio::test]
+async fn one_pool_has_one_owner() {
+    let machine = Machine::new();
+    let engine = install(&machine.path().join("engine"), &Script::default());
+    let provisioner = machine.provisioner();
+    let first = provisioner
+        .start(&installation(&engine), machine.spec())
+        .await
+        .unwrap();
+    let error = provisioner
+        .start(&installation(&engine), machine.spec())
+        .await
+        .unwrap_err();
+    let EngineError::PoolBusy { holder, .. } = &error else {
+        panic!("{error}");
+    };
+    assert_eq!(*holder, std::process::id().to_string());
+    first.stop().await;
+    let again = provisioner
+        .start(&installation(&engine), machine.spec())
+        .await
+        .unwrap();
+    again.stop().await;
+}
+
+#[tokio::test]
+async fn two_starts_at_once_share_no_port() {
+    let machine = Machine::new();
+    let engine = install(&machine.path().join("engine"), &Script::default());
+    let provisioner = machine.provisioner();
+    let installation = installation(&engine);
+    let start = |pool: &str| {
+        let spec = LaunchSpec {
+            pool_id: pool.parse().unwrap(),
+            ..machine.spec()
+        };
+        provisioner.start(&installation, spec)
+    };
+    let (a, b, c) = tokio::join!(start("a"), start("b"), start("c"));
+    let engines = [a.unwrap(), b.unwrap(), c.unwrap()];
+    let mut urls: Vec<_> = engines
+        .iter()
+        .map(|engine| engine.context().url.clone())
+        .collect();
+    urls.sort();
+    urls.dedup();
+    assert_eq!(urls.len(), 3);
+    for engine in engines {
+        engine.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_port_that_is_taken_means_another_port() {
+    let machine = Machine::new();
+    let real = install(&machine.path().join("real"), &Script::default());
+    let marker = machine.path().join("tried");
+    let engine = script_engine(
+        machine.path(),
+        &format!(
+            "if [ ! -e {0} ]; then touch {0}; echo \"couldn't bind HTTP server socket\" >&2; exit 1; fi\nexec {1} \"$@\"",
+            marker.display(),
+            real.display()
+        ),
+    );
+    let running = machine
+        .provisioner()
+        .start(&installation(&engine), machine.spec())
+        .await
+        .unwrap();
+    assert!(
+        machine
+            .recorder
+            .notes()
+            .iter()
+            .any(|note| note.contains("port"))
+    );
+    running.stop().await;
+}
+
+/// Ends a process that a test could not own.
+struct Stranger(PathBuf);
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        if let Ok(pid) = std::fs::read_to_string(&self.0) {
+            let _ = Command::new("kill").args(["-KILL", pid.trim()]).status();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_stranger_on_the_port_is_not_taken_for_the_engine() {
+    let machine = Machine::new();
+    let real = install(&machine.path().join("real"), &Script::default());
+    let stranger = Stranger(machine.path().join("stranger.pid"));
+    // At the first try a healthy engine with the very same model answers on the port, but it is in
+    // nobody's group; ours only ends a while later.
+    let engine = script_engine(
+        machine.path(),
+        &format!(
+            "if [ ! -e {0} ]; then setsid {1} \"$@\" >/dev/null 2>&1 & echo $! > {0}; sleep 0.5; exit 1; fi\nexec {1} \"$@\"",
+            stranger.0.display(),
+            real.display()
+        ),
+    );
+    let running = machine
+        .provisioner()
+        .start(&installation(&engine), machine.spec())
+        .await
+        .unwrap();
+    let stranger_pid: u32 = std::fs::read_to_string(&stranger.0)
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    assert_ne!(running.context().pid, Some(stranger_pid));
+    assert!(
+        ProcessIdentity::of(stranger_pid).unwrap().is_some(),
+        "the stranger was left alone"
+    );
+    running.stop().await;
+}
+
+/// A process in a group of its own, killed at the end of its test.
+struct Other(Child);
+
+impl Other {
+    fn start(command: &mut Command) -> Self {
+        use std::os::unix::process::CommandExt as _;
+        Self(command.process_group(0).spawn().unwrap())
+    }
+
+    fn write_pid_file(
+        &self,
+        machine: &Machine,
+        change: impl FnOnce(&mut serde_json::Value),
+    ) -> ProcessIdentity {
+        let engine = identity(self.0.id());
+        let mut file = serde_json::to_value(&engine).unwrap();
+        file["port"] = 1.into();
+        // An owner that is certainly gone.
+        file["owner_pid"] = 4_194_305.into();
+        file["owner"] =
+            serde_json::json!({ "pid": 4_194_305, "start_time_ticks": 1, "exe": "/gone" });
+        change(&mut file);
+        std::fs::create_dir_all(machine.cache.run()).unwrap();
+        std::fs::write(machine.pid_file(), file.to_string()).unwrap();
+        engine
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test]
+async fn an_engine_left_by_a_crash_is_ended_first() {
+    let machine = Machine::new();
+    let engine = install(&machine.path().join("engine"), &Script::default());
+    let other = Other::start(Command::new("sleep").arg("600"));
+    let left = other.write_pid_file(&machine, |_| {});
+    let running = machine
+        .provisioner()
+        .start(&installation(&engine), machine.spec())
+        .await
+        .unwrap();
+    gone(left).await;
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn another_program_under_an_old_id_is_left_alone() {
+    let machine = Machine::new();
+    let engine = install(&machine.path().join("engine"), &Script::default());
+    let other = Other::start(Command::new("sleep").arg("600"));
+    for change in [
+        (|file: &mut serde_json::Value| file["exe"] = "/somewhere/llama-server".into())
+            as fn(&mut serde_json::Value),
+        |file| file["start_time_ticks"] = 1.into(),
+        |file| *file = "no PID file at all".into(),
+    ] {
+        let bystander = other.write_pid_file(&machine, change);
+        let running = machine
+            .provisioner()
+            .start(&installation(&engine), machine.spec())
+            .await
+            .unwrap();
+        assert!(bystander.matches());
+        running.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn an_engine_whose_owner_lives_is_not_touched() {
+    let machine = Machine::new();
+    let engine = install(&machine.path().join("engine"), &Script::default());
+    let owner = Other::start(Command::new("sleep").arg("600"));
+    let other = Other::start(Command::new("sleep").arg("600"));
+    let owner_identity = identity(owner.0.id());
+    let left = other.write_pid_file(&machine, |file| {
+        file["owner"] = serde_json::to_value(&owner_identity).unwrap();
+        file["owner_pid"] = owner_identity.pid.into();
+    });
+    let error = machine
+        .provisioner()
+        .start(&installation(&engine), machine.spec())
+        .await
+        .unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        format!("pool default is run by process {}", owner_identity.pid)
+    );
+    assert!(left.matches());
+    assert!(machine.pid_file().exists());
+}
+
+#[tokio::test]
+async fn missing_metrics_are_a_warning() {
+    let machine = Machine::new();
+    let script = Script {
+        metrics_missing: true,
+        ..Script::default()
+    };
+    let engine = install(&machine.path().join("engine"), &script);
+    let running = machine
+        .provisioner()
+        .start(&installation(&engine), machine.spec())
+        .await
+        .unwrap();
+    assert!(
+        machine
+            .recorder
+            .notes()
+            .iter()
+            .any(|note| note.contains("/metrics"))
+    );
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn flags_that_do_not_fit_touch_nothing() {
+    let machine = Machine::new();
+    let spec = LaunchSpec {
+        flags: vec!["--port 1".into()],
+        ..machine.spec()
+    };
+    let error = machine
+        .provisioner()
+        .start(&installation(Path::new("/nowhere")), spec)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, EngineError::Flags(_)), "{error}");
+    assert!(!machine.cache.root().exists());
+}

@@ -1,0 +1,207 @@
+//! Lets a file in: looks at it, asks for its signature, names it, records it.
+//!
+//! Everything here blocks; the provisioner calls it off the runtime.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use llama_orch_types::Digest;
+use provision_kit::download::Fetched;
+use provision_kit::fs::{remove_file_if_there, sha256_file};
+
+use crate::config::VerifyPolicy;
+use crate::error::ModelError;
+use crate::gguf::{self, GgufFacts};
+use crate::store::{FileStamp, ModelRecord, Place, Store};
+use crate::verify::{SignatureVerifier, SignedModel};
+
+/// What lets files in, and by which rules.
+#[derive(Debug, Clone)]
+pub(crate) struct Gate {
+    pub(crate) store: Store,
+    pub(crate) policy: VerifyPolicy,
+    pub(crate) verifier: Option<Arc<dyn SignatureVerifier>>,
+}
+
+/// What a file is let in as.
+#[derive(Debug, Clone)]
+pub(crate) struct Claim {
+    /// What the user asked for.
+    pub(crate) id: String,
+    /// The reference that serves the file.
+    pub(crate) source: String,
+    pub(crate) digest: Option<Digest>,
+}
+
+impl Gate {
+    /// Lets a fetched file into the store. A file that is refused is removed.
+    pub(crate) fn admit_staged(
+        &self,
+        claim: &Claim,
+        fetched: &Fetched,
+    ) -> Result<ModelRecord, ModelError> {
+        let admitted = self.publish(claim, fetched);
+        if admitted.is_err()
+            && let Err(error) = remove_file_if_there(&fetched.path)
+        {
+            tracing::warn!(%error, "a refused file stays among the downloads");
+        }
+        admitted
+    }
+
+    fn publish(&self, claim: &Claim, fetched: &Fetched) -> Result<ModelRecord, ModelError> {
+        self.check_digest(claim, &fetched.path, fetched.digest)?;
+        let facts = read_facts(&fetched.path, &claim.source)?;
+        if facts.split_count > 1 {
+            return Err(ModelError::Split {
+                file: claim.source.clone(),
+                count: facts.split_count,
+            });
+        }
+        self.check_signature(claim, &fetched.path, fetched.digest, fetched.size)?;
+        let path = self.store.publish(&fetched.path, fetched.digest)?;
+        self.record(claim, path, fetched.digest, facts)
+    }
+
+    /// The stored file of this digest, if it is there and still what it was.
+    pub(crate) fn admit_stored(
+        &self,
+        claim: &Claim,
+        digest: Digest,
+    ) -> Result<Option<ModelRecord>, ModelError> {
+        let path = self.store.path_of(digest);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let known = self.store.record(Place::Stored(digest));
+        if let Some(record) = known.as_ref()
+            && record.stamp == FileStamp::of(&path)?
+        {
+            return self.used_again(claim, record.clone()).map(Some);
+        }
+        let (actual, size) = sha256_file(&path)?;
+        if actual != digest {
+            return Err(ModelError::Changed {
+                path,
+                expected: digest,
+                actual,
+            });
+        }
+        let facts = read_facts(&path, &path.display().to_string())?;
+        // The source that first served the file is the truth about it.
+        let source = known.map_or_else(|| claim.source.clone(), |record| record.source);
+        let claim = Claim {
+            source,
+            ..claim.clone()
+        };
+        self.check_signature(&claim, &path, actual, size)?;
+        self.record(&claim, path, digest, facts).map(Some)
+    }
+
+    /// A file that lies elsewhere.
+    pub(crate) fn admit_in_place(
+        &self,
+        claim: &Claim,
+        path: &Path,
+    ) -> Result<ModelRecord, ModelError> {
+        let stamp = FileStamp::of(path)?;
+        let known = self.store.record(Place::Elsewhere(path));
+        if let Some(record) = known.as_ref()
+            && record.stamp == stamp
+        {
+            self.check_digest(claim, path, record.digest)?;
+            return self.used_again(claim, record.clone());
+        }
+        // The header first: it is quick, and hashing a useless file is not.
+        let facts = read_facts(path, &path.display().to_string())?;
+        let (digest, size) = sha256_file(path)?;
+        self.check_digest(claim, path, digest)?;
+        self.check_signature(claim, path, digest, size)?;
+        if let Some(before) = known.filter(|record| record.digest != digest) {
+            tracing::warn!(path = %path.display(), before = %before.digest, now = %digest, "the model file has changed");
+        }
+        self.record(claim, path.to_owned(), digest, facts)
+    }
+
+    fn used_again(
+        &self,
+        claim: &Claim,
+        mut record: ModelRecord,
+    ) -> Result<ModelRecord, ModelError> {
+        record.last_used = Timestamp::now();
+        record.references.insert(claim.id.clone());
+        Ok(self.store.save(record)?)
+    }
+
+    fn record(
+        &self,
+        claim: &Claim,
+        path: PathBuf,
+        digest: Digest,
+        facts: GgufFacts,
+    ) -> Result<ModelRecord, ModelError> {
+        let now = Timestamp::now();
+        Ok(self.store.save(ModelRecord {
+            stamp: FileStamp::of(&path)?,
+            path,
+            digest,
+            references: BTreeSet::from([claim.id.clone(), claim.source.clone()]),
+            source: claim.source.clone(),
+            verified_at: now,
+            last_used: now,
+            facts,
+        })?)
+    }
+
+    fn check_digest(&self, claim: &Claim, path: &Path, actual: Digest) -> Result<(), ModelError> {
+        match claim.digest {
+            Some(expected) if expected != actual => {
+                if self.policy == VerifyPolicy::Off {
+                    tracing::warn!(model = %claim.id, %expected, %actual, "the digest is wrong, and `verify: off` lets it through");
+                    return Ok(());
+                }
+                Err(ModelError::WrongDigest {
+                    id: claim.id.clone(),
+                    path: path.to_owned(),
+                    expected,
+                    actual,
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn check_signature(
+        &self,
+        claim: &Claim,
+        path: &Path,
+        digest: Digest,
+        size_bytes: u64,
+    ) -> Result<(), ModelError> {
+        let Some(verifier) = &self.verifier else {
+            return Ok(());
+        };
+        let model = SignedModel {
+            id: &claim.id,
+            source: &claim.source,
+            path,
+            digest,
+            size_bytes,
+        };
+        verifier
+            .verify(model)
+            .map_err(|source| ModelError::Signature {
+                file: claim.source.clone(),
+                source,
+            })
+    }
+}
+
+fn read_facts(path: &Path, file: &str) -> Result<GgufFacts, ModelError> {
+    gguf::read_file(path).map_err(|source| ModelError::Gguf {
+        file: file.to_owned(),
+        source,
+    })
+}

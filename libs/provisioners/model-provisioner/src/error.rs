@@ -1,0 +1,171 @@
+//! Why a model could not be provided.
+
+use std::path::PathBuf;
+
+use llama_orch_types::{Digest, Hinted};
+use provision_kit::config::nearest;
+use provision_kit::download::DownloadError;
+use provision_kit::fs::FsError;
+use provision_kit::lock::LockError;
+
+use crate::fetch::FetchError;
+use crate::gguf::GgufError;
+use crate::profile::ProfileError;
+use crate::reference::ReferenceError;
+use crate::store::SaveError;
+use crate::verify::SignatureRejected;
+
+/// Why a model could not be provided, listed or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    #[error(transparent)]
+    Reference(#[from] ReferenceError),
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
+    #[error("no model profile is named `{name}`")]
+    UnknownProfile { name: String, known: Vec<String> },
+    #[error("the model {id} was not fetched from {from}")]
+    Fetch {
+        id: String,
+        from: String,
+        #[source]
+        source: FetchError,
+    },
+    /// Each attempt is one line: the source and why it did not serve.
+    #[error("none of the {} sources of the model {id} served it:\n{}", attempts.len(), lines(attempts))]
+    AllSources {
+        id: String,
+        attempts: Vec<(String, FetchError)>,
+    },
+    #[error("the model {id} has no known digest, and the configuration says `verify: required`")]
+    DigestRequired { id: String },
+    #[error("{} has the digest {actual} where {expected} was expected for the model {id}", path.display())]
+    WrongDigest {
+        id: String,
+        path: PathBuf,
+        expected: Digest,
+        actual: Digest,
+    },
+    #[error("{} was changed after it was verified: it has the digest {actual} instead of {expected}", path.display())]
+    Changed {
+        path: PathBuf,
+        expected: Digest,
+        actual: Digest,
+    },
+    /// `file` is where it came from, or where it lies.
+    #[error("{file} is no usable GGUF file")]
+    Gguf {
+        file: String,
+        #[source]
+        source: GgufError,
+    },
+    #[error(
+        "{file} is one of {count} parts of a split model, which can only be used where all parts lie together"
+    )]
+    Split { file: String, count: u64 },
+    #[error("the signature of {file} was not accepted")]
+    Signature {
+        file: String,
+        #[source]
+        source: SignatureRejected,
+    },
+    #[error("the model {id} is being removed by another process")]
+    BeingRemoved { id: String },
+    #[error("cannot set up downloads")]
+    Client(#[source] DownloadError),
+    #[error(transparent)]
+    File(#[from] FsError),
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// Work on another thread ended early: the program is ending.
+    #[error("the work on the model was given up")]
+    GivenUp,
+}
+
+impl From<SaveError> for ModelError {
+    fn from(error: SaveError) -> Self {
+        match error {
+            SaveError::File(error) => Self::File(error),
+            SaveError::Lock(error) => Self::Lock(error),
+        }
+    }
+}
+
+impl ModelError {
+    /// Whether the same call may succeed a little later.
+    pub fn retriable(&self) -> bool {
+        match self {
+            Self::Fetch { source, .. } => source.retriable(),
+            Self::AllSources { attempts, .. } => {
+                attempts.iter().any(|(_, error)| error.retriable())
+            }
+            Self::Lock(error) => error.retriable(),
+            Self::BeingRemoved { .. } => true,
+            _ => false,
+        }
+    }
+}
+
+impl Hinted for ModelError {
+    fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::Reference(error) => return error.hint(),
+            Self::UnknownProfile { name, known } => match nearest(name, known.iter().map(String::as_str)) {
+                Some(near) => format!("did you mean `{near}`? Known: {}", known.join(", ")),
+                None => format!(
+                    "known: {}; a file is written as a path (./{name}), others as hf:…, https:… or pip:…",
+                    known.join(", ")
+                ),
+            },
+            Self::Fetch { source, .. } => return source.hint(),
+            Self::AllSources { attempts, .. } => {
+                return attempts.iter().filter_map(|(_, error)| error.hint()).next_back();
+            }
+            Self::DigestRequired { .. } => {
+                "name it as a profile with its digest under `profiles:`, or set `verify: when_known`".to_owned()
+            }
+            Self::WrongDigest { .. } => {
+                "the file is not the pinned one: name a source that holds the same bytes, or correct the digest".to_owned()
+            }
+            Self::Changed { path, .. } => format!(
+                "if nobody meant to change it, the disk may be failing; `rm {}` and start again to fetch it anew",
+                path.display()
+            ),
+            Self::Gguf { source, .. } if source.is_truncated() => {
+                "the file is cut off: fetch or copy it again".to_owned()
+            }
+            Self::Gguf { .. } => "name a model in the GGUF format; other formats must be converted first".to_owned(),
+            Self::Split { .. } => {
+                "join the parts with `llama-gguf-split --merge`, or put all parts in one directory and name the first as file:/…"
+                    .to_owned()
+            }
+            Self::Signature { .. } => "use a model whose signature the configured verifier accepts".to_owned(),
+            Self::BeingRemoved { .. } => "try again in a moment".to_owned(),
+            Self::Client(error) => return error.hint(),
+            Self::File(error) => return error.hint(),
+            Self::Lock(error) => return error.hint(),
+            Self::Profile(_) | Self::GivenUp => return None,
+        })
+    }
+}
+
+/// One line for each source, with the whole chain of causes.
+fn lines(attempts: &[(String, FetchError)]) -> String {
+    let line = |(source, error): &(String, FetchError)| format!("  {source}: {}", one_line(error));
+    attempts.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+/// An error and its causes in one line.
+pub(crate) fn one_line(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        // Some libraries repeat their cause.
+        if !text.contains(&next) {
+            text = format!("{text}: {next}");
+        }
+        cause = error.source();
+    }
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}

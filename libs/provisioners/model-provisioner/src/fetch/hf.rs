@@ -1,0 +1,351 @@
+//! `hf:`: a file on the Hugging Face Hub, through the crate `hf-hub`.
+//!
+//! Only the crate's byte stream is used. Its own download to a file takes an
+//! error page for a model, cannot go on after a cut, and checks neither length
+//! nor digest; here the part file does all three. The stream hands on a whole
+//! file when a server ignores the range that was asked for, so lengths are
+//! compared before the first byte is kept.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use futures::StreamExt;
+use hf_hub::repository::download::HFByteStream;
+use hf_hub::{HFClient, HFError};
+use provision_kit::download::Fetched;
+use provision_kit::fs::{free_space, remove_file_if_there, write_atomic};
+use provision_kit::part::PartFile;
+use provision_kit::progress::Step;
+
+use crate::error::one_line;
+use crate::fetch::{Expected, FetchError, Fetcher, HubProblem};
+use crate::reference::ModelRef;
+
+/// An attempt that brought at least this much is not counted as a failed one.
+const PROGRESS_THAT_COUNTS: u64 = 1024 * 1024;
+
+const MAX_BACKOFF: Duration = Duration::from_secs(30);
+
+pub(super) async fn fetch(
+    fetcher: &Fetcher,
+    source: &ModelRef,
+    expected: Expected,
+    part: &Path,
+    step: &mut Step,
+) -> Result<Fetched, FetchError> {
+    let transfer = Transfer::new(fetcher, source, expected, part)?;
+    let mut resumed = false;
+    loop {
+        let (digest, size) = transfer.run(step, &mut resumed).await?;
+        remove_file_if_there(&transfer.total_path())?;
+        let problem = match (expected.size, expected.digest) {
+            (Some(expected), _) if expected != size => FetchError::WrongSize {
+                file: transfer.name.clone(),
+                expected,
+                actual: size,
+            },
+            (_, Some(expected)) if expected != digest => FetchError::WrongDigest {
+                file: transfer.name.clone(),
+                expected,
+                actual: digest,
+                size,
+            },
+            _ => {
+                return Ok(Fetched {
+                    path: part.to_owned(),
+                    digest,
+                    size,
+                });
+            }
+        };
+        remove_file_if_there(part)?;
+        if !resumed {
+            return Err(problem);
+        }
+        // The bytes left by an earlier transfer may be the wrong ones.
+        step.note(format!("{problem}; fetching it again from the start"));
+    }
+}
+
+struct Transfer<'a> {
+    fetcher: &'a Fetcher,
+    client: HFClient,
+    expected: Expected,
+    part: &'a Path,
+    owner: &'a str,
+    repo: &'a str,
+    revision: Option<&'a str>,
+    file: &'a str,
+    /// What errors call the file.
+    name: String,
+    /// What has arrived may be continued by a later process.
+    resumable: bool,
+}
+
+impl<'a> Transfer<'a> {
+    fn new(
+        fetcher: &'a Fetcher,
+        source: &'a ModelRef,
+        expected: Expected,
+        part: &'a Path,
+    ) -> Result<Self, FetchError> {
+        let ModelRef::Hub {
+            owner,
+            repo,
+            revision,
+            file,
+        } = source
+        else {
+            return Err(FetchError::NoSource {
+                name: source.to_string(),
+            });
+        };
+        let name = source.to_string();
+        let mut builder = HFClient::builder()
+            .client(fetcher.client.clone())
+            .cache_enabled(false)
+            .retry_max_attempts(2);
+        if let Some(endpoint) = &fetcher.hub.endpoint {
+            builder = builder.endpoint(endpoint);
+        }
+        if let Some(token) = &fetcher.hub.token {
+            builder = builder.token(token.reveal());
+        }
+        let client = builder.build().map_err(|error| FetchError::Hub {
+            endpoint: fetcher.hub.endpoint.clone().unwrap_or_default(),
+            problem: HubProblem::Other,
+            file: name.clone(),
+            source: error.into(),
+        })?;
+        Ok(Self {
+            fetcher,
+            client,
+            expected,
+            part,
+            owner,
+            repo,
+            revision: revision.as_deref(),
+            file,
+            name,
+            resumable: expected.digest.is_some() || source.is_immutable(),
+        })
+    }
+
+    /// Attempts until the file is whole or hope is gone.
+    async fn run(
+        &self,
+        step: &mut Step,
+        resumed: &mut bool,
+    ) -> Result<(llama_orch_types::Digest, u64), FetchError> {
+        let mut total = self.expected.size.or_else(|| self.stored_total());
+        let mut part = PartFile::open(self.part).await?;
+        if part.size() > 0 && (!self.resumable || total.is_none_or(|total| part.size() > total)) {
+            part.restart().await?;
+        }
+        *resumed = part.size() > 0;
+        let mut failures = 0;
+        loop {
+            let before = part.size();
+            if before > 0 && total == Some(before) {
+                return Ok(part.complete().await?);
+            }
+            let error = match self.attempt(&mut part, &mut total, step).await {
+                Ok(()) => return Ok(part.complete().await?),
+                Err(error) => error,
+            };
+            // What has arrived must outlive the failure.
+            part.flush().await?;
+            if part.size() >= before + PROGRESS_THAT_COUNTS {
+                failures = 0;
+            }
+            failures += 1;
+            if !error.retriable() || failures >= self.fetcher.attempts {
+                return Err(error);
+            }
+            let wait = self
+                .fetcher
+                .backoff
+                .saturating_mul(1 << (failures - 1).min(6))
+                .min(MAX_BACKOFF);
+            step.note(format!(
+                "{}; trying again in {:.1} s ({} of {})",
+                one_line(&error),
+                wait.as_secs_f64(),
+                failures + 1,
+                self.fetcher.attempts
+            ));
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    async fn attempt(
+        &self,
+        part: &mut PartFile,
+        total: &mut Option<u64>,
+        step: &mut Step,
+    ) -> Result<(), FetchError> {
+        let range = total
+            .filter(|_| part.size() > 0)
+            .map(|total| part.size()..total);
+        if range.is_none() && part.size() > 0 {
+            part.restart().await?;
+        }
+        let asked_for = range.as_ref().map(|range| range.end - range.start);
+        let (length, stream) = self.open(range).await?;
+        let (length, stream) = match asked_for {
+            None => (length, stream),
+            Some(asked_for) if length == Some(asked_for) => (length, stream),
+            Some(_) => {
+                // The server ignored the range, or says nothing of what it sends.
+                drop(stream);
+                step.note("the Hub does not continue this file; fetching it again from the start");
+                part.restart().await?;
+                self.open(None).await?
+            }
+        };
+        if part.size() == 0 {
+            *total = length;
+            self.check_total(length)?;
+            if let Some(length) = length {
+                write_atomic(&self.total_path(), length.to_string().as_bytes())?;
+            }
+        }
+        self.check_space(part.size(), *total)?;
+        self.receive(stream, part, *total, step).await
+    }
+
+    async fn open(
+        &self,
+        range: Option<std::ops::Range<u64>>,
+    ) -> Result<(Option<u64>, HFByteStream), FetchError> {
+        let repository = self.client.model(self.owner, self.repo);
+        let request = repository
+            .download_file_stream()
+            .filename(self.file)
+            .maybe_revision(self.revision)
+            .maybe_range(range)
+            .send();
+        // Three requests and their retries fit in.
+        match tokio::time::timeout(self.fetcher.stall_timeout * 2, request).await {
+            Ok(answer) => answer.map_err(|error| self.hub_error(error)),
+            Err(_) => Err(self.stalled(0)),
+        }
+    }
+
+    async fn receive(
+        &self,
+        mut stream: HFByteStream,
+        part: &mut PartFile,
+        total: Option<u64>,
+        step: &mut Step,
+    ) -> Result<(), FetchError> {
+        step.set(part.size(), total);
+        loop {
+            match tokio::time::timeout(self.fetcher.stall_timeout, stream.next()).await {
+                Ok(Some(Ok(bytes))) => part.write(&bytes).await?,
+                Ok(Some(Err(error))) => return Err(self.hub_error(error)),
+                Ok(None) => break,
+                Err(_) => return Err(self.stalled(part.size())),
+            }
+            step.set(part.size(), total);
+            if total.is_some_and(|total| part.size() > total) {
+                break;
+            }
+        }
+        match total {
+            Some(total) if part.size() < total => Err(self.problem(
+                HubProblem::Unavailable,
+                format!("the transfer ended after {} of {total} bytes", part.size()),
+            )),
+            Some(total) if part.size() > total => {
+                let actual = part.size();
+                part.restart().await?;
+                Err(FetchError::WrongSize {
+                    file: self.name.clone(),
+                    expected: total,
+                    actual,
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn check_total(&self, length: Option<u64>) -> Result<(), FetchError> {
+        match (self.expected.size, length) {
+            (Some(expected), Some(actual)) if expected != actual => Err(FetchError::WrongSize {
+                file: self.name.clone(),
+                expected,
+                actual,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_space(&self, arrived: u64, total: Option<u64>) -> Result<(), FetchError> {
+        let needed = total.unwrap_or(0).saturating_sub(arrived);
+        let free = free_space(self.part)?;
+        if free < needed {
+            return Err(FetchError::NoSpace {
+                path: self.part.to_owned(),
+                needed,
+                free,
+            });
+        }
+        Ok(())
+    }
+
+    /// The whole file's length lies beside the part file: to go on, the Hub
+    /// must be asked for a range with an end.
+    fn total_path(&self) -> PathBuf {
+        let mut name = self.part.as_os_str().to_owned();
+        name.push(".total");
+        name.into()
+    }
+
+    fn stored_total(&self) -> Option<u64> {
+        std::fs::read_to_string(self.total_path())
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
+    }
+
+    fn stalled(&self, received: u64) -> FetchError {
+        let seconds = self.fetcher.stall_timeout.as_secs_f64();
+        self.problem(
+            HubProblem::Stalled,
+            format!("nothing came for {seconds:.0} s, after {received} bytes"),
+        )
+    }
+
+    fn problem(&self, problem: HubProblem, what: String) -> FetchError {
+        FetchError::Hub {
+            endpoint: self.client.endpoint().to_owned(),
+            problem,
+            file: self.name.clone(),
+            source: what.into(),
+        }
+    }
+
+    fn hub_error(&self, error: HFError) -> FetchError {
+        let problem = match &error {
+            HFError::AuthRequired { .. } | HFError::Forbidden { .. } => HubProblem::Unauthorized,
+            HFError::RepoNotFound { .. }
+            | HFError::RevisionNotFound { .. }
+            | HFError::EntryNotFound { .. } => HubProblem::NotFound,
+            HFError::Request { .. } | HFError::RateLimited { .. } | HFError::Xet { .. } => {
+                HubProblem::Unavailable
+            }
+            HFError::Http { context } if context.status.is_server_error() => {
+                HubProblem::Unavailable
+            }
+            _ => HubProblem::Other,
+        };
+        FetchError::Hub {
+            endpoint: self.client.endpoint().to_owned(),
+            problem,
+            file: self.name.clone(),
+            source: error.into(),
+        }
+    }
+}

@@ -1,0 +1,156 @@
+use proptest::prelude::*;
+
+use super::*;
+
+#[path = "../../tests/support/gguf.rs"]
+mod build;
+
+use build::{Gguf, array_head, number, text};
+
+fn parse(bytes: &[u8]) -> Result<GgufFacts, GgufError> {
+    read(bytes, bytes.len() as u64)
+}
+
+#[test]
+fn the_facts_of_a_small_file() {
+    let facts = parse(&Gguf::tiny().bytes()).unwrap();
+    assert_eq!(
+        facts,
+        GgufFacts {
+            architecture: Some("llama".into()),
+            ctx_max: Some(8192),
+            quantization: Some("Q4_1".into()),
+            chat_template: Some("{{ messages }}".into()),
+            parameter_count: Some(64 * 3 + 64),
+            split_count: 1,
+        }
+    );
+}
+
+#[test]
+fn what_is_unknown_is_no_reason_to_refuse() {
+    let mut file = Gguf::tiny();
+    file.pairs.retain(|(key, _)| key != "general.file_type");
+    file.pair("general.file_type", number(12_345));
+    file.tensor("strange", &[1000], 999, 64);
+    file.pair("Ünknown key/with odd:letters", text("x"));
+    let facts = parse(&file.bytes()).unwrap();
+    // The type that takes most bytes stands in: 256 of F32, 120 of Q4_1.
+    assert_eq!(facts.quantization.as_deref(), Some("F32"));
+    let empty = Gguf {
+        version: 2,
+        pairs: Vec::new(),
+        tensors: Vec::new(),
+    };
+    assert_eq!(parse(&empty.bytes()).unwrap().parameter_count, None);
+}
+
+#[test]
+fn context_of_its_own_architecture_only() {
+    let mut file = Gguf::tiny();
+    file.pair("clip.context_length", number(77));
+    assert_eq!(parse(&file.bytes()).unwrap().ctx_max, Some(8192));
+}
+
+#[test]
+fn every_cut_is_noticed() {
+    let bytes = Gguf::tiny().bytes();
+    for length in 4..bytes.len() {
+        let error = parse(&bytes[..length]).unwrap_err();
+        assert!(error.is_truncated(), "{length}: {error}");
+    }
+    let error = parse(&bytes[..bytes.len() - 1]).unwrap_err();
+    assert!(
+        matches!(error, GgufError::Truncated { needed, actual } if needed == actual + 1),
+        "{error}"
+    );
+    // A file that claims to be longer than it is.
+    let error = read(&bytes[..100], bytes.len() as u64).unwrap_err();
+    assert!(error.is_truncated(), "{error}");
+}
+
+#[test]
+fn other_files_are_named_by_how_they_begin() {
+    let error = parse(b"<!DOCTYPE html>").unwrap_err();
+    assert!(error.to_string().contains("`<!DO`"), "{error}");
+    assert!(matches!(parse(b"").unwrap_err(), GgufError::NotGguf { .. }));
+    assert!(matches!(
+        parse(b"GG").unwrap_err(),
+        GgufError::NotGguf { .. }
+    ));
+    let mut file = Gguf::tiny();
+    file.version = 1;
+    assert!(matches!(parse(&file.bytes()), Err(GgufError::Version(1))));
+    file.version = 3u32.swap_bytes();
+    assert!(matches!(parse(&file.bytes()), Err(GgufError::BigEndian)));
+}
+
+#[test]
+fn hostile_counts_end_quickly() {
+    let mut counts = b"GGUF\x03\0\0\0".to_vec();
+    counts.extend([0xff; 16]);
+    assert!(parse(&counts).unwrap_err().is_truncated());
+    for head in [
+        array_head(8, usize::MAX),
+        array_head(10, usize::MAX),
+        array_head(9, usize::MAX),
+    ] {
+        let mut file = Gguf::tiny();
+        file.pair("bomb", head);
+        assert!(parse(&file.bytes()).is_err());
+    }
+    let mut deep = array_head(9, 1);
+    for _ in 0..10 {
+        deep.extend(&array_head(9, 1)[4..]);
+    }
+    let mut file = Gguf::tiny();
+    file.pair("deep", deep);
+    assert!(matches!(parse(&file.bytes()), Err(GgufError::Malformed(_))));
+    let mut file = Gguf::tiny();
+    file.tensor("huge", &[u64::MAX, 2], 0, 0);
+    assert!(matches!(parse(&file.bytes()), Err(GgufError::Malformed(_))));
+    let mut file = Gguf::tiny();
+    file.tensor("wide", &[u64::MAX / 8], 0, 0);
+    assert!(parse(&file.bytes()).is_err());
+    let mut file = Gguf::tiny();
+    file.pair("general.alignment", number(7));
+    assert!(matches!(parse(&file.bytes()), Err(GgufError::Malformed(_))));
+}
+
+#[test]
+fn an_overlong_template_is_left_out() {
+    let mut file = Gguf::tiny();
+    file.pairs
+        .retain(|(key, _)| key != "tokenizer.chat_template");
+    file.pair(
+        "tokenizer.chat_template",
+        text(&"x".repeat(MAX_TEXT as usize + 1)),
+    );
+    let facts = parse(&file.bytes()).unwrap();
+    assert_eq!(facts.chat_template, None);
+    assert_eq!(facts.architecture.as_deref(), Some("llama"));
+}
+
+proptest! {
+    #[test]
+    fn random_bytes_are_answered(bytes in prop::collection::vec(any::<u8>(), 0..300), size: u64) {
+        let _ = read(&bytes[..], size);
+        let mut file = b"GGUF\x03\0\0\0".to_vec();
+        file.extend(&bytes);
+        let _ = read(&file[..], size);
+        let _ = parse(&file);
+    }
+
+    #[test]
+    fn mutated_headers_are_answered(
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+        claimed in prop::option::of(any::<u64>()),
+    ) {
+        let mut bytes = Gguf::tiny().bytes();
+        for (index, value) in changes {
+            let index = index.index(bytes.len());
+            bytes[index] = value;
+        }
+        let _ = read(&bytes[..], claimed.unwrap_or(bytes.len() as u64));
+    }
+}

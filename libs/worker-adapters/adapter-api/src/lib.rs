@@ -1,0 +1,54 @@
+//! The only thing an engine must satisfy: [`WorkerAdapter`].
+//!
+//! An adapter turns one engine's way of talking into ours. It does no
+//! queueing, keeps no task longer than its stream lives, and never retries
+//! once a token has been handed out.
+//!
+//! - [`task`]: what is asked of an engine
+//! - [`event`]: what comes back, as a stream
+//! - [`error`]: how it fails
+
+pub mod error;
+pub mod event;
+pub mod task;
+
+use std::fmt::Debug;
+use std::pin::Pin;
+
+use async_trait::async_trait;
+use futures::Stream;
+use llama_orch_types::TaskId;
+
+pub use error::{TimeoutPhase, WorkerError};
+pub use event::{CancelReport, EndSummary, EngineHealth, EngineProps, FinishReason, MetricsSnapshot, TokenEvent};
+pub use task::{ChatMessage, EngineTask, SamplingParams, TaskInput};
+
+/// A task's events. The stream ends after [`TokenEvent::End`] or after the
+/// first error; dropping it tells the engine to stop decoding.
+pub type TokenStream = Pin<Box<dyn Stream<Item = Result<TokenEvent, WorkerError>> + Send>>;
+
+/// One engine process, as the rest of the program sees it.
+#[async_trait]
+pub trait WorkerAdapter: Debug + Send + Sync {
+    /// Whether the engine takes work now. A loading engine is an answer, not
+    /// an error; an engine that cannot be reached is an error.
+    async fn health(&self) -> Result<EngineHealth, WorkerError>;
+
+    /// What the engine says of itself.
+    async fn props(&self) -> Result<EngineProps, WorkerError>;
+
+    /// How many tokens this input is, special tokens and chat template
+    /// included, counted by the engine itself.
+    async fn count_tokens(&self, input: &TaskInput) -> Result<u32, WorkerError>;
+
+    /// Starts a task. Returns once the engine has taken the request; tokens
+    /// and later failures come through the stream.
+    async fn submit(&self, task: EngineTask) -> Result<TokenStream, WorkerError>;
+
+    /// Ends a task's stream and waits, with a bound, until the engine has
+    /// freed the slot. Cancelling a task that is not running is no error.
+    async fn cancel(&self, task: TaskId) -> Result<CancelReport, WorkerError>;
+
+    /// The engine's word for its version, for example `b11434`.
+    async fn engine_version(&self) -> Result<String, WorkerError>;
+}

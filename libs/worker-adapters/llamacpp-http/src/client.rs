@@ -1,0 +1,238 @@
+//! Single requests to the engine, and how their failures are told apart.
+
+use std::error::Error;
+use std::time::Duration;
+
+use bytes::Bytes;
+use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
+use reqwest::{Method, RequestBuilder, Response, StatusCode};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use worker_adapters_adapter_api::{TimeoutPhase, WorkerError};
+
+use crate::settings::AdapterSettings;
+use crate::wire;
+
+/// The engine closes a quiet connection after five seconds. Letting go a
+/// little earlier, no request meets a connection that is just being closed.
+const IDLE_CONNECTION: Duration = Duration::from_secs(4);
+/// Each quiet connection holds one of the engine's few threads.
+const IDLE_CONNECTIONS: usize = 2;
+/// An answer that is longer is not the engine's protocol. `/tokenize` of a very
+/// long prompt is the longest we ask for.
+const ANSWER_LIMIT: usize = 64 << 20;
+/// Pauses before a request that the engine did not take is sent again.
+const RETRY_PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(250)];
+
+/// A client for one engine process. Connections are kept and used again.
+#[derive(Debug)]
+pub(crate) struct EngineClient {
+    http: reqwest::Client,
+    pub(crate) settings: AdapterSettings,
+}
+
+impl EngineClient {
+    pub(crate) fn new(mut settings: AdapterSettings) -> Result<Self, WorkerError> {
+        let length = settings.base_url.trim_end_matches('/').len();
+        settings.base_url.truncate(length);
+        let mut headers = HeaderMap::new();
+        if let Some(bearer) = &settings.bearer {
+            let mut value =
+                HeaderValue::from_str(&format!("Bearer {}", bearer.expose())).map_err(|_| {
+                    WorkerError::InvalidParams {
+                        message: "the API key holds characters that no HTTP header may hold"
+                            .to_owned(),
+                    }
+                })?;
+            value.set_sensitive(true);
+            headers.insert(AUTHORIZATION, value);
+        }
+        let http = reqwest::Client::builder()
+            .default_headers(headers)
+            // The engine is where the context says; no variable may redirect us.
+            .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
+            .tcp_nodelay(true)
+            .connect_timeout(settings.connect_timeout)
+            .pool_idle_timeout(IDLE_CONNECTION)
+            .pool_max_idle_per_host(IDLE_CONNECTIONS)
+            .build()
+            .map_err(|error| WorkerError::Unreachable {
+                url: settings.base_url.clone(),
+                source: error.without_url().into(),
+            })?;
+        Ok(Self { http, settings })
+    }
+
+    pub(crate) fn url(&self) -> &str {
+        &self.settings.base_url
+    }
+
+    pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, WorkerError> {
+        let timeout = self.settings.response_timeout;
+        self.get_within(path, timeout).await
+    }
+
+    pub(crate) async fn get_within<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        timeout: Duration,
+    ) -> Result<T, WorkerError> {
+        let request = self.request(Method::GET, path).timeout(timeout);
+        self.json(request, path).await
+    }
+
+    /// A question that changes nothing, so it may be asked again.
+    pub(crate) async fn ask<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, WorkerError> {
+        let body = encode(body)?;
+        self.retrying(|| self.ask_once(path, body.clone())).await
+    }
+
+    async fn ask_once<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: Bytes,
+    ) -> Result<T, WorkerError> {
+        let request = self
+            .post(path, body)
+            .timeout(self.settings.response_timeout);
+        self.json(request, path).await
+    }
+
+    /// Opens a completion's stream. The engine answers only when it has its
+    /// first token, so the caller sets the limit on the time.
+    pub(crate) async fn open_completion(&self, body: Bytes) -> Result<Response, WorkerError> {
+        self.retrying(|| self.open_once(body.clone())).await
+    }
+
+    async fn open_once(&self, body: Bytes) -> Result<Response, WorkerError> {
+        let sent = self.post("/completion", body).send().await;
+        self.accepted(sent.map_err(|error| self.failure(error))?)
+            .await
+    }
+
+    /// The status of `/health`; every status is an answer.
+    pub(crate) async fn health_status(&self) -> Result<StatusCode, WorkerError> {
+        let request = self
+            .request(Method::GET, "/health")
+            .timeout(self.settings.response_timeout);
+        let response = request.send().await.map_err(|error| self.failure(error))?;
+        Ok(response.status())
+    }
+
+    /// What a broken request or a broken answer means.
+    pub(crate) fn failure(&self, error: reqwest::Error) -> WorkerError {
+        let error = error.without_url();
+        let settings = &self.settings;
+        match (error.is_connect(), error.is_timeout()) {
+            (true, true) => WorkerError::Timeout {
+                phase: TimeoutPhase::Connect,
+                after: settings.connect_timeout,
+            },
+            (true, false) => WorkerError::Unreachable {
+                url: settings.base_url.clone(),
+                source: error.into(),
+            },
+            (false, true) => WorkerError::Timeout {
+                phase: TimeoutPhase::Response,
+                after: settings.response_timeout,
+            },
+            (false, false) => WorkerError::Reset {
+                reason: chain(&error),
+            },
+        }
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.http.request(method, format!("{}{path}", self.url()))
+    }
+
+    fn post(&self, path: &str, body: Bytes) -> RequestBuilder {
+        self.request(Method::POST, path)
+            .header(CONTENT_TYPE, "application/json")
+            .body(body)
+    }
+
+    async fn json<T: DeserializeOwned>(
+        &self,
+        request: RequestBuilder,
+        path: &str,
+    ) -> Result<T, WorkerError> {
+        let sent = request.send().await.map_err(|error| self.failure(error))?;
+        let body = self.body(self.accepted(sent).await?).await?;
+        serde_json::from_slice(&body).map_err(|error| WorkerError::Protocol {
+            what: format!("{path}: {error}"),
+        })
+    }
+
+    /// The response if its status is a success, otherwise what it means.
+    async fn accepted(&self, response: Response) -> Result<Response, WorkerError> {
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let limit = self.settings.response_timeout;
+        let body = tokio::time::timeout(limit, self.body(response)).await;
+        let body = body.ok().and_then(Result::ok).unwrap_or_default();
+        Err(wire::refusal(status.as_u16(), &body, self.url()))
+    }
+
+    async fn body(&self, mut response: Response) -> Result<Vec<u8>, WorkerError> {
+        let mut body = Vec::new();
+        while let Some(chunk) = response
+            .chunk()
+            .await
+            .map_err(|error| self.failure(error))?
+        {
+            if body.len() + chunk.len() > ANSWER_LIMIT {
+                return Err(WorkerError::Protocol {
+                    what: format!("an answer of more than {ANSWER_LIMIT} bytes"),
+                });
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(body)
+    }
+
+    /// Tries again, a bounded number of times, what the engine never took:
+    /// the connection was refused, or the model was still loading.
+    async fn retrying<T, F>(&self, attempt: impl Fn() -> F) -> Result<T, WorkerError>
+    where
+        F: Future<Output = Result<T, WorkerError>>,
+    {
+        for pause in RETRY_PAUSES {
+            match attempt().await {
+                Err(error @ (WorkerError::Unreachable { .. } | WorkerError::Loading { .. })) => {
+                    tracing::debug!(%error, pause_ms = pause.as_millis(), "asking the engine again");
+                    tokio::time::sleep(pause).await;
+                }
+                outcome => return outcome,
+            }
+        }
+        attempt().await
+    }
+}
+
+pub(crate) fn encode(body: &impl Serialize) -> Result<Bytes, WorkerError> {
+    serde_json::to_vec(body)
+        .map(Bytes::from)
+        .map_err(|error| WorkerError::InvalidParams {
+            message: format!("the request cannot be written as JSON: {error}"),
+        })
+}
+
+/// An error and its causes in one line, for texts that keep no source.
+pub(crate) fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,248 @@
+//! One task's stream, from the request to its last event.
+//!
+//! ```text
+//! Opening ──► Reading ──► Draining ──► Closed
+//!    │           │ error, timeout, cancel ▲
+//!    └───────────┴────────────────────────┘
+//! ```
+//!
+//! The engine sends its headers only with the first token. `Opening` therefore
+//! lasts through the whole prompt, and the task counts as taken when the
+//! engine has not refused it for a moment. `Draining` reads the end of the
+//! response, so that the connection can be used again. Whatever closes the
+//! stream drops the response, and the engine sees its client gone.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt, stream};
+use reqwest::Response;
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
+use worker_adapters_adapter_api::{
+    MetricsSnapshot, TimeoutPhase, TokenEvent, TokenStream, WorkerError,
+};
+
+use crate::client::{EngineClient, chain};
+use crate::live::LiveTask;
+use crate::sse::{SseError, SseLimits, event_data};
+use crate::wire::Chunk;
+
+/// The engine refuses a request within a few milliseconds; one that it has not
+/// refused in this time, it has taken.
+const ACCEPT_WINDOW: Duration = Duration::from_millis(250);
+/// The response ends right behind its last event.
+const DRAIN_LIMIT: Duration = Duration::from_millis(50);
+
+type Opening = Pin<Box<dyn Future<Output = Result<Response, WorkerError>> + Send>>;
+type Events = Pin<Box<dyn Stream<Item = Result<String, SseError<reqwest::Error>>> + Send>>;
+
+enum State {
+    Opening(Opening),
+    Reading(Events),
+    Draining(Events),
+    Closed,
+}
+
+/// A task on its way.
+pub(crate) struct Completion {
+    client: Arc<EngineClient>,
+    /// Gone as soon as the task is over, before its last event is handed out.
+    live: Option<LiveTask>,
+    state: State,
+    ready: VecDeque<TokenEvent>,
+    next_index: u64,
+    started: Instant,
+    /// When the latest event came; none before the first.
+    progress: Option<Instant>,
+    metrics_told: Instant,
+}
+
+impl Completion {
+    /// Sends the request with this body.
+    pub(crate) fn start(client: Arc<EngineClient>, live: LiveTask, body: Bytes) -> Self {
+        let opening: Opening = {
+            let client = Arc::clone(&client);
+            Box::pin(async move { client.open_completion(body).await })
+        };
+        let now = Instant::now();
+        Self {
+            client,
+            live: Some(live),
+            state: State::Opening(opening),
+            ready: VecDeque::from([TokenEvent::Started]),
+            next_index: 0,
+            started: now,
+            progress: None,
+            metrics_told: now,
+        }
+    }
+
+    /// Waits until the engine has taken the task, or says why it has not.
+    pub(crate) async fn accepted(&mut self) -> Result<(), WorkerError> {
+        // Time over means that the engine works on the prompt.
+        timeout(ACCEPT_WINDOW, self.advance())
+            .await
+            .unwrap_or(Ok(()))
+    }
+
+    pub(crate) fn into_stream(self) -> TokenStream {
+        Box::pin(stream::unfold(self, |mut completion| async {
+            let item = completion.next().await?;
+            Some((item, completion))
+        }))
+    }
+
+    async fn next(&mut self) -> Option<Result<TokenEvent, WorkerError>> {
+        loop {
+            // Nothing is handed out after a cancel, not even what is here.
+            if self.cancelled() {
+                return Some(Err(self.close(WorkerError::Cancelled)));
+            }
+            if let Some(event) = self.ready.pop_front() {
+                return Some(Ok(event));
+            }
+            match &mut self.state {
+                State::Closed => return None,
+                State::Draining(events) => {
+                    // However it ends, the task is over.
+                    let _ = timeout(DRAIN_LIMIT, events.next()).await;
+                    self.state = State::Closed;
+                }
+                State::Opening(_) | State::Reading(_) => {
+                    if let Err(error) = self.advance().await {
+                        return Some(Err(self.close(error)));
+                    }
+                }
+            }
+        }
+    }
+
+    fn cancelled(&self) -> bool {
+        self.live
+            .as_ref()
+            .is_some_and(|live| live.handle.cancel.is_cancelled())
+    }
+
+    fn close(&mut self, error: WorkerError) -> WorkerError {
+        self.state = State::Closed;
+        self.ready.clear();
+        self.live = None;
+        error
+    }
+
+    /// One step: the response's headers, or one event. May be dropped and
+    /// called again without losing anything.
+    async fn advance(&mut self) -> Result<(), WorkerError> {
+        let Some(live) = &self.live else {
+            return Ok(());
+        };
+        let settings = &self.client.settings;
+        let limit = match self.progress {
+            None => Limit {
+                deadline: self.started + settings.first_token_timeout,
+                phase: TimeoutPhase::FirstToken,
+                after: settings.first_token_timeout,
+            },
+            Some(progress) => Limit {
+                deadline: progress + settings.next_token_timeout,
+                phase: TimeoutPhase::NextToken,
+                after: settings.next_token_timeout,
+            },
+        };
+        let cancel = &live.handle.cancel;
+        match &mut self.state {
+            State::Opening(opening) => {
+                let response = limit.apply(cancel, opening).await??;
+                let bytes = response.bytes_stream();
+                self.state = State::Reading(Box::pin(event_data(bytes, SseLimits::default())));
+                Ok(())
+            }
+            State::Reading(events) => match limit.apply(cancel, events.next()).await? {
+                Some(Ok(data)) => self.take(&data),
+                Some(Err(error)) => Err(broken(error)),
+                None => Err(WorkerError::Reset {
+                    reason: "the response ended before its last event".to_owned(),
+                }),
+            },
+            State::Draining(_) | State::Closed => Ok(()),
+        }
+    }
+
+    fn take(&mut self, data: &str) -> Result<(), WorkerError> {
+        let chunk: Chunk<'_> =
+            serde_json::from_str(data).map_err(|error| WorkerError::Protocol {
+                what: format!("an event that cannot be read: {error}"),
+            })?;
+        let now = Instant::now();
+        self.progress = Some(now);
+        if let Some(live) = &self.live {
+            live.handle.set_decoding();
+        }
+        if !chunk.content.is_empty() {
+            self.ready.push_back(TokenEvent::Token {
+                text: chunk.content.clone().into_owned(),
+                index: self.next_index,
+            });
+            self.next_index += 1;
+        }
+        if let Some(error) = chunk.error {
+            return Err(error.into_worker_error(self.client.url()));
+        }
+        if chunk.stop {
+            self.ready.push_back(TokenEvent::End(chunk.summary()?));
+            self.live = None;
+            self.state = match std::mem::replace(&mut self.state, State::Closed) {
+                State::Reading(events) => State::Draining(events),
+                other => other,
+            };
+        } else if now - self.metrics_told >= self.client.settings.metrics_interval {
+            self.metrics_told = now;
+            self.ready.push_back(TokenEvent::Metrics(MetricsSnapshot {
+                tokens_in: chunk.tokens_evaluated,
+                tokens_out: chunk.tokens_predicted,
+                elapsed_ms: (now - self.started).as_millis() as u64,
+            }));
+        }
+        Ok(())
+    }
+}
+
+/// How long one step may take.
+struct Limit {
+    deadline: Instant,
+    phase: TimeoutPhase,
+    after: Duration,
+}
+
+impl Limit {
+    async fn apply<T>(
+        self,
+        cancel: &CancellationToken,
+        step: impl Future<Output = T>,
+    ) -> Result<T, WorkerError> {
+        tokio::select! {
+            biased;
+            () = cancel.cancelled() => Err(WorkerError::Cancelled),
+            outcome = timeout_at(self.deadline, step) => outcome.map_err(|_| WorkerError::Timeout {
+                phase: self.phase,
+                after: self.after,
+            }),
+        }
+    }
+}
+
+fn broken(error: SseError<reqwest::Error>) -> WorkerError {
+    match error {
+        SseError::Transport(error) => WorkerError::Reset {
+            reason: chain(&error.without_url()),
+        },
+        error => WorkerError::Protocol {
+            what: error.to_string(),
+        },
+    }
+}

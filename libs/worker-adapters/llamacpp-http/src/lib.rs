@@ -1,0 +1,25 @@
+//! Speaks llama-server's native HTTP API, so that one engine process becomes a
+//! [`WorkerAdapter`](worker_adapters_adapter_api::WorkerAdapter).
+//!
+//! - [`adapter`]: the adapter itself
+//! - [`settings`]: where the engine is, and how long to wait for it
+//! - `client`: single requests, and how their failures are told apart
+//! - `completion`: one task's stream, from the request to its last event
+//! - `live`: which tasks run, so that they can be cancelled
+//! - [`sse`]: events out of bytes, whatever the bytes are
+//! - `wire`: the engine's JSON
+//!
+//! A task is sent again only while nothing of it has come back, and only after
+//! a failure that says the engine never took it.
+
+pub mod adapter;
+pub mod settings;
+pub mod sse;
+
+mod client;
+mod completion;
+mod live;
+mod wire;
+
+pub use adapter::LlamaCppAdapter;
+pub use settings::{AdapterSettings, Secret};

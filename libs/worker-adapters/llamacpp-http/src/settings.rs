@@ -1,0 +1,60 @@
+//! Where the engine is, and how long to wait for it.
+
+use std::fmt;
+use std::time::Duration;
+
+/// A text that never appears in logs or debug output.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+
+    pub(crate) fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
+/// How to talk to one engine process.
+#[derive(Debug, Clone)]
+pub struct AdapterSettings {
+    /// Base URL, for example `http://127.0.0.1:40123`.
+    pub base_url: String,
+    /// The engine's API key, where it wants one.
+    pub bearer: Option<Secret>,
+    /// For opening a connection.
+    pub connect_timeout: Duration,
+    /// For a whole answer to a request that streams nothing.
+    pub response_timeout: Duration,
+    /// From sending a completion to its first token: the engine works through
+    /// the prompt in this time.
+    pub first_token_timeout: Duration,
+    /// From one token to the next.
+    pub next_token_timeout: Duration,
+    /// How often `Metrics` events come at most.
+    pub metrics_interval: Duration,
+}
+
+impl AdapterSettings {
+    /// The default timeouts: connection 2 s, answer 10 s, first token 120 s,
+    /// next token 30 s; a `Metrics` event every 250 ms.
+    pub fn new(base_url: impl Into<String>) -> Self {
+        Self {
+            base_url: base_url.into(),
+            bearer: None,
+            connect_timeout: Duration::from_secs(2),
+            response_timeout: Duration::from_secs(10),
+            first_token_timeout: Duration::from_mins(2),
+            next_token_timeout: Duration::from_secs(30),
+            metrics_interval: Duration::from_millis(250),
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! How tasks fail, against a fake engine in a process of its own.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::net::TcpListener;
+use std::time::Duration;
+
+use llama_orch_types::{ErrorCode, TaskId};
+use support::{Outcome, adapter, adapter_with, failure, task};
+use test_harness_fake_engine::{FakeEngine, Fault, Script};
+use worker_adapters_adapter_api::{
+    EngineHealth, TaskInput, TimeoutPhase, TokenEvent, WorkerAdapter, WorkerError,
+};
+use worker_adapters_llamacpp_http::{AdapterSettings, LlamaCppAdapter};
+
+fn faulty(fault: Fault) -> Script {
+    Script {
+        fault: Some(fault),
+        ..Script::default()
+    }
+}
+
+/// Runs a task into a fault after three tokens, and checks that exactly these
+/// three came before the error.
+async fn after_three_tokens(fault: Fault) -> WorkerError {
+    let engine = FakeEngine::start(&faulty(fault));
+    let adapter = adapter_with(&engine, |settings| {
+        settings.next_token_timeout = Duration::from_millis(300);
+    });
+    let outcome = Outcome::of(adapter.submit(task(9)).await.unwrap()).await;
+    assert_eq!(outcome.text(), "A fake engine ");
+    assert!(
+        !outcome
+            .events
+            .iter()
+            .any(|event| matches!(event, TokenEvent::End(_)))
+    );
+    assert_eq!(adapter.running(), 0);
+    outcome.error.expect("the task fails")
+}
+
+#[tokio::test]
+async fn a_crash_in_mid_stream_is_a_reset() {
+    let error = after_three_tokens(Fault::Crash {
+        after_tokens: 3,
+        exit_code: 139,
+    })
+    .await;
+    assert!(matches!(error, WorkerError::Reset { .. }), "{error:?}");
+    assert!(error.retriable());
+}
+
+#[tokio::test]
+async fn a_cut_connection_is_a_reset() {
+    let error = after_three_tokens(Fault::Cut { after_tokens: 3 }).await;
+    assert!(matches!(error, WorkerError::Reset { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_clean_end_without_the_last_event_is_a_reset() {
+    let error = after_three_tokens(Fault::EndWithoutFinal { after_tokens: 3 }).await;
+    assert!(matches!(error, WorkerError::Reset { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn an_error_event_says_what_the_engine_says() {
+    let error = after_three_tokens(Fault::ErrorEvent { after_tokens: 3 }).await;
+    assert_eq!(error.code(), ErrorCode::WorkerReset);
+    assert!(
+        error.to_string().contains("failed to get logits"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn what_is_no_json_is_not_the_protocol() {
+    let error = after_three_tokens(Fault::Garbage { after_tokens: 3 }).await;
+    assert!(matches!(error, WorkerError::Protocol { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_hang_in_mid_stream_is_a_timeout_for_the_next_token() {
+    let error = after_three_tokens(Fault::Hang { after_tokens: 3 }).await;
+    let WorkerError::Timeout { phase, after } = error else {
+        panic!("{error:?}")
+    };
+    assert_eq!(
+        (phase, after),
+        (TimeoutPhase::NextToken, Duration::from_millis(300))
+    );
+}
+
+#[tokio::test]
+async fn no_first_token_is_a_timeout_and_frees_the_slot() {
+    let script = Script {
+        first_token_ms: 60_000,
+        ..Script::default()
+    };
+    let engine = FakeEngine::start(&script);
+    let adapter = adapter_with(&engine, |settings| {
+        settings.first_token_timeout = Duration::from_millis(400);
+    });
+    let error = failure(&adapter, task(3)).await;
+    let WorkerError::Timeout { phase, .. } = error else {
+        panic!("{error:?}")
+    };
+    assert_eq!(phase, TimeoutPhase::FirstToken);
+    support::until("the slot is free", || engine.busy_slots() == 0).await;
+}
+
+#[tokio::test]
+async fn a_crash_before_the_first_token_is_a_reset_and_not_tried_again() {
+    let engine = FakeEngine::start(&faulty(Fault::Cut { after_tokens: 0 }));
+    let error = failure(&adapter(&engine), task(3)).await;
+    assert!(matches!(error, WorkerError::Reset { .. }), "{error:?}");
+    assert_eq!(engine.requests().len(), 1);
+}
+
+#[tokio::test]
+async fn a_500_of_a_healthy_engine_is_a_reset_and_not_tried_again() {
+    let engine = FakeEngine::start(&faulty(Fault::Status500));
+    let adapter = adapter(&engine);
+    let error = adapter.submit(task(3)).await.err().unwrap();
+    assert_eq!(error.code(), ErrorCode::WorkerReset);
+    assert_eq!(adapter.health().await.unwrap(), EngineHealth::Ready);
+    assert_eq!(engine.requests().len(), 1);
+    assert_eq!(adapter.running(), 0);
+}
+
+#[tokio::test]
+async fn a_loading_engine_is_an_answer_for_health_and_an_error_for_tasks() {
+    let engine = FakeEngine::launch(
+        &Script {
+            load_hang: true,
+            ..Script::default()
+        },
+        &[],
+    );
+    let adapter = adapter(&engine);
+    assert_eq!(adapter.health().await.unwrap(), EngineHealth::Loading);
+    assert_eq!(
+        adapter.props().await.unwrap_err().code(),
+        ErrorCode::PoolUnready
+    );
+    let error = failure(&adapter, task(3)).await;
+    assert!(matches!(error, WorkerError::Loading { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn an_engine_that_is_not_there_is_unreachable() {
+    let mut engine = FakeEngine::start(&Script::default());
+    let adapter = adapter(&engine);
+    engine.kill();
+    for error in [
+        failure(&adapter, task(3)).await,
+        adapter.health().await.unwrap_err(),
+        adapter
+            .count_tokens(&TaskInput::Prompt("x".into()))
+            .await
+            .unwrap_err(),
+    ] {
+        assert!(
+            matches!(error, WorkerError::Unreachable { .. }),
+            "{error:?}"
+        );
+        assert!(std::error::Error::source(&error).is_some());
+    }
+}
+
+#[tokio::test]
+async fn an_engine_that_never_answers_is_a_timeout() {
+    // The system accepts the connection; nobody ever reads from it.
+    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let mut settings = AdapterSettings::new(format!("http://{}/", listener.local_addr().unwrap()));
+    settings.response_timeout = Duration::from_millis(100);
+    let adapter = LlamaCppAdapter::new(settings).unwrap();
+    let error = adapter.health().await.unwrap_err();
+    let WorkerError::Timeout { phase, .. } = error else {
+        panic!("{error:?}")
+    };
+    assert_eq!(phase, TimeoutPhase::Response);
+}
+
+#[tokio::test]
+async fn too_long_a_prompt_is_told_with_its_figures() {
+    let engine = FakeEngine::start_with(&Script::default(), &["-c", "3"]);
+    let error = adapter(&engine).submit(task(3)).await.err().unwrap();
+    let WorkerError::ContextLengthExceeded { prompt_tokens, ctx } = error else {
+        panic!("{error:?}")
+    };
+    assert_eq!((prompt_tokens, ctx), (3, 3));
+}
+
+#[tokio::test]
+async fn grammar_and_schema_together_are_refused() {
+    let engine = FakeEngine::start(&Script::default());
+    let mut task = task(3);
+    task.sampling.grammar = Some("root ::= \"a\"".into());
+    task.sampling.json_schema = Some(serde_json::json!({}));
+    let error = adapter(&engine).submit(task).await.err().unwrap();
+    assert_eq!(error.code(), ErrorCode::InvalidParams);
+    assert!(engine.requests().is_empty());
+}
+
+#[tokio::test]
+async fn one_task_runs_only_once_at_a_time() {
+    let engine = FakeEngine::start_with(&Script::endless(5), &["--parallel", "2"]);
+    let adapter = adapter(&engine);
+    let mut task = task(1000);
+    task.id = TaskId::generate();
+    let first = adapter.submit(task.clone()).await.unwrap();
+    let error = adapter.submit(task.clone()).await.err().unwrap();
+    assert_eq!(error.code(), ErrorCode::InvalidParams);
+    drop(first);
+    drop(adapter.submit(task).await.unwrap());
+}

@@ -1,0 +1,113 @@
+//! The mock keeps the trait's promises, with paused time.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::time::Duration;
+
+use futures::StreamExt;
+use llama_orch_types::TaskId;
+use tokio::time::Instant;
+use worker_adapters_adapter_api::{
+    CancelReport, EngineTask, FinishReason, SamplingParams, TaskInput, TokenEvent, WorkerAdapter,
+    WorkerError,
+};
+use worker_adapters_mock::{MockAdapter, MockFault, MockScript};
+
+fn task(max_tokens: u32) -> EngineTask {
+    EngineTask {
+        id: TaskId::generate(),
+        input: TaskInput::Prompt("three short words".into()),
+        max_tokens,
+        stop: vec![],
+        sampling: SamplingParams::default(),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn it_plays_its_script_in_its_own_time() {
+    let script = MockScript {
+        first_token_after: Duration::from_mins(1),
+        next_token_after: Duration::from_secs(1),
+        ..MockScript::with_pieces(&["a", "b", "c"])
+    };
+    let mock = MockAdapter::new(script);
+    let begun = Instant::now();
+    let stream = mock.submit(task(2)).await.unwrap();
+    assert_eq!(mock.running(), 1);
+    let events: Vec<_> = stream.map(Result::unwrap).collect().await;
+    assert_eq!(begun.elapsed(), Duration::from_secs(61));
+    assert_eq!(events[0], TokenEvent::Started);
+    assert_eq!(
+        events[2],
+        TokenEvent::Token {
+            text: "b".into(),
+            index: 1
+        }
+    );
+    let TokenEvent::End(end) = &events[3] else {
+        panic!("{events:?}")
+    };
+    assert_eq!(
+        (end.tokens_in, end.tokens_out, end.finish_reason),
+        (3, 2, FinishReason::Length)
+    );
+    assert_eq!(
+        (events.len(), mock.running(), mock.tasks().len()),
+        (4, 0, 1)
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hang_ends_with_a_cancel() {
+    let fault = Some(MockFault::Hang { after_tokens: 1 });
+    let mock = MockAdapter::new(MockScript {
+        fault,
+        ..MockScript::default()
+    });
+    let task = task(9);
+    let id = task.id;
+    let mut stream = mock.submit(task).await.unwrap();
+    assert!(matches!(stream.next().await, Some(Ok(TokenEvent::Started))));
+    assert!(matches!(
+        stream.next().await,
+        Some(Ok(TokenEvent::Token { .. }))
+    ));
+    assert!(
+        tokio::time::timeout(Duration::from_hours(1), stream.next())
+            .await
+            .is_err()
+    );
+    assert!(matches!(
+        mock.cancel(id).await.unwrap(),
+        CancelReport::Freed { .. }
+    ));
+    assert!(matches!(
+        stream.next().await,
+        Some(Err(WorkerError::Cancelled))
+    ));
+    assert!(stream.next().await.is_none());
+    assert_eq!(mock.cancel(id).await.unwrap(), CancelReport::NotRunning);
+}
+
+#[tokio::test(start_paused = true)]
+async fn faults_strike_where_the_script_says() {
+    let mock = MockAdapter::new(MockScript::default());
+    let with = |fault| MockScript {
+        fault: Some(fault),
+        ..MockScript::default()
+    };
+    mock.set_script(with(MockFault::Refuse));
+    assert!(matches!(
+        mock.submit(task(1)).await.err(),
+        Some(WorkerError::InvalidParams { .. })
+    ));
+    mock.set_script(with(MockFault::Unreachable));
+    assert!(matches!(
+        mock.submit(task(1)).await.err(),
+        Some(WorkerError::Unreachable { .. })
+    ));
+    mock.set_script(with(MockFault::Cut { after_tokens: 2 }));
+    let items: Vec<_> = mock.submit(task(9)).await.unwrap().collect().await;
+    assert_eq!(items.len(), 4);
+    assert!(matches!(items[3], Err(WorkerError::Reset { .. })));
+    assert_eq!(mock.running(), 0);
+}

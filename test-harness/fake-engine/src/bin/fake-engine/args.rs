@@ -1,0 +1,58 @@
+//! The few arguments the fake engine heeds. It accepts all others, as it must
+//! take any command line that the real engine takes.
+
+#[derive(Debug, Clone)]
+pub(crate) struct Args {
+    pub(crate) host: String,
+    pub(crate) port: u16,
+    pub(crate) model: String,
+    pub(crate) parallel: usize,
+    /// Tokens of context over all slots.
+    pub(crate) ctx_size: u64,
+    pub(crate) metrics: bool,
+    pub(crate) slots: bool,
+    pub(crate) api_key: Option<String>,
+    pub(crate) version: bool,
+}
+
+impl Args {
+    pub(crate) fn parse(arguments: impl Iterator<Item = String>) -> Self {
+        let mut args = Self {
+            host: "127.0.0.1".to_owned(),
+            port: 8080,
+            model: String::new(),
+            parallel: 1,
+            ctx_size: 0,
+            metrics: false,
+            slots: true,
+            api_key: None,
+            version: false,
+        };
+        let mut arguments = arguments;
+        while let Some(argument) = arguments.next() {
+            let mut value = || arguments.next().unwrap_or_default();
+            match argument.as_str() {
+                "--host" => args.host = value(),
+                "--port" => args.port = value().parse().unwrap_or(args.port),
+                "-m" | "--model" => args.model = value(),
+                "-np" | "--parallel" => args.parallel = value().parse().unwrap_or(1).max(1),
+                "-c" | "--ctx-size" => args.ctx_size = value().parse().unwrap_or(0),
+                "--api-key" => args.api_key = Some(value()),
+                "--metrics" => args.metrics = true,
+                "--no-slots" => args.slots = false,
+                "--version" => args.version = true,
+                _ => {}
+            }
+        }
+        args
+    }
+
+    /// Context length of one slot, in tokens.
+    pub(crate) fn slot_ctx(&self) -> u64 {
+        match self.ctx_size {
+            // The real engine takes the model's own length.
+            0 => 8192,
+            total => total / self.parallel as u64,
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! `POST /completion`: the answer, and the ways it goes wrong.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use futures::{Stream, StreamExt, stream};
+use serde_json::{Map, Value, json};
+use test_harness_fake_engine::Fault;
+use tokio::time::sleep;
+
+use crate::routes::Engine;
+use crate::shapes;
+use crate::slots::Slot;
+
+/// Between two parts of a cut event, so that the reader sees them apart.
+const CUT_PAUSE: Duration = Duration::from_micros(200);
+/// Before a fault, so that what was written before has left the process.
+const FAULT_PAUSE: Duration = Duration::from_millis(20);
+
+pub(crate) async fn completion(
+    State(engine): State<Arc<Engine>>,
+    Json(request): Json<Value>,
+) -> Response {
+    engine.remember(request.clone());
+    let Value::Object(request) = request else {
+        let message = "request body must be a JSON object";
+        return shapes::error(400, "invalid_request_error", message);
+    };
+    let Some(prompt) = request.get("prompt").and_then(Value::as_str) else {
+        let message = "[json.exception.out_of_range.403] key 'prompt' not found";
+        return shapes::error(400, "invalid_request_error", message);
+    };
+    let (prompt_tokens, ctx) = (engine.count_tokens(prompt), engine.args.slot_ctx());
+    if prompt_tokens >= ctx {
+        return shapes::context_exceeded(prompt_tokens, ctx);
+    }
+    let fault = next_fault(&engine);
+    match fault {
+        Some(Fault::Status500) => return shapes::error(500, "server_error", "failed to decode"),
+        Some(Fault::Status503) => return shapes::loading(),
+        _ => {}
+    }
+    let slot = engine.slots.take().await;
+    engine
+        .prompt_tokens
+        .fetch_add(prompt_tokens, Ordering::Relaxed);
+    let streamed = request.get("stream").and_then(Value::as_bool) == Some(true);
+    let chunk_bytes = engine.script.chunk_bytes;
+    let mut answer = Answer::new(engine, request, prompt_tokens, fault, slot);
+    if !streamed {
+        return answer.whole().await;
+    }
+    // As in the real engine the headers come only with the first event.
+    let first = answer.next_event().await;
+    let rest = stream::unfold(answer, |mut answer| async {
+        Some((answer.next_event().await?, answer))
+    });
+    let events = stream::iter(first).chain(rest);
+    let body = match chunk_bytes {
+        0 => Body::from_stream(events),
+        size => Body::from_stream(events.flat_map(move |event| cut(event, size))),
+    };
+    ([(header::CONTENT_TYPE, "text/event-stream")], body).into_response()
+}
+
+fn next_fault(engine: &Engine) -> Option<Fault> {
+    let number = engine.completions.fetch_add(1, Ordering::Relaxed);
+    let faulty = engine
+        .script
+        .faulty_completions
+        .is_none_or(|limit| number < limit);
+    engine.script.fault.clone().filter(|_| faulty)
+}
+
+/// Cuts an event into parts that leave the process one by one.
+fn cut(event: io::Result<Bytes>, size: usize) -> impl Stream<Item = io::Result<Bytes>> + Send {
+    let parts: Vec<io::Result<Bytes>> = match event {
+        Ok(event) => event
+            .chunks(size)
+            .map(|part| Ok(Bytes::copy_from_slice(part)))
+            .collect(),
+        Err(error) => vec![Err(error)],
+    };
+    stream::iter(parts).then(async |part| {
+        sleep(CUT_PAUSE).await;
+        part
+    })
+}
+
+/// One completion on its way.
+struct Answer {
+    engine: Arc<Engine>,
+    request: Map<String, Value>,
+    prompt_tokens: u64,
+    fault: Option<Fault>,
+    slot: Slot,
+    limit: u64,
+    sent: u64,
+    ended: bool,
+    started: Instant,
+}
+
+impl Answer {
+    fn new(
+        engine: Arc<Engine>,
+        request: Map<String, Value>,
+        prompt_tokens: u64,
+        fault: Option<Fault>,
+        slot: Slot,
+    ) -> Self {
+        let asked = request.get("n_predict").and_then(Value::as_u64);
+        let own = if engine.script.cycle {
+            u64::MAX
+        } else {
+            engine.script.pieces.len() as u64
+        };
+        Self {
+            limit: asked.unwrap_or(u64::MAX).min(own),
+            engine,
+            request,
+            prompt_tokens,
+            fault,
+            slot,
+            sent: 0,
+            ended: false,
+            started: Instant::now(),
+        }
+    }
+
+    /// The next event's bytes, a broken connection, or the stream's end.
+    async fn next_event(&mut self) -> Option<io::Result<Bytes>> {
+        if self.ended {
+            return None;
+        }
+        if self.fault.as_ref().and_then(Fault::after_tokens) == Some(self.sent) {
+            return self.strike().await;
+        }
+        self.wait().await;
+        if self.sent < self.limit {
+            let piece = self.take_piece();
+            return Some(Ok(event(&json!({
+                "index": 0, "content": piece, "tokens": [self.sent], "stop": false, "id_slot": -1,
+                "tokens_predicted": self.sent, "tokens_evaluated": self.prompt_tokens,
+            }))));
+        }
+        self.ended = true;
+        self.slot.finish();
+        Some(Ok(event(&self.last(""))))
+    }
+
+    async fn wait(&self) {
+        let script = &self.engine.script;
+        let pause = match self.sent {
+            0 => script.first_token_ms,
+            sent if sent < self.limit => script.token_ms,
+            _ => 0,
+        };
+        if pause > 0 {
+            sleep(Duration::from_millis(pause)).await;
+        }
+    }
+
+    fn take_piece(&mut self) -> String {
+        let pieces = &self.engine.script.pieces;
+        let place = self.sent as usize % pieces.len().max(1);
+        let piece = pieces.get(place).cloned().unwrap_or_default();
+        self.sent += 1;
+        self.engine.tokens_predicted.fetch_add(1, Ordering::Relaxed);
+        piece
+    }
+
+    async fn strike(&mut self) -> Option<io::Result<Bytes>> {
+        sleep(FAULT_PAUSE).await;
+        self.ended = true;
+        match self.fault.take()? {
+            Fault::Crash { exit_code, .. } => std::process::exit(exit_code),
+            Fault::Hang { .. } => std::future::pending().await,
+            Fault::Cut { .. } => Some(Err(io::Error::other("cut, as the script says"))),
+            // The last two never begin a stream.
+            Fault::EndWithoutFinal { .. } | Fault::Status500 | Fault::Status503 => None,
+            Fault::Garbage { .. } => Some(Ok(Bytes::from_static(b"data: {\"content\": oops\n\n"))),
+            Fault::ErrorEvent { .. } => Some(Ok(event(&json!({"error": {
+                "code": 500, "message": "failed to get logits", "type": "server_error",
+            }})))),
+        }
+    }
+
+    async fn whole(mut self) -> Response {
+        let mut text = String::new();
+        while self.sent < self.limit {
+            self.wait().await;
+            text.push_str(&self.take_piece());
+        }
+        self.slot.finish();
+        Json(self.last(&text)).into_response()
+    }
+
+    fn last(&self, content: &str) -> Value {
+        let limited = self.request.get("n_predict").and_then(Value::as_u64) == Some(self.sent);
+        let elapsed_ms = self.started.elapsed().as_secs_f64() * 1000.0;
+        json!({
+            "index": 0, "content": content, "tokens": [], "id_slot": 0, "stop": true,
+            "model": self.engine.args.model,
+            "tokens_predicted": self.sent, "tokens_evaluated": self.prompt_tokens,
+            "generation_settings": shapes::generation_settings(&self.request),
+            "prompt": self.request.get("prompt"),
+            "has_new_line": false, "truncated": false,
+            "stop_type": if limited { "limit" } else { "eos" }, "stopping_word": "",
+            "tokens_cached": self.prompt_tokens + self.sent,
+            "timings": {
+                "cache_n": 0, "prompt_n": self.prompt_tokens, "prompt_ms": 1.0,
+                "predicted_n": self.sent, "predicted_ms": elapsed_ms,
+            },
+        })
+    }
+}
+
+fn event(data: &Value) -> Bytes {
+    Bytes::from(format!("data: {data}\n\n"))
+}

@@ -1,0 +1,103 @@
+//! A scriptable stand-in for `llama-server`: a real process that listens on a
+//! real port, speaks the real engine's HTTP shapes, and fails on demand.
+//!
+//! It is for tests only. Nothing it says may ever reach a client who could
+//! take it for a model's answer, so no crate depends on it outside
+//! `[dev-dependencies]`.
+//!
+//! - [`script`]: what the engine shall do, as a value
+//! - [`install`]: put an engine with its script into a directory
+//! - [`FakeEngine`]: start one, wait until it is ready, kill it on drop
+//!
+//! ```no_run
+//! use test_harness_fake_engine::{FakeEngine, Script};
+//! let engine = FakeEngine::start(&Script { token_ms: 5, ..Script::default() });
+//! println!("{}", engine.url());
+//! ```
+
+pub mod script;
+
+mod running;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+pub use running::FakeEngine;
+pub use script::{Fault, LoadFailure, Script};
+
+/// The script's file name, beside the engine's binary.
+pub const SCRIPT_FILE: &str = "fake-engine.json";
+/// Holds how often the engine beside it was started (`--version` not counted).
+pub const STARTS_FILE: &str = "fake-engine.starts";
+/// Holds the port the engine listens on, whole once it does.
+pub const PORT_FILE: &str = "fake-engine.port";
+/// Holds the pid of the grandchild, where the script asks for one.
+pub const GRANDCHILD_FILE: &str = "fake-engine.grandchild";
+
+/// The fake engine's binary, built on demand and once per process. Cargo holds
+/// no lock while tests run, so the nested build cannot wait for its parent.
+pub fn binary() -> PathBuf {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY
+        .get_or_init(|| {
+            escargot::CargoBuild::new()
+                .manifest_path(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
+                .bin("fake-engine")
+                .current_target()
+                .run()
+                .expect("the fake engine must build, or no test that needs it means anything")
+                .path()
+                .to_path_buf()
+        })
+        .clone()
+}
+
+/// Puts an engine into `dir` as `llama-server`, with its script beside it, and
+/// returns the engine's path. Installing again replaces the script; a running
+/// engine read its own at start.
+pub fn install(dir: &Path, script: &Script) -> PathBuf {
+    std::fs::create_dir_all(dir).expect("the test's directory can be made");
+    let engine = dir.join("llama-server");
+    if !engine.exists() {
+        link_or_copy(&binary(), &engine);
+    }
+    let text = serde_json::to_string_pretty(script).expect("a script is plain data");
+    std::fs::write(dir.join(SCRIPT_FILE), text).expect("the test's directory can be written to");
+    engine
+}
+
+/// How often the engine in `dir` was started.
+pub fn starts(dir: &Path) -> u64 {
+    number_in(&dir.join(STARTS_FILE)).unwrap_or(0)
+}
+
+/// The pid of the grandchild that the engine in `dir` started, once it has.
+pub fn grandchild(dir: &Path) -> Option<u32> {
+    number_in(&dir.join(GRANDCHILD_FILE)).and_then(|pid| pid.try_into().ok())
+}
+
+fn number_in(path: &Path) -> Option<u64> {
+    std::fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// A hard link where the file system allows it. Otherwise `cp` makes the copy:
+/// were this process to write the file itself, a fork in another test thread
+/// could inherit the open descriptor and the start would fail as "text file
+/// busy".
+fn link_or_copy(from: &Path, to: &Path) {
+    if std::fs::hard_link(from, to).is_ok() {
+        return;
+    }
+    let status = Command::new("cp")
+        .arg(from)
+        .arg(to)
+        .status()
+        .expect("cp can be started");
+    assert!(
+        status.success(),
+        "cp {} {} failed",
+        from.display(),
+        to.display()
+    );
+}
