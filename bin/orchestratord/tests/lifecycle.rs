@@ -6,16 +6,8 @@ use std::process::Output;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use support::{Setup, exists, is_alive, shape, text};
+use support::{Setup, exists, id, is_alive, output, shape, text};
 use test_harness_fake_engine::{Fault, LoadFailure, Script, grandchild};
-
-fn id(accepted: &Value) -> &str {
-    accepted["task_id"].as_str().unwrap()
-}
-
-fn output(setup: &Setup, args: &[&str]) -> Output {
-    setup.command(args).output().unwrap()
-}
 
 fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()

@@ -130,7 +130,10 @@ fn explain(error: &YamlError, text: &str, origin: &Path) -> ConfigError {
 fn key_on_line(text: &str, line: u64) -> Option<&str> {
     let index = usize::try_from(line.checked_sub(1)?).ok()?;
     let (key, _) = text.lines().nth(index)?.split_once(':')?;
-    let key = key.trim().trim_start_matches("- ").trim_matches(['"', '\'']);
+    let key = key
+        .trim()
+        .trim_start_matches("- ")
+        .trim_matches(['"', '\'']);
     let plain = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-' | '.');
     (!key.is_empty() && key.chars().all(plain)).then_some(key)
 }

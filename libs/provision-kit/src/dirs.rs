@@ -37,8 +37,11 @@ pub struct CacheDirs {
 }
 
 impl CacheDirs {
+    /// A relative root counts from the working directory of now.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self {
+            root: absolute(root.into()),
+        }
     }
 
     /// `$XDG_CACHE_HOME/llama-orch`, or `~/.cache/llama-orch`.
@@ -104,8 +107,11 @@ pub struct RuntimeDirs {
 }
 
 impl RuntimeDirs {
+    /// A relative root counts from the working directory of now.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self {
+            root: absolute(root.into()),
+        }
     }
 
     pub fn root(&self) -> &Path {
@@ -128,6 +134,13 @@ impl Default for RuntimeDirs {
     fn default() -> Self {
         Self::new(RUNTIME_NAME)
     }
+}
+
+/// Paths from here are given to other processes, which may run elsewhere.
+fn absolute(path: PathBuf) -> PathBuf {
+    // Fails only for an empty path or without a working directory: then the
+    // path itself is the best name there is.
+    std::path::absolute(&path).unwrap_or(path)
 }
 
 #[cfg(test)]

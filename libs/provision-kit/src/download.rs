@@ -18,8 +18,10 @@ use llama_orch_types::Digest;
 use reqwest::header::{
     ACCEPT_ENCODING, CONTENT_RANGE, ETAG, HeaderMap, HeaderValue, IF_RANGE, RANGE, RETRY_AFTER,
 };
+use reqwest::redirect::{Action, Attempt as Attempted, Policy};
 use reqwest::{Client, Response, StatusCode};
 
+use crate::chain::one_line;
 use crate::fs::{free_space, remove_file_if_there, write_atomic};
 use crate::part::PartFile;
 use crate::progress::Step;
@@ -29,6 +31,8 @@ pub use crate::download_error::DownloadError;
 
 /// The longest wait between two attempts, whatever the server asks for.
 const MAX_BACKOFF: Duration = Duration::from_mins(1);
+
+const MAX_REDIRECTS: usize = 10;
 
 /// An attempt that brought at least this much is not counted as a failed one.
 const PROGRESS_THAT_COUNTS: u64 = 1024 * 1024;
@@ -84,8 +88,21 @@ pub fn http_client() -> Result<Client, DownloadError> {
     Client::builder()
         .user_agent(concat!("llama-orch/", env!("CARGO_PKG_VERSION")))
         .connect_timeout(Duration::from_secs(15))
+        .redirect(Policy::custom(follow))
         .build()
         .map_err(DownloadError::Client)
+}
+
+/// Follows redirects, but never from an encrypted address to an open one.
+fn follow(attempt: Attempted<'_>) -> Action {
+    let before = attempt.previous().last().map(reqwest::Url::scheme);
+    if before == Some("https") && attempt.url().scheme() != "https" {
+        return attempt.error("the server redirects to an address without encryption");
+    }
+    if attempt.previous().len() > MAX_REDIRECTS {
+        return attempt.error("the server redirects in circles");
+    }
+    attempt.follow()
 }
 
 /// Fetches one file into its part file. Moves `step` along in bytes.
@@ -207,17 +224,17 @@ impl<'a> Transfer<'a> {
             }
             if self.part.size() >= before + PROGRESS_THAT_COUNTS {
                 self.failures = 0;
+            } else {
+                self.failures += 1;
             }
-            self.failures += 1;
             if self.failures >= self.download.attempts.max(1) {
                 return Err(error);
             }
             let wait = self.backoff(&error);
+            let seconds = wait.as_secs_f64();
             step.note(format!(
-                "{error}; trying again in {:.1} s ({} of {})",
-                wait.as_secs_f64(),
-                self.failures + 1,
-                self.download.attempts
+                "{}; trying again in {seconds:.1} s",
+                one_line(&error)
             ));
             tokio::time::sleep(wait).await;
         }

@@ -2,6 +2,7 @@
 //!
 //! Each module is one mechanism and knows nothing of engines or models:
 //!
+//! - [`chain`]: an error and its causes in one line
 //! - [`config`]: strict configuration files
 //! - [`dirs`]: where files live
 //! - [`download`]: one file over HTTP, resumed and hashed
@@ -13,6 +14,7 @@
 //! - [`progress`]: progress, reported and never printed
 //! - [`secret`]: a secret that does not get into logs
 
+pub mod chain;
 pub mod config;
 pub mod dirs;
 pub mod download;

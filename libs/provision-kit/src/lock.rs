@@ -209,7 +209,7 @@ mod tests {
             let path = path.clone();
             async move {
                 FileLock::acquire(&path, Duration::from_secs(20), |holder| {
-                    tell.send(holder).unwrap()
+                    tell.send(holder).unwrap();
                 })
                 .await
             }

@@ -8,6 +8,7 @@
 //!   end them itself: see [`DeathSignal`].
 //! - Dropping a [`ChildGroup`] ends the group.
 
+mod bury;
 mod identity;
 
 use std::ffi::{OsStr, OsString};
@@ -15,7 +16,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::{OnceLock, mpsc};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use std::{io, thread};
 
 use llama_orch_types::Hinted;
@@ -26,6 +27,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::{Child, ChildStderr, ChildStdout};
 use tokio::sync::oneshot;
 
+pub use bury::all_ended;
 pub use identity::ProcessIdentity;
 
 /// How long a group may take to vanish once it was sent KILL. Only a process that is stuck in the
@@ -324,38 +326,22 @@ impl ChildGroup {
 
 impl Drop for ChildGroup {
     fn drop(&mut self) {
-        let Some(mut child) = self.child.take() else {
+        let Some(child) = self.child.take() else {
             return;
         };
         if self.ended.is_some() {
             return;
         }
         let pid = self.pid;
-        let signal = match self.death_signal {
-            DeathSignal::Kill => Signal::SIGKILL,
-            DeathSignal::Terminate => Signal::SIGTERM,
-        };
-        if let Err(error) = signal_group(pid, signal) {
-            tracing::warn!(pid, %error, "a dropped process may be left behind");
-        }
-        if self.death_signal == DeathSignal::Kill {
-            // tokio reaps a dropped child in the background.
+        if self.death_signal == DeathSignal::Terminate {
+            bury::begin(pid, child);
             return;
         }
-        // The grace is short and the thread ends with it. It keeps the child unreaped, so the
-        // group's id stays its own until the last signal is sent.
-        let bury = move || {
-            let deadline = Instant::now() + DROP_GRACE;
-            while Instant::now() < deadline && matches!(child.try_wait(), Ok(None)) {
-                thread::sleep(Duration::from_millis(10));
-            }
-            let _ = signal_group(pid, Signal::SIGKILL);
-            drop(child);
-        };
-        if let Err(error) = thread::Builder::new().name("bury".into()).spawn(bury) {
-            let _ = signal_group(pid, Signal::SIGKILL);
-            tracing::warn!(pid, %error, "a dropped process got no time to end by itself");
+        if let Err(error) = signal_group(pid, Signal::SIGKILL) {
+            tracing::warn!(pid, %error, "a dropped process may be left behind");
         }
+        // tokio reaps a dropped child in the background.
+        drop(child);
     }
 }
 
@@ -480,13 +466,11 @@ pub async fn output(spec: CommandSpec, limit: Duration) -> Result<Output, Proces
             stderr: text(stderr)?,
         })
     };
-    match tokio::time::timeout(limit, run).await {
-        Ok(result) => result,
-        Err(_) => {
-            group.terminate(DROP_GRACE).await?;
-            Err(ProcessError::TimedOut { program, limit })
-        }
+    if let Ok(result) = tokio::time::timeout(limit, run).await {
+        return result;
     }
+    group.terminate(DROP_GRACE).await?;
+    Err(ProcessError::TimedOut { program, limit })
 }
 
 async fn read_capped(stream: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {

@@ -36,9 +36,11 @@ pub struct Script {
     pub pieces: Vec<String>,
     /// Begin again with the first piece after the last, up to `n_predict`.
     pub cycle: bool,
-    /// Time before the first piece. As in the real engine, the response's
-    /// headers come only with the first piece.
+    /// Time before the first piece.
     pub first_token_ms: u64,
+    /// Send the response's headers only with the first piece, as older builds
+    /// of the real engine do, instead of when the prompt is begun with.
+    pub late_headers: bool,
     /// Time before every further piece.
     pub token_ms: u64,
     /// How a completion goes wrong.
@@ -75,6 +77,7 @@ impl Default for Script {
             pieces: pieces.split_inclusive(' ').map(str::to_owned).collect(),
             cycle: false,
             first_token_ms: 0,
+            late_headers: false,
             token_ms: 0,
             fault: None,
             faulty_completions: None,

@@ -206,6 +206,7 @@ pub async fn submit_to(
         record: Arc::clone(&record),
         max_tokens_given: max_tokens.is_some(),
         fits: false,
+        attempts: 0,
     };
     // With the engine at hand a task that does not fit is refused here; while
     // it is not, the same check is made when the task's turn comes.

@@ -234,6 +234,7 @@ fn start_pool(
 
 impl App {
     /// Starts the supervisor that a pool needs.
+    #[cfg_attr(not(feature = "provisioning"), allow(clippy::unnecessary_wraps))]
     fn supervise(
         &self,
         id: &PoolId,

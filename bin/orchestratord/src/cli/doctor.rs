@@ -98,7 +98,7 @@ async fn models(config: &Config, cache: &CacheDirs, runtime: &provision_kit::dir
     };
     match listed {
         Ok(models) if models.is_empty() => {
-            report::line("Models at hand: none; the first start fetches what it needs")
+            report::line("Models at hand: none; the first start fetches what it needs");
         }
         Ok(models) => {
             report::line("Models at hand:");

@@ -88,7 +88,7 @@ mod tests {
         for _ in 0..EXITS_BEFORE_FAILING {
             match policy.decide(SHORT) {
                 Verdict::Restart { after } => delays.push(after),
-                other => panic!("{other:?}"),
+                fail @ Verdict::Fail { .. } => panic!("{fail:?}"),
             }
         }
         assert!(delays.is_sorted());

@@ -93,6 +93,16 @@ impl<T> AdmissionQueue<T> {
         Ok(self.ahead_of_last(priority))
     }
 
+    /// Puts a task back to the front of its priority: its turn had come, but
+    /// the engine could not take it. Never refused, since the task was admitted
+    /// before; so at most the engine's slots may stand here beyond the capacity.
+    pub fn put_back(&mut self, id: TaskId, priority: Priority, task: T) {
+        match priority {
+            Priority::Interactive => self.interactive.push_front((id, task)),
+            Priority::Batch => self.batch.push_front((id, task)),
+        }
+    }
+
     /// The task whose turn it is.
     pub fn pop(&mut self) -> Option<(TaskId, T)> {
         self.interactive
@@ -142,6 +152,25 @@ mod tests {
             2 => Just(Step::Pop),
             1 => (0usize..20).prop_map(Step::Remove),
         ]
+    }
+
+    #[test]
+    fn a_task_put_back_goes_first_even_into_a_full_queue() {
+        let mut queue = AdmissionQueue::new(2);
+        let ids: Vec<_> = (0..3).map(|_| TaskId::generate()).collect();
+        queue.push(ids[0], Priority::Batch, 0).unwrap();
+        let (id, task) = queue.pop().unwrap();
+        queue.push(ids[1], Priority::Batch, 1).unwrap();
+        queue.push(ids[2], Priority::Batch, 2).unwrap();
+        queue.put_back(id, Priority::Batch, task);
+        assert_eq!(queue.position(ids[0]), Some(0));
+        assert!(queue.push(TaskId::generate(), Priority::Batch, 3).is_err());
+        assert_eq!(
+            std::iter::from_fn(|| queue.pop())
+                .map(|(_, task)| task)
+                .collect::<Vec<_>>(),
+            [0, 1, 2]
+        );
     }
 
     proptest! {

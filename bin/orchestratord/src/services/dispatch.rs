@@ -16,6 +16,14 @@ use super::pool::Submission;
 use super::tasks::TaskRecord;
 use super::telemetry;
 
+/// How often a task is offered to an engine that counts as ready and yet
+/// cannot be reached, before the task fails.
+const MAX_ATTEMPTS: u32 = 10;
+
+/// What it counts for if the engine ended over the task before it had begun to
+/// answer: twice, and the task itself may be what ends it.
+const RESET_ATTEMPTS: u32 = MAX_ATTEMPTS / 2;
+
 /// Everything one run needs. It owns the engine's stream and is the only one
 /// that appends tokens to the task's log.
 #[derive(Debug)]
@@ -35,6 +43,8 @@ pub struct Finished {
     pub outcome: Outcome,
     /// What was seen of the engine's slot, if the task was cancelled.
     pub cancelled: Option<CancelReport>,
+    /// The task itself, if the engine could not be given it.
+    pub returned: Option<Box<Submission>>,
 }
 
 /// How a run ended.
@@ -43,6 +53,8 @@ pub enum Outcome {
     Completed,
     Cancelled,
     Failed(ErrorCode),
+    /// The engine was not there to take it; the task has not begun.
+    NotTaken,
 }
 
 impl Outcome {
@@ -51,6 +63,7 @@ impl Outcome {
             Self::Completed => "completed",
             Self::Cancelled => "cancelled",
             Self::Failed(code) => code.as_str(),
+            Self::NotTaken => "not_taken",
         }
     }
 
@@ -64,6 +77,7 @@ enum Pumped {
     Ended,
     Cancelled(Option<CancelReport>),
     Failed(Failure),
+    NotTaken(Failure),
 }
 
 impl TaskRun {
@@ -74,16 +88,31 @@ impl TaskRun {
             Ok(stream) => self.pump(stream).await,
             Err(ended) => ended,
         };
+        let mut returned = None;
         let (outcome, cancelled) = match pumped {
             Pumped::Ended => (Outcome::Completed, None),
             Pumped::Cancelled(report) => (Outcome::Cancelled, report),
             Pumped::Failed(failure) => (Outcome::Failed(self.close_with(failure)), None),
+            Pumped::NotTaken(_) if self.cancel.is_cancelled() => (Outcome::Cancelled, None),
+            Pumped::NotTaken(failure) if self.submission.attempts >= MAX_ATTEMPTS => {
+                (Outcome::Failed(self.close_with(failure)), None)
+            }
+            Pumped::NotTaken(failure) => {
+                tracing::info!(task = %id, message = failure.message, "the engine could not take the task; it is kept");
+                self.submission.attempts += match failure.code {
+                    ErrorCode::WorkerReset => RESET_ATTEMPTS,
+                    _ => 1,
+                };
+                returned = Some(Box::new(self.submission));
+                (Outcome::NotTaken, None)
+            }
         };
         Finished {
             id,
             took: begun.elapsed(),
             outcome,
             cancelled,
+            returned,
         }
     }
 
@@ -94,7 +123,7 @@ impl TaskRun {
             tokio::select! {
                 // Nothing is in the engine's slot yet.
                 () = self.cancel.cancelled() => return Err(Pumped::Cancelled(Some(CancelReport::NotRunning))),
-                fits = fits => fits.map_err(Pumped::Failed)?,
+                fits = fits => fits.map_err(not_begun)?,
             }
         }
         let submit = self
@@ -104,7 +133,7 @@ impl TaskRun {
         tokio::select! {
             biased;
             submitted = &mut submit => {
-                submitted.map_err(|error| Pumped::Failed(Failure::from_host(&error)))
+                submitted.map_err(|error| not_begun(Failure::from_host(&error)))
             }
             () = self.cancel.cancelled() => {
                 // Waited for together, since only going on with the submission
@@ -221,6 +250,17 @@ impl TaskRun {
     }
 }
 
+/// A failure before the engine had begun: if the engine was not there, as it
+/// is when it has just ended, the task can wait for the next one.
+fn not_begun(failure: Failure) -> Pumped {
+    match failure.code {
+        ErrorCode::PoolUnready | ErrorCode::PoolUnavailable | ErrorCode::WorkerReset => {
+            Pumped::NotTaken(failure)
+        }
+        _ => Pumped::Failed(failure),
+    }
+}
+
 fn started(record: &TaskRecord) -> Started {
     // A task runs only after it was admitted.
     let admitted = record.admitted.get();
@@ -254,7 +294,9 @@ pub async fn fit(
     submission: &mut Submission,
 ) -> Result<(), Failure> {
     let task = &mut submission.task;
-    if certainly_fits(&task.input, task.max_tokens, context.ctx) {
+    let model = context.model.as_ref();
+    let template = model.and_then(|model| model.chat_template.as_deref());
+    if certainly_fits(&task.input, template, task.max_tokens, context.ctx) {
         submission.fits = true;
         return Ok(());
     }
@@ -277,17 +319,20 @@ pub async fn fit(
     Ok(())
 }
 
-/// A token of text is at least one byte long, so few bytes are few tokens. A
-/// chat template adds tokens of its own for every message: a bound on those
-/// is part of the sum.
-fn certainly_fits(input: &TaskInput, max_tokens: u32, ctx: u32) -> bool {
-    const TEMPLATE: usize = 256;
+/// A token of text is at least one byte long, so few bytes are few tokens. What
+/// a chat template adds is bounded by its own length, once for the whole and a
+/// few tokens for each message; an unknown template bounds nothing.
+fn certainly_fits(input: &TaskInput, template: Option<&str>, max_tokens: u32, ctx: u32) -> bool {
+    const AROUND_PROMPT: usize = 4;
     const PER_MESSAGE: usize = 16;
-    let template = match input {
-        TaskInput::Prompt(_) => 4,
-        TaskInput::Messages(messages) => TEMPLATE + PER_MESSAGE * messages.len(),
+    let added = match (input, template) {
+        (TaskInput::Prompt(_), _) => AROUND_PROMPT,
+        (TaskInput::Messages(messages), Some(template)) => {
+            template.len() + PER_MESSAGE * messages.len()
+        }
+        (TaskInput::Messages(_), None) => return false,
     };
-    input.len_bytes() + template + max_tokens as usize <= ctx as usize
+    input.len_bytes() + added + max_tokens as usize <= ctx as usize
 }
 
 #[cfg(test)]
@@ -297,8 +342,11 @@ mod tests {
     #[test]
     fn only_a_text_shorter_than_the_room_is_known_to_fit() {
         let prompt = |bytes: usize| TaskInput::Prompt("x".repeat(bytes));
-        assert!(certainly_fits(&prompt(100), 100, 1000));
-        assert!(!certainly_fits(&prompt(950), 100, 1000));
-        assert!(!certainly_fits(&TaskInput::Messages(Vec::new()), 900, 1000));
+        assert!(certainly_fits(&prompt(100), None, 100, 1000));
+        assert!(!certainly_fits(&prompt(950), None, 100, 1000));
+        let chat = TaskInput::Messages(Vec::new());
+        assert!(certainly_fits(&chat, Some("{{ messages }}"), 900, 1000));
+        assert!(!certainly_fits(&chat, Some("{{ messages }}"), 990, 1000));
+        assert!(!certainly_fits(&chat, None, 1, 1000), "an unknown template");
     }
 }

@@ -28,7 +28,14 @@ pub fn reporter(format: LogFormat, bars: &MultiProgress) -> Arc<dyn Reporter> {
 #[derive(Debug)]
 struct Bars {
     all: MultiProgress,
-    steps: Mutex<HashMap<StepId, (ProgressBar, String)>>,
+    steps: Mutex<HashMap<StepId, Bar>>,
+}
+
+#[derive(Debug)]
+struct Bar {
+    shown: ProgressBar,
+    description: String,
+    unit: Unit,
 }
 
 fn style(unit: Unit, total: Option<u64>) -> ProgressStyle {
@@ -49,7 +56,7 @@ fn style(unit: Unit, total: Option<u64>) -> ProgressStyle {
 }
 
 impl Bars {
-    fn lock(&self) -> MutexGuard<'_, HashMap<StepId, (ProgressBar, String)>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<StepId, Bar>> {
         self.steps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -73,20 +80,33 @@ impl Reporter for Bars {
                 bar.set_style(style(unit, total));
                 bar.set_message(description.clone());
                 bar.enable_steady_tick(Duration::from_millis(120));
-                self.lock().insert(id, (bar, description));
+                let bar = Bar {
+                    shown: bar,
+                    description,
+                    unit,
+                };
+                self.lock().insert(id, bar);
             }
             ProgressEvent::Advanced { id, done, total } => {
-                if let Some((bar, _)) = self.lock().get(&id) {
+                if let Some(Bar {
+                    shown: bar, unit, ..
+                }) = self.lock().get(&id)
+                {
                     if let Some(total) = total.filter(|total| bar.length() != Some(*total)) {
                         bar.set_length(total);
-                        bar.set_style(style(unit_of(bar), Some(total)));
+                        bar.set_style(style(*unit, Some(total)));
                     }
                     bar.set_position(done);
                 }
             }
             ProgressEvent::Note { text, .. } => self.line(&format!("  {text}")),
             ProgressEvent::Finished { id } => {
-                if let Some((bar, description)) = self.lock().remove(&id) {
+                if let Some(Bar {
+                    shown: bar,
+                    description,
+                    ..
+                }) = self.lock().remove(&id)
+                {
                     bar.finish_and_clear();
                     self.line(&format!(
                         "  done: {description} ({} s)",
@@ -95,22 +115,17 @@ impl Reporter for Bars {
                 }
             }
             ProgressEvent::Failed { id, reason } => {
-                if let Some((bar, description)) = self.lock().remove(&id) {
+                if let Some(Bar {
+                    shown: bar,
+                    description,
+                    ..
+                }) = self.lock().remove(&id)
+                {
                     bar.finish_and_clear();
                     self.line(&format!("  not done: {description}: {reason}"));
                 }
             }
         }
-    }
-}
-
-/// What a bar counts, told by its size: builds have thousands of steps at the
-/// most, files have more bytes.
-fn unit_of(bar: &ProgressBar) -> Unit {
-    if bar.length().unwrap_or(0) > 100_000 {
-        Unit::Bytes
-    } else {
-        Unit::BuildSteps
     }
 }
 

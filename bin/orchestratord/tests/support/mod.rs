@@ -1,6 +1,11 @@
 //! A real daemon process with a fake engine behind it.
 
 #![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test that cannot go on fails, and says what the daemon said"
+)]
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -13,7 +18,7 @@ use test_harness_fake_engine::{Script, install};
 
 /// Bounds every wait. Far above what anything here takes, so that it is only
 /// reached by a fault.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
+pub(crate) const DEADLINE: Duration = Duration::from_mins(1);
 
 /// A daemon to be: its directories, engine and configuration.
 pub(crate) struct Setup {
@@ -282,6 +287,16 @@ impl Drop for Daemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The id in the answer to a submission.
+pub(crate) fn id(accepted: &Value) -> &str {
+    accepted["task_id"].as_str().unwrap()
+}
+
+/// Runs a command to its end.
+pub(crate) fn output(setup: &Setup, args: &[&str]) -> std::process::Output {
+    setup.command(args).output().unwrap()
 }
 
 /// One event of a stream.

@@ -58,6 +58,34 @@ impl ProcessIdentity {
     }
 }
 
+/// All processes that descend from one, as far as the kernel still tells. Blocking.
+pub(super) fn descendants(ancestor: u32) -> Vec<ProcessIdentity> {
+    let parent_of = |pid: u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The parent is field 4, the second behind the name.
+        let parent = stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(1)?;
+        parent.parse::<u32>().ok()
+    };
+    let parents: Vec<(u32, u32)> = fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter_map(|pid| Some((pid, parent_of(pid)?)))
+        .collect();
+    let mut family = vec![ancestor];
+    let mut next = 0;
+    while let Some(&member) = family.get(next) {
+        let children = parents.iter().filter(|(_, parent)| *parent == member);
+        family.extend(children.map(|(pid, _)| pid));
+        next += 1;
+    }
+    family[1..]
+        .iter()
+        .filter_map(|&pid| ProcessIdentity::of(pid).ok().flatten())
+        .collect()
+}
+
 /// The state and the start time out of `/proc/<pid>/stat`. The second field is the program's name
 /// in parentheses and may itself hold spaces and parentheses, so fields are counted from the last
 /// closing one.

@@ -1,6 +1,7 @@
 //! With real children: small shell scripts.
 
 use super::*;
+use std::time::Instant;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 
 const LONG: Duration = Duration::from_secs(10);
@@ -179,4 +180,16 @@ async fn the_environment_can_be_kept_back() {
         .env_remove("HOME")
         .env("ADDED", "yes");
     assert_eq!(output(spec, LONG).await.unwrap().stdout, "none yes\n");
+}
+
+#[tokio::test]
+async fn a_terminating_leader_that_forgets_a_child_does_not_leave_it() {
+    // The child is in a group of its own, as ninja's are, and its leader ends without it.
+    let script = "setsid sleep 600 >/dev/null 2>&1 & echo $! ; trap 'exit 0' TERM; \
+                  while :; do sleep 0.01; done";
+    let (group, pids) = started(shell(script).death_signal(DeathSignal::Terminate)).await;
+    let child = identity(pids[0]);
+    drop(group);
+    gone(&child).await;
+    all_ended().await;
 }

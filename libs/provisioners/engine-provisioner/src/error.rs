@@ -134,6 +134,8 @@ pub enum EngineError {
         expected: Digest,
         found: Digest,
     },
+    #[error("there is no source archive {}", path.display())]
+    SourceFile { path: PathBuf },
     #[error("cannot get the {what}: {reason}")]
     SourceGit { what: String, reason: String },
     #[error("{tool} could not be run")]
@@ -258,6 +260,12 @@ impl Hinted for EngineError {
             Self::SourceDigest { .. } => {
                 Some("the source was replaced: do not trust it, and name another one".into())
             }
+            Self::NoSource { .. } | Self::SourceGit { .. } => Some(
+                "check the network, or name an archive that is here: \
+                 `engine.source.sources: [{archive: {url: file:/…, digest: sha256:…}}]`"
+                    .into(),
+            ),
+            Self::SourceFile { .. } => Some("check its path in `engine.source.sources`".into()),
             Self::Build { .. } => Some(
                 "read the log; an interrupted or mended build goes on where it stopped".into(),
             ),

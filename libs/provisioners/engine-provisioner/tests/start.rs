@@ -1,4 +1,8 @@
 //! Starting and ending engines, with a scripted engine that is a real process.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test may panic, and its helpers with it"
+)]
 
 mod support;
 

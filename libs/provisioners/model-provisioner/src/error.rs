@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use llama_orch_types::{Digest, Hinted};
+use provision_kit::chain::one_line;
 use provision_kit::config::nearest;
 use provision_kit::download::DownloadError;
 use provision_kit::fs::FsError;
@@ -24,7 +25,7 @@ pub enum ModelError {
     Profile(#[from] ProfileError),
     #[error("no model profile is named `{name}`")]
     UnknownProfile { name: String, known: Vec<String> },
-    #[error("the model {id} was not fetched from {from}")]
+    #[error("the model {id} was not fetched{}", from_elsewhere(id, from))]
     Fetch {
         id: String,
         from: String,
@@ -149,23 +150,17 @@ impl Hinted for ModelError {
     }
 }
 
+/// Names the source where it is not the id itself.
+fn from_elsewhere(id: &str, from: &str) -> String {
+    if id == from {
+        String::new()
+    } else {
+        format!(" from {from}")
+    }
+}
+
 /// One line for each source, with the whole chain of causes.
 fn lines(attempts: &[(String, FetchError)]) -> String {
     let line = |(source, error): &(String, FetchError)| format!("  {source}: {}", one_line(error));
     attempts.iter().map(line).collect::<Vec<_>>().join("\n")
-}
-
-/// An error and its causes in one line.
-pub(crate) fn one_line(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        // Some libraries repeat their cause.
-        if !text.contains(&next) {
-            text = format!("{text}: {next}");
-        }
-        cause = error.source();
-    }
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use llama_orch_types::{Digest, ModelMetadata};
+use provision_kit::chain::one_line;
 use provision_kit::dirs::{CacheDirs, RuntimeDirs};
 use provision_kit::fs::sha256_bytes;
 use provision_kit::lock::FileLock;
@@ -21,7 +22,7 @@ use provision_kit::progress::{Reporter, Step, StepKind, Unit};
 
 use crate::admit::{Claim, Gate};
 use crate::config::{HubSettings, ModelProvisionerConfig, VerifyPolicy};
-use crate::error::{ModelError, one_line};
+use crate::error::ModelError;
 use crate::evict::{self, Candidate, EvictionPlan};
 use crate::fetch::{Expected, FetchError, Fetcher, Obtained};
 use crate::lease::Leases;
@@ -209,6 +210,7 @@ impl ModelProvisioner {
                 expected: Expected {
                     digest: Some(profile.digest),
                     size: profile.size_bytes,
+                    has_alternative: false,
                 },
                 sources: profile.sources.clone(),
                 key: profile.digest.hex(),
@@ -240,13 +242,13 @@ impl ModelProvisioner {
             ));
         })
         .await?;
-        let provided = match self.from_cache(wanted).await? {
+        let provided = match self.use_cached(wanted).await? {
             Some(provided) => {
                 let size = provided.record.stamp.size_bytes;
                 step.set(size, Some(size));
                 provided
             }
-            None => self.from_sources(wanted, step).await?,
+            None => self.fetch_new(wanted, step).await?,
         };
         drop(held);
         self.write_provenance(wanted, &provided).await?;
@@ -257,7 +259,7 @@ impl ModelProvisioner {
     }
 
     /// A model that is here already.
-    async fn from_cache(&self, wanted: &Wanted) -> Result<Option<Provided>, ModelError> {
+    async fn use_cached(&self, wanted: &Wanted) -> Result<Option<Provided>, ModelError> {
         let policy = self.config.verify;
         let digest = match wanted.expected.digest {
             Some(digest) if self.gate.store.path_of(digest).exists() => Some(digest),
@@ -332,7 +334,7 @@ impl ModelProvisioner {
                 Ok(None) => {}
                 // Another source may still serve; the same error comes up again if none does.
                 Err(error) => {
-                    tracing::warn!(%source, error = %one_line(&error), "a model file is passed over")
+                    tracing::warn!(%source, error = %one_line(&error), "a model file is passed over");
                 }
             }
         }
@@ -340,13 +342,14 @@ impl ModelProvisioner {
     }
 
     /// Tries the sources in order.
-    async fn from_sources(&self, wanted: &Wanted, step: &mut Step) -> Result<Provided, ModelError> {
+    async fn fetch_new(&self, wanted: &Wanted, step: &mut Step) -> Result<Provided, ModelError> {
         let mut attempts = Vec::new();
         let mut expected = wanted.expected;
         if self.config.verify == VerifyPolicy::Off {
             expected = Expected::default();
         }
-        for source in &wanted.sources {
+        for (index, source) in wanted.sources.iter().enumerate() {
+            expected.has_alternative = index + 1 < wanted.sources.len();
             let part = self.downloads.join(format!("model-{}.part", wanted.key));
             match self.fetcher.fetch(source, expected, &part, step).await {
                 Ok(obtained) => match self.admit(wanted, source, obtained).await {

@@ -1,5 +1,8 @@
 //! The program `model-provisioner` as people call it.
 
+// The lint spares test functions only; here everything is test.
+#![allow(clippy::unwrap_used)]
+
 #[path = "support/gguf.rs"]
 mod gguf;
 

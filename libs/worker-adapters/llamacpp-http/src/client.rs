@@ -4,7 +4,7 @@ use std::error::Error;
 use std::time::Duration;
 
 use bytes::Bytes;
-use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
+use reqwest::header::{AUTHORIZATION, CONNECTION, CONTENT_TYPE, HeaderMap, HeaderValue};
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -24,7 +24,8 @@ const ANSWER_LIMIT: usize = 64 << 20;
 /// Pauses before a request that the engine did not take is sent again.
 const RETRY_PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(250)];
 
-/// A client for one engine process. Connections are kept and used again.
+/// A client for one engine process. Connections are kept and used again, but
+/// for streams.
 #[derive(Debug)]
 pub(crate) struct EngineClient {
     http: reqwest::Client,
@@ -103,14 +104,19 @@ impl EngineClient {
         self.json(request, path).await
     }
 
-    /// Opens a completion's stream. The engine answers only when it has its
+    /// Opens a completion's stream. The engine may answer only when it has its
     /// first token, so the caller sets the limit on the time.
     pub(crate) async fn open_completion(&self, body: Bytes) -> Result<Response, WorkerError> {
         self.retrying(|| self.open_once(body.clone())).await
     }
 
     async fn open_once(&self, body: Bytes) -> Result<Response, WorkerError> {
-        let sent = self.post("/completion", body).send().await;
+        let request = self
+            .post("/completion", body)
+            // The engine closes the connection after a stream without saying
+            // so; the next request on it would be lost.
+            .header(CONNECTION, "close");
+        let sent = request.send().await;
         self.accepted(sent.map_err(|error| self.failure(error))?)
             .await
     }

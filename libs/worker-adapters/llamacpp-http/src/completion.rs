@@ -1,16 +1,15 @@
 //! One task's stream, from the request to its last event.
 //!
 //! ```text
-//! Opening ──► Reading ──► Draining ──► Closed
-//!    │           │ error, timeout, cancel ▲
-//!    └───────────┴────────────────────────┘
+//! Opening ──► Reading ──► Closed     (last event)
+//!    └───────────┴──────► Closed     (error, timeout, cancel)
 //! ```
 //!
-//! The engine sends its headers only with the first token. `Opening` therefore
-//! lasts through the whole prompt, and the task counts as taken when the
-//! engine has not refused it for a moment. `Draining` reads the end of the
-//! response, so that the connection can be used again. Whatever closes the
-//! stream drops the response, and the engine sees its client gone.
+//! The engine sends its headers when it begins with the prompt, or (older
+//! builds) only with the first token. `Opening` may therefore last through the
+//! whole prompt, and the task counts as taken when the engine has not refused
+//! it for a moment. Whatever closes the stream drops the response, and the
+//! engine sees its client gone.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -35,8 +34,6 @@ use crate::wire::Chunk;
 /// The engine refuses a request within a few milliseconds; one that it has not
 /// refused in this time, it has taken.
 const ACCEPT_WINDOW: Duration = Duration::from_millis(250);
-/// The response ends right behind its last event.
-const DRAIN_LIMIT: Duration = Duration::from_millis(50);
 
 type Opening = Pin<Box<dyn Future<Output = Result<Response, WorkerError>> + Send>>;
 type Events = Pin<Box<dyn Stream<Item = Result<String, SseError<reqwest::Error>>> + Send>>;
@@ -44,7 +41,6 @@ type Events = Pin<Box<dyn Stream<Item = Result<String, SseError<reqwest::Error>>
 enum State {
     Opening(Opening),
     Reading(Events),
-    Draining(Events),
     Closed,
 }
 
@@ -108,11 +104,6 @@ impl Completion {
             }
             match &mut self.state {
                 State::Closed => return None,
-                State::Draining(events) => {
-                    // However it ends, the task is over.
-                    let _ = timeout(DRAIN_LIMIT, events.next()).await;
-                    self.state = State::Closed;
-                }
                 State::Opening(_) | State::Reading(_) => {
                     if let Err(error) = self.advance().await {
                         return Some(Err(self.close(error)));
@@ -169,7 +160,7 @@ impl Completion {
                     reason: "the response ended before its last event".to_owned(),
                 }),
             },
-            State::Draining(_) | State::Closed => Ok(()),
+            State::Closed => Ok(()),
         }
     }
 
@@ -196,10 +187,7 @@ impl Completion {
         if chunk.stop {
             self.ready.push_back(TokenEvent::End(chunk.summary()?));
             self.live = None;
-            self.state = match std::mem::replace(&mut self.state, State::Closed) {
-                State::Reading(events) => State::Draining(events),
-                other => other,
-            };
+            self.state = State::Closed;
         } else if now - self.metrics_told >= self.client.settings.metrics_interval {
             self.metrics_told = now;
             self.ready.push_back(TokenEvent::Metrics(MetricsSnapshot {

@@ -26,7 +26,7 @@ async fn a_cancel_while_decoding_frees_the_slot_and_no_token_follows() {
     let CancelReport::Freed { after_ms } = adapter.cancel(id).await.unwrap() else {
         panic!("not seen free");
     };
-    assert!((60..1000).contains(&after_ms), "{after_ms}");
+    assert!(after_ms >= 60, "{after_ms}");
     assert_eq!(engine.busy_slots(), 0);
     let outcome = reader.await.unwrap();
     assert!(matches!(outcome.error, Some(WorkerError::Cancelled)));
@@ -91,6 +91,7 @@ async fn a_cancel_in_the_prompt_leaves_the_engine_its_quiet_second() {
 async fn a_cancel_during_submit_ends_it() {
     let script = Script {
         first_token_ms: 60_000,
+        late_headers: true,
         ..Script::default()
     };
     let engine = FakeEngine::start(&script);
@@ -109,6 +110,25 @@ async fn a_cancel_during_submit_ends_it() {
         Err(WorkerError::Cancelled) | Ok(())
     ));
     assert_eq!(adapter.running(), 0);
+}
+
+#[tokio::test]
+async fn a_dropped_submit_leaves_nothing_behind() {
+    let script = Script {
+        first_token_ms: 60_000,
+        late_headers: true,
+        ..Script::default()
+    };
+    let engine = FakeEngine::start(&script);
+    let adapter = adapter(&engine);
+    let submit = adapter.submit(task(9));
+    tokio::select! {
+        // On a slow machine it may count as taken by now; the same must hold.
+        outcome = submit => drop(outcome),
+        () = until("the engine has the task", || engine.busy_slots() == 1) => {}
+    }
+    assert_eq!(adapter.running(), 0);
+    until("the slot is free", || engine.busy_slots() == 0).await;
 }
 
 #[tokio::test]

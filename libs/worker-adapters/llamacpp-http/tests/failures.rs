@@ -14,6 +14,9 @@ use worker_adapters_adapter_api::{
 };
 use worker_adapters_llamacpp_http::{AdapterSettings, LlamaCppAdapter};
 
+/// Long enough for a busy machine, short enough to wait for.
+const NEXT_TOKEN_TIMEOUT: Duration = Duration::from_millis(1500);
+
 fn faulty(fault: Fault) -> Script {
     Script {
         fault: Some(fault),
@@ -26,7 +29,7 @@ fn faulty(fault: Fault) -> Script {
 async fn after_three_tokens(fault: Fault) -> WorkerError {
     let engine = FakeEngine::start(&faulty(fault));
     let adapter = adapter_with(&engine, |settings| {
-        settings.next_token_timeout = Duration::from_millis(300);
+        settings.next_token_timeout = NEXT_TOKEN_TIMEOUT;
     });
     let outcome = Outcome::of(adapter.submit(task(9)).await.unwrap()).await;
     assert_eq!(outcome.text(), "A fake engine ");
@@ -87,34 +90,43 @@ async fn a_hang_in_mid_stream_is_a_timeout_for_the_next_token() {
     };
     assert_eq!(
         (phase, after),
-        (TimeoutPhase::NextToken, Duration::from_millis(300))
+        (TimeoutPhase::NextToken, NEXT_TOKEN_TIMEOUT)
     );
 }
 
 #[tokio::test]
 async fn no_first_token_is_a_timeout_and_frees_the_slot() {
-    let script = Script {
-        first_token_ms: 60_000,
-        ..Script::default()
-    };
-    let engine = FakeEngine::start(&script);
-    let adapter = adapter_with(&engine, |settings| {
-        settings.first_token_timeout = Duration::from_millis(400);
-    });
-    let error = failure(&adapter, task(3)).await;
-    let WorkerError::Timeout { phase, .. } = error else {
-        panic!("{error:?}")
-    };
-    assert_eq!(phase, TimeoutPhase::FirstToken);
-    support::until("the slot is free", || engine.busy_slots() == 0).await;
+    for late_headers in [false, true] {
+        let script = Script {
+            first_token_ms: 60_000,
+            late_headers,
+            ..Script::default()
+        };
+        let engine = FakeEngine::start(&script);
+        let adapter = adapter_with(&engine, |settings| {
+            settings.first_token_timeout = Duration::from_millis(400);
+        });
+        let error = failure(&adapter, task(3)).await;
+        let WorkerError::Timeout { phase, .. } = error else {
+            panic!("{error:?}")
+        };
+        assert_eq!(phase, TimeoutPhase::FirstToken);
+        support::until("the slot is free", || engine.busy_slots() == 0).await;
+    }
 }
 
 #[tokio::test]
 async fn a_crash_before_the_first_token_is_a_reset_and_not_tried_again() {
-    let engine = FakeEngine::start(&faulty(Fault::Cut { after_tokens: 0 }));
-    let error = failure(&adapter(&engine), task(3)).await;
-    assert!(matches!(error, WorkerError::Reset { .. }), "{error:?}");
-    assert_eq!(engine.requests().len(), 1);
+    for late_headers in [false, true] {
+        let script = Script {
+            late_headers,
+            ..faulty(Fault::Cut { after_tokens: 0 })
+        };
+        let engine = FakeEngine::start(&script);
+        let error = failure(&adapter(&engine), task(3)).await;
+        assert!(matches!(error, WorkerError::Reset { .. }), "{error:?}");
+        assert_eq!(engine.requests().len(), 1);
+    }
 }
 
 #[tokio::test]

@@ -150,35 +150,42 @@ async fn metrics_come_between_tokens_but_not_more_often_than_asked() {
 }
 
 #[tokio::test]
-async fn one_connection_serves_one_task_after_another() {
+async fn questions_share_a_connection_and_streams_have_their_own() {
     let engine = FakeEngine::start(&Script::default());
     let adapter = adapter(&engine);
     let before = engine.connections();
     for _ in 0..5 {
+        adapter.engine_version().await.unwrap();
+    }
+    // One of ours, and the question about it.
+    let between = engine.connections();
+    assert_eq!(between - before, 2);
+    // The real engine closes a connection after a stream without a word. The
+    // first stream may take over the questions' connection.
+    for _ in 0..5 {
         run(&adapter, task(4)).await.end();
     }
-    // One of ours, and the question itself.
-    assert_eq!(engine.connections() - before, 2);
+    assert!(engine.connections() - between >= 5);
 }
 
 #[tokio::test]
 async fn a_long_prompt_counts_as_taken_before_its_first_token() {
-    let script = Script {
-        first_token_ms: 1500,
-        ..Script::default()
-    };
-    let engine = FakeEngine::start(&script);
-    let adapter = adapter(&engine);
-    let mut stream = tokio::time::timeout(Duration::from_millis(1200), adapter.submit(task(3)))
-        .await
-        .expect("submit does not wait for the first token")
-        .unwrap();
-    let started = futures::StreamExt::next(&mut stream)
-        .await
-        .unwrap()
-        .unwrap();
-    assert_eq!(started, TokenEvent::Started);
-    assert_eq!(support::Outcome::of(stream).await.pieces().len(), 3);
+    for late_headers in [false, true] {
+        let script = Script {
+            first_token_ms: 60_000,
+            late_headers,
+            ..Script::default()
+        };
+        let engine = FakeEngine::start(&script);
+        let limit = Duration::from_secs(20);
+        let mut stream = tokio::time::timeout(limit, adapter(&engine).submit(task(3)))
+            .await
+            .expect("submit does not wait for the first token")
+            .unwrap();
+        let started = futures::StreamExt::next(&mut stream).await.unwrap();
+        assert_eq!(started.unwrap(), TokenEvent::Started);
+        assert_eq!(engine.busy_slots(), 1);
+    }
 }
 
 #[tokio::test]

@@ -25,6 +25,10 @@ use crate::services::preparation::PreparationBoard;
 use crate::services::tasks::{Admitted, TaskRecord};
 use crate::services::telemetry;
 
+/// How long no task is taken to an engine that was not there. An engine that
+/// has ended is noticed by its supervisor long before.
+const HOLD: Duration = Duration::from_millis(300);
+
 struct Actor {
     settings: Arc<PoolSettings>,
     host: AdapterHost,
@@ -38,6 +42,8 @@ struct Actor {
     runs: JoinSet<Finished>,
     times: ServiceTimes,
     engine_exits: u64,
+    /// No task is taken to the engine before.
+    hold: Option<tokio::time::Instant>,
     drained: Vec<oneshot::Sender<()>>,
     publish: watch::Sender<PoolSnapshot>,
 }
@@ -80,6 +86,7 @@ pub(super) fn spawn(
         runs: JoinSet::new(),
         times: ServiceTimes::default(),
         engine_exits: 0,
+        hold: None,
         drained: Vec::new(),
         publish,
     };
@@ -104,9 +111,10 @@ impl Actor {
                     None => break,
                 },
                 Some(finished) = self.runs.join_next() => match finished {
-                    Ok(finished) => self.finish(&finished),
+                    Ok(finished) => self.finish(finished),
                     Err(error) => tracing::error!(pool = %self.settings.id, %error, "a task's run broke"),
                 },
+                () = at(self.hold), if self.hold.is_some() => self.hold = None,
                 () = at(drain_deadline), if drain_deadline.is_some() => {
                     drain_deadline = None;
                     self.cancel_all();
@@ -215,6 +223,7 @@ impl Actor {
             Change::Starting => self.enter(Phase::Starting),
             Change::Ready(context) => {
                 self.context = Some(context);
+                self.hold = None;
                 self.enter(Phase::Ready);
             }
             Change::Backoff(failure) => {
@@ -235,10 +244,13 @@ impl Actor {
 
     fn enter(&mut self, phase: Phase) {
         if self.phase != phase {
-            tracing::info!(
-                pool = %self.settings.id, from = self.phase.as_str(), to = phase.as_str(),
-                cause = self.last_error.as_ref().map_or("", |error| error.message.as_str()), "pool phase"
-            );
+            let cause = match phase {
+                Phase::Backoff | Phase::Failed => self.last_error.as_ref(),
+                _ => None,
+            };
+            let cause = cause.map(|error| error.message.as_str());
+            let (pool, from, to) = (&self.settings.id, self.phase.as_str(), phase.as_str());
+            tracing::info!(%pool, from, to, cause, "pool phase");
             self.phase = phase;
             self.since = Instant::now();
         }
@@ -275,7 +287,7 @@ impl Actor {
         let Some(context) = self.context.clone().filter(|_| self.phase == Phase::Ready) else {
             return;
         };
-        while self.running.len() < self.slots() as usize {
+        while self.hold.is_none() && self.running.len() < self.slots() as usize {
             let Some((id, submission)) = self.queue.pop() else {
                 return;
             };
@@ -296,10 +308,13 @@ impl Actor {
         }
     }
 
-    fn finish(&mut self, finished: &Finished) {
+    fn finish(&mut self, finished: Finished) {
         let Some(running) = self.running.remove(&finished.id) else {
             return;
         };
+        if let Some(submission) = finished.returned {
+            return self.take_back(*submission);
+        }
         let outcome = finished.outcome.label();
         self.count_outcome(outcome);
         if finished.outcome.tells_service_time() {
@@ -318,6 +333,20 @@ impl Actor {
             pool = %self.settings.id, task = %finished.id, correlation_id = running.record.correlation_id,
             outcome, took_ms = finished.took.as_millis() as u64, "task over"
         );
+    }
+
+    /// A task that the engine could not be given keeps its turn.
+    fn take_back(&mut self, submission: Submission) {
+        self.hold = Some(tokio::time::Instant::now() + HOLD);
+        let (id, priority) = (submission.record.id, submission.record.priority);
+        self.queue.put_back(id, priority, submission);
+        match self.phase {
+            Phase::Failed => self.end_queued(&self.unavailable()),
+            Phase::Draining | Phase::Stopped => {
+                self.end_queued(&Failure::shutting_down(&self.settings.id));
+            }
+            Phase::Provisioning | Phase::Starting | Phase::Ready | Phase::Backoff => {}
+        }
     }
 
     fn slots(&self) -> u32 {

@@ -137,6 +137,8 @@ pub struct Submission {
     pub max_tokens_given: bool,
     /// Whether prompt and answer are known to fit the context.
     pub fits: bool,
+    /// How often it was offered to an engine that was not there.
+    pub attempts: u32,
 }
 
 /// How a cancel went.

@@ -299,11 +299,11 @@ mod tests {
     use super::*;
     use crate::machine::Program;
 
-    fn program() -> Option<Program> {
-        Some(Program {
+    fn program() -> Program {
+        Program {
             path: "/x".into(),
             version: "1".into(),
-        })
+        }
     }
 
     fn choose(accelerator: AcceleratorChoice, require_gpu: bool, gpu: &Gpu) -> Option<Accelerator> {
@@ -320,7 +320,7 @@ mod tests {
         use AcceleratorChoice::{Auto, Cuda, Vulkan};
         let none = Gpu::default();
         let nvcc_only = Gpu {
-            nvcc: program(),
+            nvcc: Some(program()),
             ..Gpu::default()
         };
         let cuda = Gpu {
@@ -328,7 +328,7 @@ mod tests {
             ..nvcc_only.clone()
         };
         let vulkan = Gpu {
-            glslc: program(),
+            glslc: Some(program()),
             vulkan_headers: true,
             render_node: true,
             vulkan_runtime: true,

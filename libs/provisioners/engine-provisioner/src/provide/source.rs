@@ -114,6 +114,7 @@ fn is_about_source(error: &EngineError) -> bool {
         EngineError::SourcePip { .. }
             | EngineError::SourceDigest { .. }
             | EngineError::SourceGit { .. }
+            | EngineError::SourceFile { .. }
             | EngineError::Download { .. }
             | EngineError::Unpack { .. }
             | EngineError::NotInArchive { .. }
@@ -294,6 +295,9 @@ impl Job<'_> {
         if let Some(path) = source.url.strip_prefix("file:") {
             // `file:///a` and `file:/a` are the same file.
             let path = PathBuf::from(format!("/{}", path.trim_start_matches('/')));
+            if !path.is_file() {
+                return Err(EngineError::SourceFile { path });
+            }
             self.check_digest(&path, source.digest).await?;
             return Ok((path, false));
         }

@@ -1,6 +1,8 @@
 //! What the tests of this crate share.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub(crate) mod fake_source;
+
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -13,11 +15,11 @@ use provisioners_engine_provisioner::{
 };
 
 /// Longest that anything here may take.
-pub const LONG: Duration = Duration::from_secs(60);
+pub(crate) const LONG: Duration = Duration::from_mins(1);
 
 /// Keeps what was reported.
 #[derive(Debug, Default)]
-pub struct Recorder(Mutex<Vec<ProgressEvent>>);
+pub(crate) struct Recorder(Mutex<Vec<ProgressEvent>>);
 
 impl Reporter for Recorder {
     fn report(&self, event: ProgressEvent) {
@@ -26,7 +28,7 @@ impl Reporter for Recorder {
 }
 
 impl Recorder {
-    pub fn notes(&self) -> Vec<String> {
+    pub(crate) fn notes(&self) -> Vec<String> {
         let events = self.0.lock().unwrap();
         let text = |event: &ProgressEvent| match event {
             ProgressEvent::Note { text, .. } => Some(text.clone()),
@@ -35,21 +37,21 @@ impl Recorder {
         events.iter().filter_map(text).collect()
     }
 
-    pub fn saw(&self, wanted: impl Fn(&ProgressEvent) -> bool) -> bool {
+    pub(crate) fn saw(&self, wanted: impl Fn(&ProgressEvent) -> bool) -> bool {
         self.0.lock().unwrap().iter().any(wanted)
     }
 }
 
 /// A provisioner with directories of its own.
-pub struct Machine {
+pub(crate) struct Machine {
     directory: tempfile::TempDir,
-    pub cache: CacheDirs,
-    pub runtime: RuntimeDirs,
-    pub recorder: Arc<Recorder>,
+    pub(crate) cache: CacheDirs,
+    pub(crate) runtime: RuntimeDirs,
+    pub(crate) recorder: Arc<Recorder>,
 }
 
 impl Machine {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         Self {
             cache: CacheDirs::new(directory.path().join("cache")),
@@ -59,29 +61,29 @@ impl Machine {
         }
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.directory.path()
     }
 
-    pub fn provisioner(&self) -> EngineProvisioner {
+    pub(crate) fn provisioner(&self) -> EngineProvisioner {
         let reporter: Arc<dyn Reporter> = self.recorder.clone();
         EngineProvisioner::new(self.cache.clone(), self.runtime.clone(), reporter)
     }
 
-    pub fn log(&self) -> PathBuf {
+    pub(crate) fn log(&self) -> PathBuf {
         self.cache.run().join("llamacpp-default.log")
     }
 
-    pub fn pid_file(&self) -> PathBuf {
+    pub(crate) fn pid_file(&self) -> PathBuf {
         self.cache.run().join("default.pid")
     }
 
-    pub fn handoff(&self) -> PathBuf {
+    pub(crate) fn handoff(&self) -> PathBuf {
         self.runtime.engines().join("llamacpp.json")
     }
 
     /// The provenance records.
-    pub fn provenance(&self) -> Vec<serde_json::Value> {
+    pub(crate) fn provenance(&self) -> Vec<serde_json::Value> {
         let path = self.runtime.provenance().join("engines.jsonl");
         let text = std::fs::read_to_string(path).unwrap_or_default();
         text.lines()
@@ -90,7 +92,7 @@ impl Machine {
     }
 
     /// A model file that no engine really reads.
-    pub fn model(&self) -> ModelMetadata {
+    pub(crate) fn model(&self) -> ModelMetadata {
         let path = self.path().join("model.gguf");
         std::fs::write(&path, "GGUF").unwrap();
         ModelMetadata {
@@ -106,7 +108,7 @@ impl Machine {
         }
     }
 
-    pub fn spec(&self) -> LaunchSpec {
+    pub(crate) fn spec(&self) -> LaunchSpec {
         LaunchSpec {
             load_timeout: Duration::from_secs(30),
             ..LaunchSpec::new(PoolId::default_pool(), self.model())
@@ -114,7 +116,7 @@ impl Machine {
     }
 }
 
-pub fn installation(binary: &Path) -> EngineInstallation {
+pub(crate) fn installation(binary: &Path) -> EngineInstallation {
     EngineInstallation {
         binary: binary.to_owned(),
         version: "b11434".into(),
@@ -125,7 +127,7 @@ pub fn installation(binary: &Path) -> EngineInstallation {
 }
 
 /// Waits until something holds.
-pub async fn until(what: &str, holds: impl Fn() -> bool) {
+pub(crate) async fn until(what: &str, holds: impl Fn() -> bool) {
     let deadline = Instant::now() + LONG;
     while !holds() {
         assert!(Instant::now() < deadline, "waited too long: {what}");
@@ -134,7 +136,7 @@ pub async fn until(what: &str, holds: impl Fn() -> bool) {
 }
 
 /// Whether any process has this text in its command line.
-pub fn somebody_runs(text: &str) -> bool {
+pub(crate) fn somebody_runs(text: &str) -> bool {
     std::fs::read_dir("/proc")
         .unwrap()
         .flatten()

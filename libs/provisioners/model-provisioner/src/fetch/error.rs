@@ -25,11 +25,11 @@ pub enum HubProblem {
 impl std::fmt::Display for HubProblem {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Self::Unauthorized => "refused access to",
-            Self::NotFound => "has no",
-            Self::Unavailable => "could not be asked for",
-            Self::Stalled => "went silent over",
-            Self::Other => "did not serve",
+            Self::Unauthorized => "refused access",
+            Self::NotFound => "has no such file",
+            Self::Unavailable => "is not available",
+            Self::Stalled => "went silent",
+            Self::Other => "did not serve the file",
         })
     }
 }
@@ -39,12 +39,10 @@ impl std::fmt::Display for HubProblem {
 pub enum FetchError {
     #[error(transparent)]
     Download(#[from] DownloadError),
-    #[error("the Hub at {endpoint} {problem} {file}")]
+    #[error("the Hub at {endpoint} {problem}")]
     Hub {
         endpoint: String,
         problem: HubProblem,
-        /// `owner/repo[@revision]/file`.
-        file: String,
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },

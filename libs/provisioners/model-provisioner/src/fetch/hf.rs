@@ -12,12 +12,12 @@ use std::time::Duration;
 use futures::StreamExt;
 use hf_hub::repository::download::HFByteStream;
 use hf_hub::{HFClient, HFError};
+use provision_kit::chain::one_line;
 use provision_kit::download::Fetched;
 use provision_kit::fs::{free_space, remove_file_if_there, write_atomic};
 use provision_kit::part::PartFile;
 use provision_kit::progress::Step;
 
-use crate::error::one_line;
 use crate::fetch::{Expected, FetchError, Fetcher, HubProblem};
 use crate::reference::ModelRef;
 
@@ -114,7 +114,6 @@ impl<'a> Transfer<'a> {
         let client = builder.build().map_err(|error| FetchError::Hub {
             endpoint: fetcher.hub.endpoint.clone().unwrap_or_default(),
             problem: HubProblem::Other,
-            file: name.clone(),
             source: error.into(),
         })?;
         Ok(Self {
@@ -157,22 +156,21 @@ impl<'a> Transfer<'a> {
             part.flush().await?;
             if part.size() >= before + PROGRESS_THAT_COUNTS {
                 failures = 0;
+            } else {
+                failures += 1;
             }
-            failures += 1;
-            if !error.retriable() || failures >= self.fetcher.attempts {
+            if !error.retriable() || failures >= self.fetcher.attempts_at(self.expected) {
                 return Err(error);
             }
             let wait = self
                 .fetcher
                 .backoff
-                .saturating_mul(1 << (failures - 1).min(6))
+                .saturating_mul(1 << failures.saturating_sub(1).min(6))
                 .min(MAX_BACKOFF);
             step.note(format!(
-                "{}; trying again in {:.1} s ({} of {})",
+                "{}; trying again in {:.1} s",
                 one_line(&error),
-                wait.as_secs_f64(),
-                failures + 1,
-                self.fetcher.attempts
+                wait.as_secs_f64()
             ));
             tokio::time::sleep(wait).await;
         }
@@ -322,30 +320,56 @@ impl<'a> Transfer<'a> {
         FetchError::Hub {
             endpoint: self.client.endpoint().to_owned(),
             problem,
-            file: self.name.clone(),
             source: what.into(),
         }
     }
 
     fn hub_error(&self, error: HFError) -> FetchError {
-        let problem = match &error {
-            HFError::AuthRequired { .. } | HFError::Forbidden { .. } => HubProblem::Unauthorized,
-            HFError::RepoNotFound { .. }
-            | HFError::RevisionNotFound { .. }
-            | HFError::EntryNotFound { .. } => HubProblem::NotFound,
-            HFError::Request { .. } | HFError::RateLimited { .. } | HFError::Xet { .. } => {
-                HubProblem::Unavailable
-            }
-            HFError::Http { context } if context.status.is_server_error() => {
-                HubProblem::Unavailable
-            }
-            _ => HubProblem::Other,
-        };
+        let (problem, source) = explain(error);
         FetchError::Hub {
             endpoint: self.client.endpoint().to_owned(),
             problem,
-            file: self.name.clone(),
-            source: error.into(),
+            source,
         }
+    }
+}
+
+/// What an error of the crate comes to, and its cause without the repetitions
+/// (and the signed addresses of storage servers) that the crate's texts hold.
+fn explain(error: HFError) -> (HubProblem, Box<dyn std::error::Error + Send + Sync>) {
+    // The crate does not export the type of `context`.
+    let answered = |status: reqwest::StatusCode, message: Option<&str>| {
+        let said = message.map(|message| format!(": {message}"));
+        format!("it answered {status}{}", said.unwrap_or_default())
+    };
+    macro_rules! answered {
+        ($context:expr) => {
+            answered($context.status, $context.server_message.as_deref()).into()
+        };
+    }
+    match error {
+        HFError::AuthRequired { context } | HFError::Forbidden { context } => {
+            (HubProblem::Unauthorized, answered!(context))
+        }
+        HFError::RepoNotFound {
+            context: Some(context),
+            ..
+        }
+        | HFError::RevisionNotFound {
+            context: Some(context),
+            ..
+        }
+        | HFError::EntryNotFound {
+            context: Some(context),
+            ..
+        } => (HubProblem::NotFound, answered!(context)),
+        HFError::RateLimited { context, .. } => (HubProblem::Unavailable, answered!(context)),
+        HFError::Http { context } if context.status.is_server_error() => {
+            (HubProblem::Unavailable, answered!(context))
+        }
+        HFError::Http { context } => (HubProblem::Other, answered!(context)),
+        HFError::Request { source, .. } => (HubProblem::Unavailable, source.without_url().into()),
+        error @ HFError::Xet { .. } => (HubProblem::Unavailable, error.into()),
+        error => (HubProblem::Other, error.into()),
     }
 }

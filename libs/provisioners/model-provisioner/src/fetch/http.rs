@@ -18,7 +18,7 @@ pub(super) async fn fetch(
         expected_digest: expected.digest,
         expected_size: expected.size,
         stall_timeout: fetcher.stall_timeout,
-        attempts: fetcher.attempts,
+        attempts: fetcher.attempts_at(expected),
         backoff: fetcher.backoff,
         ..Download::new(url, part)
     };

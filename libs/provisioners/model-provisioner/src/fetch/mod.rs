@@ -34,6 +34,8 @@ pub(crate) struct Expected {
     pub(crate) digest: Option<Digest>,
     /// In bytes.
     pub(crate) size: Option<u64>,
+    /// Another source may serve: then one that brings nothing is not asked twice.
+    pub(crate) has_alternative: bool,
 }
 
 /// Where the bytes are now.
@@ -72,6 +74,15 @@ impl Fetcher {
             attempts: config.attempts.max(1),
             backoff: BACKOFF,
         })
+    }
+
+    /// Attempts in a row that may bring nothing.
+    pub(crate) fn attempts_at(&self, expected: Expected) -> u32 {
+        if expected.has_alternative {
+            1
+        } else {
+            self.attempts
+        }
     }
 
     /// Fetches from one source. `part` is where bytes gather; the caller holds

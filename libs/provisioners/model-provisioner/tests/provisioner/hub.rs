@@ -49,7 +49,7 @@ async fn a_whole_file() {
 async fn a_cut_is_continued() {
     let (bytes, digest) = model();
     let (bench, server) =
-        bench_with(&bytes, &[Behaviour::CutAfter(1_100_000), Behaviour::Honest]).await;
+        bench_with(&bytes, &[Behaviour::CutAfter(1_000_000), Behaviour::Honest]).await;
     let model = bench.ensure(PINNED).await.unwrap();
     assert_eq!(model.digest, digest);
     let ranges = server.ranges();
@@ -65,7 +65,7 @@ async fn a_cut_is_continued() {
 async fn another_process_continues_a_pinned_file_only() {
     let (bytes, digest) = model();
     for (reference, continued) in [(PINNED, true), ("hf:owner/repo/tiny.gguf", false)] {
-        let cut = Behaviour::CutAfter(1_100_000);
+        let cut = Behaviour::CutAfter(1_000_000);
         let (mut bench, server) = bench_with(&bytes, &[cut, Behaviour::Honest]).await;
         bench.config.attempts = 1;
         let error = bench.ensure(reference).await.unwrap_err();
@@ -81,7 +81,7 @@ async fn another_process_continues_a_pinned_file_only() {
 #[tokio::test]
 async fn a_hub_that_ignores_the_range_sends_it_all_again() {
     let (bytes, digest) = model();
-    let script = [Behaviour::CutAfter(1_100_000), Behaviour::IgnoreRange];
+    let script = [Behaviour::CutAfter(1_000_000), Behaviour::IgnoreRange];
     let (bench, server) = bench_with(&bytes, &script).await;
     let model = bench.ensure(PINNED).await.unwrap();
     assert_eq!(model.digest, digest);
@@ -101,12 +101,7 @@ async fn an_error_page_is_never_taken_for_a_model() {
         let (bench, _) = bench_with(&bytes, &[Behaviour::Status(status)]).await;
         let error = bench.ensure(PINNED).await.unwrap_err();
         assert_eq!(problem(&error), expected, "{status}");
-        assert!(
-            std::error::Error::source(&error)
-                .unwrap()
-                .to_string()
-                .contains("sub/tiny.gguf")
-        );
+        assert!(error.to_string().contains("sub/tiny.gguf"), "{error}");
         assert!(error.hint().is_some());
         assert!(bench.stored().is_empty());
         assert_eq!(error.retriable(), status == 500);
@@ -154,6 +149,25 @@ async fn a_wrong_digest_or_length_leaves_nothing() {
         "{error:?}"
     );
     assert!(bench.stored().is_empty());
+}
+
+#[tokio::test]
+async fn a_file_too_large_for_the_disk_is_not_begun() {
+    let (bytes, _) = model();
+    let (bench, _) = bench_with(&bytes, &[Behaviour::Huge]).await;
+    let error = bench.ensure(PINNED).await.unwrap_err();
+    assert!(
+        matches!(
+            &error,
+            ModelError::Fetch {
+                source: FetchError::NoSpace { .. },
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    assert!(!error.retriable());
+    assert!(error.hint().unwrap().contains("free at least"));
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 //! take any command line that the real engine takes.
 
 #[derive(Debug, Clone)]
+#[allow(clippy::struct_excessive_bools, reason = "one for each switch")]
 pub(crate) struct Args {
     pub(crate) host: String,
     pub(crate) port: u16,
@@ -13,6 +14,7 @@ pub(crate) struct Args {
     pub(crate) slots: bool,
     pub(crate) api_key: Option<String>,
     pub(crate) version: bool,
+    pub(crate) list_devices: bool,
 }
 
 impl Args {
@@ -27,6 +29,7 @@ impl Args {
             slots: true,
             api_key: None,
             version: false,
+            list_devices: false,
         };
         let mut arguments = arguments;
         while let Some(argument) = arguments.next() {
@@ -41,6 +44,7 @@ impl Args {
                 "--metrics" => args.metrics = true,
                 "--no-slots" => args.slots = false,
                 "--version" => args.version = true,
+                "--list-devices" => args.list_devices = true,
                 _ => {}
             }
         }

@@ -53,13 +53,16 @@ pub(crate) async fn completion(
         .prompt_tokens
         .fetch_add(prompt_tokens, Ordering::Relaxed);
     let streamed = request.get("stream").and_then(Value::as_bool) == Some(true);
-    let chunk_bytes = engine.script.chunk_bytes;
+    let (chunk_bytes, late_headers) = (engine.script.chunk_bytes, engine.script.late_headers);
     let mut answer = Answer::new(engine, request, prompt_tokens, fault, slot);
     if !streamed {
         return answer.whole().await;
     }
-    // As in the real engine the headers come only with the first event.
-    let first = answer.next_event().await;
+    let first = if late_headers {
+        answer.next_event().await
+    } else {
+        None
+    };
     let rest = stream::unfold(answer, |mut answer| async {
         Some((answer.next_event().await?, answer))
     });

@@ -150,6 +150,8 @@ async fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
     let engine = tokio::select! {
         engine = work => engine?,
         () = signals.next() => {
+            // The work was dropped; its compilers end before we do.
+            provision_kit::process::all_ended().await;
             say("interrupted; a build goes on from here next time");
             return Ok(ExitCode::from(130));
         }
