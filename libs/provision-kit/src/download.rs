@@ -15,9 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use llama_orch_types::Digest;
-use reqwest::header::{
-    ACCEPT_ENCODING, CONTENT_RANGE, ETAG, HeaderMap, HeaderValue, IF_RANGE, RANGE, RETRY_AFTER,
-};
+use reqwest::header::{ACCEPT_ENCODING, ETAG, HeaderMap, HeaderValue, IF_RANGE, RANGE};
 use reqwest::redirect::{Action, Attempt as Attempted, Policy};
 use reqwest::{Client, Response, StatusCode};
 
@@ -27,7 +25,10 @@ use crate::part::PartFile;
 use crate::progress::Step;
 use crate::secret::Secret;
 
+use crate::download_headers::{content_range, etag_path, retry_after, stored_etag};
+
 pub use crate::download_error::DownloadError;
+pub use crate::download_headers::display_url;
 
 /// The longest wait between two attempts, whatever the server asks for.
 const MAX_BACKOFF: Duration = Duration::from_mins(1);
@@ -421,67 +422,5 @@ impl<'a> Transfer<'a> {
             self.etag = etag.cloned();
         }
         Ok(())
-    }
-}
-
-fn etag_path(part: &Path) -> PathBuf {
-    let mut name = part.as_os_str().to_owned();
-    name.push(".etag");
-    name.into()
-}
-
-fn stored_etag(part: &Path) -> Option<HeaderValue> {
-    let bytes = std::fs::read(etag_path(part)).ok()?;
-    HeaderValue::from_bytes(&bytes).ok()
-}
-
-#[derive(Debug, PartialEq)]
-struct ContentRange {
-    start: Option<u64>,
-    total: Option<u64>,
-}
-
-/// Reads `bytes 5-9/10`, `bytes 5-9/*` and `bytes */10`.
-fn content_range(headers: &HeaderMap) -> Option<ContentRange> {
-    let text = headers.get(CONTENT_RANGE)?.to_str().ok()?;
-    let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
-    Some(ContentRange {
-        start: range
-            .split_once('-')
-            .and_then(|(start, _)| start.trim().parse().ok()),
-        total: total.trim().parse().ok(),
-    })
-}
-
-/// `Retry-After` in seconds; its form as a date is not looked at.
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let seconds = headers
-        .get(RETRY_AFTER)?
-        .to_str()
-        .ok()?
-        .trim()
-        .parse()
-        .ok()?;
-    Some(Duration::from_secs(seconds))
-}
-
-/// A URL fit for messages: without user, password and query, which may hold
-/// secrets.
-pub fn display_url(url: &str) -> String {
-    match reqwest::Url::parse(url) {
-        Ok(mut parsed) => {
-            // Fails only for URLs that cannot carry a user at all.
-            let _ = parsed.set_username("");
-            let _ = parsed.set_password(None);
-            let had_query = parsed.query().is_some();
-            parsed.set_query(None);
-            parsed.set_fragment(None);
-            if had_query {
-                format!("{parsed}?…")
-            } else {
-                parsed.to_string()
-            }
-        }
-        Err(_) => url.split(['?', '#']).next().unwrap_or_default().to_owned(),
     }
 }

@@ -19,6 +19,7 @@ pub mod config;
 pub mod dirs;
 pub mod download;
 mod download_error;
+mod download_headers;
 pub mod fs;
 pub mod lock;
 pub mod part;

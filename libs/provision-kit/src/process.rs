@@ -9,12 +9,12 @@
 //! - Dropping a [`ChildGroup`] ends the group.
 
 mod bury;
+mod command;
 mod identity;
+mod output;
 
-use std::ffi::{OsStr, OsString};
-use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
+use std::path::PathBuf;
+use std::process::ExitStatus;
 use std::sync::{OnceLock, mpsc};
 use std::time::Duration;
 use std::{io, thread};
@@ -23,12 +23,13 @@ use llama_orch_types::Hinted;
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
-use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::{Child, ChildStderr, ChildStdout};
 use tokio::sync::oneshot;
 
 pub use bury::all_ended;
+pub use command::{CommandSpec, DeathSignal};
 pub use identity::ProcessIdentity;
+pub use output::{Output, output};
 
 /// How long a group may take to vanish once it was sent KILL. Only a process that is stuck in the
 /// kernel takes longer than a moment.
@@ -36,121 +37,6 @@ const KILL_WAIT: Duration = Duration::from_secs(5);
 
 /// What a dropped group gets to end by itself before it is killed.
 const DROP_GRACE: Duration = Duration::from_secs(2);
-
-/// What a child is sent when we die, and when its [`ChildGroup`] is dropped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DeathSignal {
-    /// For a program that keeps nothing to tidy up, such as an engine.
-    Kill,
-    /// For a program that ends its own children when told, such as ninja. When its group is
-    /// dropped it gets two seconds, then KILL.
-    Terminate,
-}
-
-/// What to start. Standard input is always empty; standard output and error are pipes.
-#[derive(Debug, Clone)]
-pub struct CommandSpec {
-    program: PathBuf,
-    arguments: Vec<OsString>,
-    working_directory: Option<PathBuf>,
-    set_environment: Vec<(OsString, OsString)>,
-    removed_environment: Vec<OsString>,
-    death_signal: DeathSignal,
-}
-
-impl CommandSpec {
-    /// A program (a path, or a name to be found on PATH), killed when we die.
-    pub fn new(program: impl Into<PathBuf>) -> Self {
-        Self {
-            program: program.into(),
-            arguments: Vec::new(),
-            working_directory: None,
-            set_environment: Vec::new(),
-            removed_environment: Vec::new(),
-            death_signal: DeathSignal::Kill,
-        }
-    }
-
-    #[must_use]
-    pub fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {
-        self.arguments.push(argument.as_ref().to_owned());
-        self
-    }
-
-    #[must_use]
-    pub fn args(mut self, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
-        let arguments = arguments.into_iter();
-        self.arguments
-            .extend(arguments.map(|argument| argument.as_ref().to_owned()));
-        self
-    }
-
-    #[must_use]
-    pub fn current_dir(mut self, directory: impl Into<PathBuf>) -> Self {
-        self.working_directory = Some(directory.into());
-        self
-    }
-
-    #[must_use]
-    pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
-        self.set_environment
-            .push((name.as_ref().to_owned(), value.as_ref().to_owned()));
-        self
-    }
-
-    /// Keeps one of our own environment variables from the child.
-    #[must_use]
-    pub fn env_remove(mut self, name: impl AsRef<OsStr>) -> Self {
-        self.removed_environment.push(name.as_ref().to_owned());
-        self
-    }
-
-    #[must_use]
-    pub fn death_signal(mut self, signal: DeathSignal) -> Self {
-        self.death_signal = signal;
-        self
-    }
-
-    pub fn program(&self) -> &Path {
-        &self.program
-    }
-
-    #[allow(unsafe_code)]
-    fn command(&self) -> std::process::Command {
-        let mut command = std::process::Command::new(&self.program);
-        command
-            .args(&self.arguments)
-            .envs(self.set_environment.iter().cloned())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .process_group(0);
-        for name in &self.removed_environment {
-            command.env_remove(name);
-        }
-        if let Some(directory) = &self.working_directory {
-            command.current_dir(directory);
-        }
-        let signal = match self.death_signal {
-            DeathSignal::Kill => Signal::SIGKILL,
-            DeathSignal::Terminate => Signal::SIGTERM,
-        };
-        let parent = nix::unistd::getpid();
-        // SAFETY: runs between fork and exec, where only async-signal-safe calls are allowed; the
-        // closure makes two plain system calls and neither allocates nor locks.
-        unsafe {
-            command.pre_exec(move || {
-                nix::sys::prctl::set_pdeathsig(signal)?;
-                // We may have died between fork and prctl; then no signal will come.
-                if nix::unistd::getppid() != parent {
-                    return Err(Errno::ECANCELED.into());
-                }
-                Ok(())
-            });
-        }
-        command
-    }
-}
 
 /// Why a child process could not be started, watched or ended.
 #[derive(Debug, thiserror::Error)]
@@ -429,60 +315,6 @@ fn spawn_here(
         death_signal: spec.death_signal,
         ended: None,
     })
-}
-
-/// What a finished program said.
-#[derive(Debug, Clone)]
-pub struct Output {
-    pub status: ExitStatus,
-    pub stdout: String,
-    pub stderr: String,
-}
-
-/// Most of one stream that [`output`] keeps, in bytes. It goes on reading, so that the program is
-/// never held up by a full pipe, and drops the rest.
-const OUTPUT_LIMIT: u64 = 1024 * 1024;
-
-/// Runs a program to its end, at most for `limit`, and returns what it said (up to 1 MiB of each
-/// stream). A status other than success is not an error here.
-pub async fn output(spec: CommandSpec, limit: Duration) -> Result<Output, ProcessError> {
-    let program = spec.program.clone();
-    let mut group = spawn(spec).await?;
-    let pid = group.pid();
-    let (stdout, stderr) = (group.take_stdout(), group.take_stderr());
-    let run = async {
-        // The streams are read while waiting, and their end is not waited for on its own: `wait`
-        // kills whoever else could hold the pipes open.
-        let (status, stdout, stderr) =
-            tokio::join!(group.wait(), read_capped(stdout), read_capped(stderr));
-        let text = |bytes: io::Result<Vec<u8>>| {
-            bytes
-                .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
-                .map_err(|source| ProcessError::Read { pid, source })
-        };
-        Ok(Output {
-            status: status?,
-            stdout: text(stdout)?,
-            stderr: text(stderr)?,
-        })
-    };
-    if let Ok(result) = tokio::time::timeout(limit, run).await {
-        return result;
-    }
-    group.terminate(DROP_GRACE).await?;
-    Err(ProcessError::TimedOut { program, limit })
-}
-
-async fn read_capped(stream: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
-    let mut kept = Vec::new();
-    if let Some(mut stream) = stream {
-        (&mut stream)
-            .take(OUTPUT_LIMIT)
-            .read_to_end(&mut kept)
-            .await?;
-        tokio::io::copy(&mut stream, &mut tokio::io::sink()).await?;
-    }
-    Ok(kept)
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ mod running;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::time::SystemTime;
 
 pub use running::FakeEngine;
 pub use script::{Fault, LoadFailure, Script};
@@ -36,21 +37,56 @@ pub const PORT_FILE: &str = "fake-engine.port";
 pub const GRANDCHILD_FILE: &str = "fake-engine.grandchild";
 
 /// The fake engine's binary, built on demand and once per process. Cargo holds
-/// no lock while tests run, so the nested build cannot wait for its parent.
+/// no lock while tests run, so the nested build cannot wait for its parent; it
+/// may wait for another build on the same machine, and is left out where the
+/// binary is there and newer than its sources.
 pub fn binary() -> PathBuf {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY
-        .get_or_init(|| {
-            escargot::CargoBuild::new()
-                .manifest_path(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
-                .bin("fake-engine")
-                .current_target()
-                .run()
-                .expect("the fake engine must build, or no test that needs it means anything")
-                .path()
-                .to_path_buf()
-        })
+        .get_or_init(|| up_to_date_binary().unwrap_or_else(build))
         .clone()
+}
+
+fn build() -> PathBuf {
+    escargot::CargoBuild::new()
+        .manifest_path(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
+        .bin("fake-engine")
+        .current_target()
+        .run()
+        .expect("the fake engine must build, or no test that needs it means anything")
+        .path()
+        .to_path_buf()
+}
+
+/// Test programs lie in `deps`, programs one directory above.
+fn up_to_date_binary() -> Option<PathBuf> {
+    let test_program = std::env::current_exe().ok()?;
+    let binary = test_program.parent()?.parent()?.join("fake-engine");
+    let built = binary.metadata().ok()?.modified().ok()?;
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let changed = newest_change(&package.join("src"))?.max(
+        package
+            .join("Cargo.toml")
+            .metadata()
+            .ok()?
+            .modified()
+            .ok()?,
+    );
+    (built > changed).then_some(binary)
+}
+
+fn newest_change(dir: &Path) -> Option<SystemTime> {
+    let mut newest = dir.metadata().ok()?.modified().ok()?;
+    for entry in std::fs::read_dir(dir).ok()? {
+        let path = entry.ok()?.path();
+        let changed = if path.is_dir() {
+            newest_change(&path)?
+        } else {
+            path.metadata().ok()?.modified().ok()?
+        };
+        newest = newest.max(changed);
+    }
+    Some(newest)
 }
 
 /// Puts an engine into `dir` as `llama-server`, with its script beside it, and

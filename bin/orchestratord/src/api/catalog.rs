@@ -53,10 +53,10 @@ pub async fn models(State(state): State<Arc<AppState>>) -> Result<Json<ModelsVie
 #[cfg(feature = "provisioning")]
 async fn list(state: &AppState) -> Result<Vec<ModelView>, ApiError> {
     use crate::services::event_log::Failure;
-    use crate::services::failure::chain;
+    use provision_kit::chain::one_line;
 
     let records = state.models.list().await;
-    let records = records.map_err(|error| Failure::internal(chain(&error)))?;
+    let records = records.map_err(|error| Failure::internal(one_line(&error)))?;
     Ok(records.into_iter().map(ModelView::from).collect())
 }
 

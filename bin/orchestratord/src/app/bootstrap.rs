@@ -316,11 +316,9 @@ pub async fn serve(app: App, listener: TcpListener, shutdown: Shutdown) -> Resul
     // Reads go on while tasks finish; their streams end with their logs.
     app.shut_down(&shutdown.hurried).await;
     closing.cancel();
-    if tokio::time::timeout(CONNECTION_LIMIT, &mut server)
-        .await
-        .is_err()
-    {
-        tracing::debug!("connections were still open");
+    tokio::select! {
+        _ = tokio::time::timeout(CONNECTION_LIMIT, &mut server) => {}
+        () = shutdown.hurried.cancelled() => {}
     }
     Ok(())
 }

@@ -529,7 +529,7 @@ mod tests {
                 .unwrap_err(),
         };
         let hint = error.hint().unwrap_or_default();
-        format!("{} | {hint}", crate::services::failure::chain(&error))
+        format!("{} | {hint}", provision_kit::chain::one_line(&error))
     }
 
     #[test]

@@ -114,7 +114,7 @@ async fn models(config: &Config, cache: &CacheDirs, runtime: &provision_kit::dir
         }
         Err(error) => report::line(format!(
             "Models at hand: {}",
-            crate::services::failure::chain(&error)
+            provision_kit::chain::one_line(&error)
         )),
     }
 }

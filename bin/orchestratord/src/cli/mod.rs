@@ -124,7 +124,10 @@ pub(crate) fn main() -> ExitCode {
     };
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
-        Err(error) => return report::failed("could not start the runtime", &error, None),
+        Err(error) => {
+            report::aside(format!("error: could not start the runtime: {error}"));
+            return ExitCode::FAILURE;
+        }
     };
     let code = runtime.block_on(dispatch(command, context));
     // Nothing of ours blocks for long; what still does must not hold the exit.

@@ -17,7 +17,7 @@ use crate::app::config::{Config, PoolConfig, SetupError};
 use crate::app::shutdown::{self, Shutdown};
 use crate::services::event_log::{Cursor, End, Failure, TaskEvent};
 use crate::services::pool::{Phase, PoolHandle};
-use crate::ui::progress;
+use crate::ui::progress_reporter;
 
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
@@ -89,7 +89,7 @@ fn start(context: &Context, args: &RunArgs) -> Result<(App, Shutdown), StartErro
     // A pool of its own, so that a daemon on this machine is not disturbed.
     let pool = choose_pool(&loaded.config, args).map_err(StartError::Setup)?;
     loaded.config.pools = BTreeMap::from([(own_pool_id(), pool)]);
-    let reporter = progress::reporter(context.common.log_format, &context.bars);
+    let reporter = progress_reporter(context.common.log_format, &context.bars);
     let plan = Plan::new(loaded, reporter)?;
     let shutdown = shutdown::on_signals().map_err(StartError::Signals)?;
     Ok((bootstrap::start(plan)?, shutdown))

@@ -12,7 +12,7 @@ use super::{Context, report};
 use crate::app::bootstrap::{self, Plan, StartError};
 use crate::app::config::Config;
 use crate::app::shutdown;
-use crate::ui::progress;
+use crate::ui::progress_reporter;
 
 pub(super) async fn serve(context: Context) -> ExitCode {
     match try_serve(context).await {
@@ -24,7 +24,7 @@ pub(super) async fn serve(context: Context) -> ExitCode {
 async fn try_serve(context: Context) -> Result<(), StartError> {
     let loaded = context.common.load().map_err(StartError::Setup)?;
     let config = loaded.config.clone();
-    let reporter = progress::reporter(context.common.log_format, &context.bars);
+    let reporter = progress_reporter(context.common.log_format, &context.bars);
     let plan = Plan::new(loaded, reporter)?;
     let shutdown = shutdown::on_signals().map_err(StartError::Signals)?;
     let listener = bind(config.listen).await?;

@@ -27,9 +27,9 @@ use tokio_util::sync::CancellationToken;
 use self::restart::{Ending, RestartPolicy, Verdict};
 use crate::app::config::PoolConfig;
 use crate::services::event_log::Failure;
-use crate::services::failure::chain;
 use crate::services::pool::{Change, PoolHandle};
 use crate::services::telemetry;
+use provision_kit::chain::one_line;
 
 /// How long an engine may take to end after it was asked to.
 const STOP_GRACE: Duration = Duration::from_secs(5);
@@ -70,7 +70,7 @@ impl ProvisionError {
         Failure {
             hint,
             retriable,
-            ..Failure::new(ErrorCode::PoolUnavailable, chain(self))
+            ..Failure::new(ErrorCode::PoolUnavailable, one_line(self))
         }
     }
 }

@@ -8,26 +8,11 @@ use std::time::Duration;
 
 use adapter_host::HostError;
 use llama_orch_types::{ErrorCode, Hinted, PoolId};
+use provision_kit::chain::one_line;
 use worker_adapters_adapter_api::WorkerError;
 
 use super::admission::QueueFull;
 use super::event_log::Failure;
-
-/// An error and what caused it, in one line.
-pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        // Wrappers that only repeat their cause are skipped.
-        if !text.ends_with(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
-}
 
 impl Failure {
     #[must_use]
@@ -59,7 +44,7 @@ impl Failure {
         Self {
             hint: error.hint(),
             retriable: error.retriable(),
-            ..Self::new(error.code(), chain(error))
+            ..Self::new(error.code(), one_line(error))
         }
     }
 
@@ -67,7 +52,7 @@ impl Failure {
         Self {
             hint: error.hint(),
             retriable: error.retriable(),
-            ..Self::new(error.code(), chain(error))
+            ..Self::new(error.code(), one_line(error))
         }
     }
 

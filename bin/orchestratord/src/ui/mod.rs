@@ -2,4 +2,22 @@
 //! standard output is for answers alone.
 
 pub mod logging;
-pub mod progress;
+
+use std::io::IsTerminal;
+use std::sync::Arc;
+
+use indicatif::MultiProgress;
+use provision_kit::progress::Reporter;
+use terminal_ui::progress;
+
+use self::logging::LogFormat;
+
+/// Bars if standard error is a terminal and the log is for people, else log
+/// lines.
+pub fn progress_reporter(format: LogFormat, screen: &MultiProgress) -> Arc<dyn Reporter> {
+    if format == LogFormat::Text && std::io::stderr().is_terminal() {
+        progress::bars(screen)
+    } else {
+        progress::lines(Box::new(|line| tracing::info!("{line}")))
+    }
+}

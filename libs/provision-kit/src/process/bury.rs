@@ -62,7 +62,7 @@ pub(super) fn begin(pid: u32, mut child: Child) {
         let _ = signal_group(pid, Signal::SIGKILL);
         for member in family {
             // Its start time says that the id still means the same process.
-            if member.matches() {
+            if member.is_alive() {
                 let _ = kill(Pid::from_raw(member.pid.cast_signed()), Signal::SIGKILL);
             }
         }

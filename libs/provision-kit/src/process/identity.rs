@@ -56,6 +56,15 @@ impl ProcessIdentity {
     pub fn matches(&self) -> bool {
         matches!(Self::of(self.pid), Ok(Some(live)) if live == *self)
     }
+
+    /// Whether the process is still there, whatever it executes by now: between fork and exec, and
+    /// after a script's `exec`, a process changes its executable and stays the same process.
+    pub fn is_alive(&self) -> bool {
+        matches!(
+            Self::of(self.pid),
+            Ok(Some(live)) if live.start_time_ticks == self.start_time_ticks
+        )
+    }
 }
 
 /// All processes that descend from one, as far as the kernel still tells. Blocking.
@@ -130,11 +139,13 @@ mod tests {
             ..own.clone()
         };
         assert!(!earlier.matches());
+        assert!(!earlier.is_alive());
         let other = ProcessIdentity {
             exe: "/bin/other".into(),
             ..own
         };
         assert!(!other.matches());
+        assert!(other.is_alive());
     }
 
     #[test]

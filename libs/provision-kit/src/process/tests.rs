@@ -1,5 +1,6 @@
 //! With real children: small shell scripts.
 
+use super::output::OUTPUT_LIMIT;
 use super::*;
 use std::time::Instant;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
@@ -28,7 +29,7 @@ async fn started(spec: CommandSpec) -> (ChildGroup, Vec<u32>) {
 
 async fn gone(identity: &ProcessIdentity) {
     let deadline = Instant::now() + LONG;
-    while identity.matches() {
+    while identity.is_alive() {
         assert!(Instant::now() < deadline, "{identity:?} is still there");
         tokio::time::sleep(Duration::from_millis(2)).await;
     }

@@ -17,6 +17,7 @@ mod admit;
 pub mod config;
 pub mod error;
 pub mod evict;
+mod eviction;
 pub mod fetch;
 pub mod gguf;
 mod lease;
@@ -26,6 +27,7 @@ pub mod provisioner;
 pub mod reference;
 pub mod store;
 pub mod verify;
+mod wanted;
 
 pub use config::{HubSettings, ModelProvisionerConfig, VerifyPolicy};
 pub use error::ModelError;

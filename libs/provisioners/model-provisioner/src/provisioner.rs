@@ -15,15 +15,15 @@ use jiff::Timestamp;
 use llama_orch_types::{Digest, ModelMetadata};
 use provision_kit::chain::one_line;
 use provision_kit::dirs::{CacheDirs, RuntimeDirs};
-use provision_kit::fs::sha256_bytes;
 use provision_kit::lock::FileLock;
 use provision_kit::pip::Pip;
 use provision_kit::progress::{Reporter, Step, StepKind, Unit};
 
-use crate::admit::{Claim, Gate};
+use crate::admit::Gate;
 use crate::config::{HubSettings, ModelProvisionerConfig, VerifyPolicy};
 use crate::error::ModelError;
-use crate::evict::{self, Candidate, EvictionPlan};
+use crate::evict::EvictionPlan;
+use crate::eviction;
 use crate::fetch::{Expected, FetchError, Fetcher, Obtained};
 use crate::lease::Leases;
 use crate::profile::Profiles;
@@ -31,6 +31,7 @@ use crate::provenance::{self, How, ModelProvenance};
 use crate::reference::ModelRef;
 use crate::store::{ModelRecord, Store};
 use crate::verify::SignatureVerifier;
+use crate::wanted::Wanted;
 
 /// How long a model that is just being removed is waited for.
 const REMOVAL_WAIT: Duration = Duration::from_secs(10);
@@ -48,16 +49,6 @@ pub struct ModelProvisioner {
     downloads: PathBuf,
     provenance: PathBuf,
     reporter: Arc<dyn Reporter>,
-}
-
-/// A reference, resolved.
-#[derive(Debug)]
-struct Wanted {
-    id: String,
-    expected: Expected,
-    sources: Vec<ModelRef>,
-    /// The same for everybody who wants these bytes: names lock and part file.
-    key: String,
 }
 
 #[derive(Debug)]
@@ -129,7 +120,7 @@ impl ModelProvisioner {
     /// Makes sure that the model is on this machine and verified. The model
     /// counts as in use from then on.
     pub async fn ensure(&self, reference: &str) -> Result<ModelMetadata, ModelError> {
-        let wanted = self.resolve(reference)?;
+        let wanted = Wanted::resolve(reference, &self.profiles, self.config.verify)?;
         let description = format!("model {}", wanted.id);
         let mut step = Step::start(
             &self.reporter,
@@ -163,7 +154,7 @@ impl ModelProvisioner {
             Arc::clone(&self.leases),
             self.config.max_cache_bytes,
         );
-        blocking(move || plan_eviction(&store, &leases, limit)).await
+        blocking(move || eviction::plan(&store, &leases, limit)).await
     }
 
     /// Removes the least recently used models beyond `max_cache_bytes`, never
@@ -174,59 +165,7 @@ impl ModelProvisioner {
             Arc::clone(&self.leases),
             self.config.max_cache_bytes,
         );
-        blocking(move || {
-            let mut plan = plan_eviction(&store, &leases, limit)?;
-            let mut removed = Vec::new();
-            for candidate in std::mem::take(&mut plan.remove) {
-                // Somebody may have begun to use it since the plan was made.
-                if let Some(_right) = leases.take_for_removal(candidate.digest)? {
-                    store.remove(candidate.digest)?;
-                    tracing::info!(digest = %candidate.digest, bytes = candidate.size_bytes, "removed a model");
-                    removed.push(candidate);
-                } else {
-                    plan.bytes_after += candidate.size_bytes;
-                }
-            }
-            plan.bytes_over_limit = plan.bytes_after.saturating_sub(limit.unwrap_or(u64::MAX));
-            plan.remove = removed;
-            Ok(plan)
-        })
-        .await
-    }
-
-    fn resolve(&self, reference: &str) -> Result<Wanted, ModelError> {
-        let parsed: ModelRef = reference.parse()?;
-        let id = reference.trim().to_owned();
-        let wanted = if let ModelRef::Profile { name } = &parsed {
-            let profile = self
-                .profiles
-                .get(name)
-                .ok_or_else(|| ModelError::UnknownProfile {
-                    name: name.clone(),
-                    known: self.profiles.names().map(str::to_owned).collect(),
-                })?;
-            Wanted {
-                id,
-                expected: Expected {
-                    digest: Some(profile.digest),
-                    size: profile.size_bytes,
-                    has_alternative: false,
-                },
-                sources: profile.sources.clone(),
-                key: profile.digest.hex(),
-            }
-        } else {
-            Wanted {
-                id,
-                expected: Expected::default(),
-                key: sha256_bytes(parsed.to_string().as_bytes()).hex(),
-                sources: vec![parsed],
-            }
-        };
-        if self.config.verify == VerifyPolicy::Required && wanted.expected.digest.is_none() {
-            return Err(ModelError::DigestRequired { id: wanted.id });
-        }
-        Ok(wanted)
+        blocking(move || eviction::evict(&store, &leases, limit)).await
     }
 
     async fn provide(&self, wanted: &Wanted, step: &mut Step) -> Result<Provided, ModelError> {
@@ -450,36 +389,6 @@ impl ModelProvisioner {
             Err(error) => step.note(format!("old models were not removed: {}", one_line(&error))),
         }
     }
-}
-
-impl Wanted {
-    fn claim(&self, source: &str) -> Claim {
-        Claim {
-            id: self.id.clone(),
-            source: source.to_owned(),
-            digest: self.expected.digest,
-        }
-    }
-}
-
-fn plan_eviction(
-    store: &Store,
-    leases: &Leases,
-    limit: Option<u64>,
-) -> Result<EvictionPlan, ModelError> {
-    let mut models = Vec::new();
-    for record in store.list()? {
-        if store.is_stored(&record) {
-            models.push(Candidate {
-                digest: record.digest,
-                size_bytes: record.stamp.size_bytes,
-                last_used: record.last_used,
-                in_use: leases.is_in_use(record.digest)?,
-                names: record.references.into_iter().collect(),
-            });
-        }
-    }
-    Ok(evict::plan(models, limit))
 }
 
 /// A file in place that is the wrong one, as one source among several.

@@ -38,7 +38,7 @@ fn ensure_list_and_evict() {
         text(&output.stdout),
         format!("./own.gguf → {}\n", path.display())
     );
-    assert!(text(&output.stderr).contains("model ./own.gguf: ready"));
+    assert!(text(&output.stderr).contains("done: model ./own.gguf"));
     assert!(
         dir.path()
             .join(".runtime/provenance/models.jsonl")
@@ -82,7 +82,7 @@ fn an_error_says_what_why_and_what_to_try() {
     let error = text(&run(dir.path(), &["ensure", "cut.gguf"]).stderr);
     assert!(error.contains("cut.gguf is no usable GGUF file"), "{error}");
     assert!(
-        error.contains("caused by: it ends in the middle of its header, after 200 bytes"),
+        error.contains("because: it ends in the middle of its header, after 200 bytes"),
         "{error}"
     );
     assert!(error.contains("hint: "), "{error}");

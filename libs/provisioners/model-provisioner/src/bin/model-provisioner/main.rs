@@ -2,13 +2,9 @@
 //!
 //! Results go to standard output, progress and errors to standard error.
 
-mod lines;
-
-use std::error::Error;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 use llama_orch_types::Hinted;
@@ -133,26 +129,10 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Where even standard error is gone, only the exit code is left.
-            let _ = show_error(&error);
+            terminal_ui::report::print(&error);
             ExitCode::FAILURE
         }
     }
-}
-
-/// What failed, why, and the next thing to try.
-fn show_error(error: &ProgramError) -> io::Result<()> {
-    let mut out = io::stderr().lock();
-    writeln!(out, "error: {error}")?;
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        writeln!(out, "  caused by: {error}")?;
-        cause = error.source();
-    }
-    if let Some(hint) = error.hint() {
-        writeln!(out, "hint: {hint}")?;
-    }
-    Ok(())
 }
 
 async fn run(arguments: Arguments) -> Result<(), ProgramError> {
@@ -172,7 +152,7 @@ async fn run(arguments: Arguments) -> Result<(), ProgramError> {
         config.models,
         &cache,
         &runtime,
-        Arc::new(lines::Lines::default()),
+        terminal_ui::progress::on_stderr(),
     )?;
     match arguments.command {
         Command::Ensure { references } => {
@@ -215,7 +195,7 @@ async fn list(provisioner: &ModelProvisioner, json: bool) -> Result<(), ProgramE
             out,
             "{}  {:>9}  {} {}  last used {:.0}  {}",
             record.path.display(),
-            lines::megabytes(record.stamp.size_bytes),
+            megabytes(record.stamp.size_bytes),
             record.facts.architecture.as_ref().unwrap_or(&unknown),
             record.facts.quantization.as_ref().unwrap_or(&unknown),
             record.last_used,
@@ -237,19 +217,23 @@ fn show_plan(verb: &str, plan: &EvictionPlan) -> Result<(), ProgramError> {
             out,
             "{verb} {} ({}): {}",
             model.digest,
-            lines::megabytes(model.size_bytes),
+            megabytes(model.size_bytes),
             model.names.join(", ")
         )?;
     }
     writeln!(
         out,
         "the store: {} before, {} after",
-        lines::megabytes(plan.bytes_before),
-        lines::megabytes(plan.bytes_after)
+        megabytes(plan.bytes_before),
+        megabytes(plan.bytes_after)
     )?;
     if plan.bytes_over_limit > 0 {
-        let over = lines::megabytes(plan.bytes_over_limit);
+        let over = megabytes(plan.bytes_over_limit);
         writeln!(out, "{over} over `max_cache_bytes` are in use and stay")?;
     }
     Ok(())
+}
+
+fn megabytes(bytes: u64) -> String {
+    format!("{:.1} MB", bytes as f64 / 1e6)
 }

@@ -8,26 +8,49 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressStyle};
 use provision_kit::progress::{ProgressEvent, Reporter, StepId, Unit};
 
-use super::logging::LogFormat;
-
 /// How often a step may write a line where there are no bars.
 const LINE_EVERY: Duration = Duration::from_secs(3);
 
-/// Bars if standard error is a terminal and the log is for people.
-pub fn reporter(format: LogFormat, bars: &MultiProgress) -> Arc<dyn Reporter> {
-    if format == LogFormat::Text && std::io::stderr().is_terminal() {
-        Arc::new(Bars {
-            all: bars.clone(),
-            steps: Mutex::default(),
-        })
+/// Where lines go.
+pub type Sink = Box<dyn Fn(&str) + Send + Sync>;
+
+/// Bars on standard error. Whatever else is written there has to go through
+/// the same `MultiProgress`, or it breaks into the bars.
+pub fn bars(screen: &MultiProgress) -> Arc<dyn Reporter> {
+    Arc::new(Bars {
+        screen: screen.clone(),
+        steps: Mutex::default(),
+    })
+}
+
+/// One line for every start, end and note, and one now and then in between.
+pub fn lines(sink: Sink) -> Arc<dyn Reporter> {
+    Arc::new(Lines {
+        sink,
+        steps: Mutex::default(),
+    })
+}
+
+/// Bars if standard error is a terminal, else plain lines there.
+pub fn on_stderr() -> Arc<dyn Reporter> {
+    if std::io::stderr().is_terminal() {
+        bars(&MultiProgress::new())
     } else {
-        Arc::new(Lines::default())
+        lines(Box::new(print_line))
     }
+}
+
+#[allow(
+    clippy::print_stderr,
+    reason = "a program's progress belongs on standard error"
+)]
+fn print_line(line: &str) {
+    eprintln!("{line}");
 }
 
 #[derive(Debug)]
 struct Bars {
-    all: MultiProgress,
+    screen: MultiProgress,
     steps: Mutex<HashMap<StepId, Bar>>,
 }
 
@@ -62,7 +85,7 @@ impl Bars {
 
     fn line(&self, text: &str) {
         // Only fails if standard error is gone, and then nobody reads.
-        let _ = self.all.println(text);
+        let _ = self.screen.println(text);
     }
 }
 
@@ -76,7 +99,7 @@ impl Reporter for Bars {
                 total,
                 ..
             } => {
-                let bar = self.all.add(ProgressBar::new(total.unwrap_or(0)));
+                let bar = self.screen.add(ProgressBar::new(total.unwrap_or(0)));
                 bar.set_style(style(unit, total));
                 bar.set_message(description.clone());
                 bar.enable_steady_tick(Duration::from_millis(120));
@@ -129,9 +152,15 @@ impl Reporter for Bars {
     }
 }
 
-#[derive(Debug, Default)]
 struct Lines {
+    sink: Sink,
     steps: Mutex<HashMap<StepId, Line>>,
+}
+
+impl std::fmt::Debug for Lines {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Lines")
+    }
 }
 
 #[derive(Debug)]
@@ -167,6 +196,16 @@ fn amount(unit: Unit, done: u64, total: Option<u64>) -> String {
 
 impl Reporter for Lines {
     fn report(&self, event: ProgressEvent) {
+        if let Some(line) = self.line_for(event) {
+            (self.sink)(&line);
+        }
+    }
+}
+
+impl Lines {
+    /// What an event is worth saying; the sink is called without the lock.
+    fn line_for(&self, event: ProgressEvent) -> Option<String> {
+        let mut steps = self.lock();
         match event {
             ProgressEvent::Started {
                 id,
@@ -174,35 +213,38 @@ impl Reporter for Lines {
                 unit,
                 ..
             } => {
-                tracing::info!("{description}");
+                let line = description.clone();
                 let now = Instant::now();
-                let line = Line {
+                let step = Line {
                     description,
                     unit,
                     begun: now,
                     written: now,
                 };
-                self.lock().insert(id, line);
+                steps.insert(id, step);
+                Some(line)
             }
             ProgressEvent::Advanced { id, done, total } => {
-                if let Some(line) = self.lock().get_mut(&id)
-                    && line.written.elapsed() >= LINE_EVERY
-                {
-                    line.written = Instant::now();
-                    tracing::info!("{} {}", line.description, amount(line.unit, done, total));
+                let step = steps.get_mut(&id)?;
+                if step.written.elapsed() < LINE_EVERY {
+                    return None;
                 }
+                step.written = Instant::now();
+                Some(format!(
+                    "{} {}",
+                    step.description,
+                    amount(step.unit, done, total)
+                ))
             }
-            ProgressEvent::Note { text, .. } => tracing::info!("{text}"),
+            ProgressEvent::Note { text, .. } => Some(text),
             ProgressEvent::Finished { id } => {
-                if let Some(line) = self.lock().remove(&id) {
-                    let took = line.begun.elapsed().as_secs_f64();
-                    tracing::info!("done: {} ({took:.1} s)", line.description);
-                }
+                let step = steps.remove(&id)?;
+                let took = step.begun.elapsed().as_secs_f64();
+                Some(format!("done: {} ({took:.1} s)", step.description))
             }
             ProgressEvent::Failed { id, reason } => {
-                if let Some(line) = self.lock().remove(&id) {
-                    tracing::warn!("not done: {}: {reason}", line.description);
-                }
+                let step = steps.remove(&id)?;
+                Some(format!("not done: {}: {reason}", step.description))
             }
         }
     }
@@ -220,6 +262,26 @@ mod tests {
         );
         assert_eq!(amount(Unit::BuildSteps, 3, Some(208)), "[3/208]");
         assert_eq!(amount(Unit::Bytes, 0, Some(0)), "0 % (0 B of 0 B)");
+    }
+
+    #[test]
+    fn lines_tell_of_starts_notes_and_ends() {
+        use provision_kit::progress::{Step, StepKind};
+        use std::sync::mpsc::channel;
+
+        let (sender, receiver) = channel();
+        let sink: Sink = Box::new(move |line| sender.send(line.to_owned()).unwrap());
+        let reporter = lines(sink);
+        let step = |name| Step::start(&reporter, StepKind::ModelFetch, name, Unit::Bytes, None);
+        let good = step("model a");
+        good.note("from the cache");
+        good.finish();
+        step("model b").fail("no space");
+        drop(reporter);
+        let said: Vec<String> = receiver.iter().collect();
+        assert_eq!(said[..2], ["model a", "from the cache"]);
+        assert!(said[2].starts_with("done: model a ("), "{said:?}");
+        assert_eq!(said[3..], ["model b", "not done: model b: no space"]);
     }
 
     #[test]
