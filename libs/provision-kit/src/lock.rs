@@ -169,9 +169,14 @@ impl FileLock {
 
 impl Drop for FileLock {
     fn drop(&mut self) {
-        // So that nobody reads a stale pid. Closing the file releases the lock.
+        // So that nobody reads a stale pid.
         if let Err(error) = self.file.set_len(0) {
             tracing::debug!(%error, "a released lock file still names its holder");
+        }
+        // Closing the file alone is not enough: a child between its fork and its
+        // exec holds a copy of it, and the lock with it.
+        if let Err(error) = self.file.unlock() {
+            tracing::debug!(%error, "a lock is released only when its file is closed");
         }
     }
 }

@@ -13,7 +13,9 @@ pub struct Digest([u8; 32]);
 
 /// Why a text is no digest.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` is no sha256 digest: 64 hex digits are expected, with or without `sha256:` before them")]
+#[error(
+    "`{text}` is no sha256 digest: 64 hex digits are expected, with or without `sha256:` before them"
+)]
 pub struct DigestParseError {
     text: String,
 }
@@ -54,7 +56,10 @@ impl FromStr for Digest {
         let mut bytes = [0u8; 32];
         for (byte, pair) in bytes.iter_mut().zip(hex.chunks_exact(2)) {
             let (high, low) = (nibble(pair[0]), nibble(pair[1]));
-            *byte = high.zip(low).map(|(high, low)| high << 4 | low).ok_or_else(error)?;
+            *byte = high
+                .zip(low)
+                .map(|(high, low)| high << 4 | low)
+                .ok_or_else(error)?;
         }
         Ok(Self(bytes))
     }

@@ -17,7 +17,9 @@ pub enum IdError {
     Empty,
     #[error("`{0}` is longer than {MAX_NAME_LEN} bytes")]
     TooLong(String),
-    #[error("`{text}` must start with a lower-case letter or digit and hold only a-z, 0-9, `-`, `_` and `.`")]
+    #[error(
+        "`{text}` must start with a lower-case letter or digit and hold only a-z, 0-9, `-`, `_` and `.`"
+    )]
     BadCharacter { text: String },
 }
 
@@ -31,7 +33,11 @@ fn check_name(text: &str) -> Result<(), IdError> {
         return Err(IdError::TooLong(text.to_owned()));
     }
     let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
-    if !plain(first) || !text.chars().all(|c| plain(c) || matches!(c, '-' | '_' | '.')) {
+    if !plain(first)
+        || !text
+            .chars()
+            .all(|c| plain(c) || matches!(c, '-' | '_' | '.'))
+    {
         return Err(IdError::BadCharacter {
             text: text.to_owned(),
         });
@@ -167,7 +173,9 @@ mod tests {
         for good in ["default", "haiku-2", "a.b_c", "0"] {
             assert!(good.parse::<PoolId>().is_ok(), "{good}");
         }
-        for bad in ["", "../etc", "a/b", "Default", ".hidden", "-flag", "a b", "ä", "a\0"] {
+        for bad in [
+            "", "../etc", "a/b", "Default", ".hidden", "-flag", "a b", "ä", "a\0",
+        ] {
             assert!(bad.parse::<PoolId>().is_err(), "{bad}");
         }
         assert_eq!(

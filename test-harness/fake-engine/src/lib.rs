@@ -51,7 +51,7 @@ fn build() -> PathBuf {
     escargot::CargoBuild::new()
         .manifest_path(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
         .bin("fake-engine")
-        .current_target()
+        .current_release()
         .run()
         .expect("the fake engine must build, or no test that needs it means anything")
         .path()

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use adapter_host::{AdapterHost, HostSettings};
 use llama_orch_types::{EngineKind, Hinted, PoolId};
 use provision_kit::dirs::{CacheDirs, NoCacheDir, RuntimeDirs};
+use provision_kit::process::all_ended;
 use provision_kit::progress::Reporter;
 #[cfg(feature = "provisioning")]
 use provision_kit::progress::Silent;
@@ -291,6 +292,10 @@ impl App {
                 "an engine did not stop within {} s; it is killed with the daemon",
                 STOP_LIMIT.as_secs()
             );
+        }
+        // A build that was given up ends its compilers before we end.
+        if tokio::time::timeout(STOP_LIMIT, all_ended()).await.is_err() {
+            tracing::error!("a build did not end within {} s", STOP_LIMIT.as_secs());
         }
     }
 }

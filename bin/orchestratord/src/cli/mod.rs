@@ -111,9 +111,10 @@ pub(crate) fn main() -> ExitCode {
     let command = cli.command.unwrap_or(Command::Serve);
     let bars = MultiProgress::new();
     let default_level = match command {
-        Command::Serve => "info",
+        // The Hub's client calls an attempt that has a fallback an error.
+        Command::Serve => "info,hf_hub=off",
         // The answer is what counts: only progress and trouble beside it.
-        Command::Run(_) => "warn,orchestratord::ui=info",
+        Command::Run(_) => "warn,orchestratord::ui=info,hf_hub=off",
         Command::Doctor | Command::Config(_) => "error",
     };
     let level = cli.common.log_level.as_deref().unwrap_or(default_level);

@@ -7,6 +7,8 @@ use std::time::Instant;
 
 use clap::Args;
 use llama_orch_types::PoolId;
+use provision_kit::dirs::CacheDirs;
+use provision_kit::lock::FileLock;
 use worker_adapters_adapter_api::{ChatMessage, FinishReason};
 
 use super::{Context, report};
@@ -18,6 +20,9 @@ use crate::app::shutdown::{self, Shutdown};
 use crate::services::event_log::{Cursor, End, Failure, TaskEvent};
 use crate::services::pool::{Phase, PoolHandle};
 use crate::ui::progress_reporter;
+
+/// How many `run`s may go on at once.
+const MAX_RUNS: u32 = 64;
 
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
@@ -88,17 +93,24 @@ fn start(context: &Context, args: &RunArgs) -> Result<(App, Shutdown), StartErro
     let mut loaded = context.common.load().map_err(StartError::Setup)?;
     // A pool of its own, so that a daemon on this machine is not disturbed.
     let pool = choose_pool(&loaded.config, args).map_err(StartError::Setup)?;
-    loaded.config.pools = BTreeMap::from([(own_pool_id(), pool)]);
+    let (cache, _) = bootstrap::directories(&loaded.config)?;
+    loaded.config.pools = BTreeMap::from([(own_pool_id(&cache), pool)]);
     let reporter = progress_reporter(context.common.log_format, &context.bars);
     let plan = Plan::new(loaded, reporter)?;
     let shutdown = shutdown::on_signals().map_err(StartError::Signals)?;
     Ok((bootstrap::start(plan)?, shutdown))
 }
 
-fn own_pool_id() -> PoolId {
-    let name = format!("run-{}", std::process::id());
-    // Lower-case letters, a dash and digits.
-    name.parse().unwrap_or_else(|_| PoolId::default_pool())
+/// A pool that nobody runs: `run-1`, or the next free one beside other `run`s.
+/// Names are used again, so that logs do not pile up.
+fn own_pool_id(cache: &CacheDirs) -> PoolId {
+    let free = |id: &PoolId| {
+        let lock = cache.run().join(format!("{id}.lock"));
+        matches!(FileLock::try_acquire(&lock), Ok(Some(_)))
+    };
+    let mut names = (1..=MAX_RUNS).filter_map(|number| format!("run-{number}").parse().ok());
+    // With that many at once the start itself says who has the pool.
+    names.find(free).unwrap_or_else(PoolId::default_pool)
 }
 
 fn choose_pool(config: &Config, args: &RunArgs) -> Result<PoolConfig, SetupError> {

@@ -193,8 +193,7 @@ impl Supervisor {
         };
         self.host.unbind(&context.pool_id, &context.replica_id);
         let Some(exit) = exit else {
-            let report = engine.stop().await;
-            tracing::info!(pool = %context.pool_id, ?report, "engine stopped");
+            engine.stop().await;
             return None;
         };
         let status = exit

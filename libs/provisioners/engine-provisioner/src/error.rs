@@ -22,7 +22,7 @@ pub struct ModeFailure {
 
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
-    #[error("`engine.{key}` is wrong: {reason}")]
+    #[error("`provision.{key}` is wrong: {reason}")]
     Config { key: &'static str, reason: String },
     #[error("no mode gave an engine: {}", list_failures(failures))]
     AllModesFailed { failures: Vec<ModeFailure> },
@@ -222,10 +222,10 @@ impl Hinted for EngineError {
         match self {
             // The last mode tried is the one that works on most machines: its hint leads furthest.
             Self::AllModesFailed { failures } => failures.last().and_then(|last| last.error.hint()),
-            Self::NotOnPath => Some("name the binary with `engine.path`, or use mode source".into()),
-            Self::NotExecutable { .. } => Some("check `engine.path`".into()),
+            Self::NotOnPath => Some("name the binary with `provision.path`, or use mode source".into()),
+            Self::NotExecutable { .. } => Some("check `provision.path`".into()),
             Self::WrongVersion { path, .. } => Some(format!(
-                "to use it as it is, name it: `engine.path: {}`",
+                "to use it as it is, name it: `provision.path: {}`",
                 path.display()
             )),
             Self::NotInCache { .. } => Some("use mode release or source once".into()),
@@ -235,16 +235,16 @@ impl Hinted for EngineError {
             )),
             Self::NoGpu { .. } => Some(
                 "install the GPU's driver and, to build from source, nvcc (CUDA) or glslc with the \
-                 Vulkan headers; or set `engine.require_gpu: false`"
+                 Vulkan headers; or set `provision.require_gpu: false`"
                     .into(),
             ),
             Self::NoArchiveForPlatform { .. } => {
-                Some("use mode source, or name `engine.release.archive`".into())
+                Some("use mode source, or name `provision.release.archive`".into())
             }
-            Self::NoDigest { .. } => Some("give it as `engine.release.archive_digest`".into()),
+            Self::NoDigest { .. } => Some("give it as `provision.release.archive_digest`".into()),
             Self::ReleaseList { .. } => Some(
-                "check the network, or give `engine.release.archive_digest` and a mirror as \
-                 `engine.release.base_url`"
+                "check the network, or give `provision.release.archive_digest` and a mirror as \
+                 `provision.release.base_url`"
                     .into(),
             ),
             Self::Download { source, .. } => source.hint(),
@@ -262,10 +262,10 @@ impl Hinted for EngineError {
             }
             Self::NoSource { .. } | Self::SourceGit { .. } => Some(
                 "check the network, or name an archive that is here: \
-                 `engine.source.sources: [{archive: {url: file:/…, digest: sha256:…}}]`"
+                 `provision.source.sources: [{archive: {url: file:/…, digest: sha256:…}}]`"
                     .into(),
             ),
-            Self::SourceFile { .. } => Some("check its path in `engine.source.sources`".into()),
+            Self::SourceFile { .. } => Some("check its path in `provision.source.sources`".into()),
             Self::Build { .. } => Some(
                 "read the log; an interrupted or mended build goes on where it stopped".into(),
             ),
@@ -304,10 +304,16 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// An error and its causes without the lines of a log that an error may carry: whoever shows the
+/// error shows those.
+pub(crate) fn brief(error: &dyn std::error::Error) -> String {
+    chain(error).lines().next().unwrap_or_default().to_owned()
+}
+
 fn list_failures(failures: &[ModeFailure]) -> String {
     let lines: Vec<String> = failures
         .iter()
-        .map(|failure| format!("{}: {}", failure.mode, chain(failure.error.as_ref())))
+        .map(|failure| format!("{}: {}", failure.mode, brief(failure.error.as_ref())))
         .collect();
     lines.join("; ")
 }

@@ -101,7 +101,7 @@ fn the_documented_example_is_valid_and_its_plan_is_shown() {
 #[test]
 fn an_unknown_key_is_named_with_the_nearest_known_one() {
     let machine = Machine::new();
-    let config = write_config(&machine, "engine:\n  verion: b1");
+    let config = write_config(&machine, "provision:\n  verion: b1");
     let output = run(&["--config", &config.to_string_lossy()]);
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1));
@@ -116,7 +116,10 @@ fn an_unknown_key_is_named_with_the_nearest_known_one() {
 fn without_a_model_the_binary_is_printed() {
     let machine = Machine::new();
     let engine = install(&machine.path().join("engine"), &Script::default());
-    let config = write_config(&machine, &format!("engine:\n  path: {}", engine.display()));
+    let config = write_config(
+        &machine,
+        &format!("provision:\n  path: {}", engine.display()),
+    );
     let output = run(&["--config", &config.to_string_lossy()]);
     assert!(
         output.status.success(),
@@ -137,7 +140,7 @@ fn without_a_model_the_binary_is_printed() {
 #[test]
 fn a_failure_is_told_with_its_cause_and_the_next_thing_to_try() {
     let machine = Machine::new();
-    let config = write_config(&machine, "engine:\n  path: /nowhere/llama-server");
+    let config = write_config(&machine, "provision:\n  path: /nowhere/llama-server");
     let output = run(&["--config", &config.to_string_lossy()]);
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success());
@@ -145,7 +148,7 @@ fn a_failure_is_told_with_its_cause_and_the_next_thing_to_try() {
         text.contains("error: /nowhere/llama-server is no file that can be run"),
         "{text}"
     );
-    assert!(text.contains("  try: check `engine.path`"), "{text}");
+    assert!(text.contains("hint: check `provision.path`"), "{text}");
 }
 
 /// An interrupted build, by a signal that can be handled and by one that cannot: ninja and what it
@@ -162,7 +165,7 @@ async fn an_interrupted_program_leaves_no_compiler_behind() {
         let config = write_config(
             &machine,
             &format!(
-                "engine:\n  mode: source\n  version: b7\n  source:\n    sources:\n      - archive:\n          url: {}\n          digest: {}",
+                "provision:\n  mode: source\n  version: b7\n  source:\n    sources:\n      - archive:\n          url: {}\n          digest: {}",
                 digest.url, digest.digest
             ),
         );
@@ -206,7 +209,7 @@ async fn with_a_model_the_engine_runs_until_it_is_told_to_stop() {
     let config = write_config(
         &machine,
         &format!(
-            "engine:\n  path: {}\nmodel: {}\nctx: 256\nflags: [\"--seed 7\"]",
+            "provision:\n  path: {}\nmodel: {}\nctx: 256\nflags: [\"--seed 7\"]",
             engine.display(),
             model.display()
         ),
@@ -226,7 +229,7 @@ async fn with_a_model_the_engine_runs_until_it_is_told_to_stop() {
     let engine = ProcessIdentity::of(pid).unwrap().unwrap();
     running.signal("-TERM");
     assert!(running.0.wait().unwrap().success());
-    until("the engine ends", || !engine.matches()).await;
+    until("the engine ends", || !engine.is_alive()).await;
     assert!(!machine.handoff().exists());
     assert!(!machine.pid_file().exists());
 }
@@ -240,7 +243,7 @@ async fn a_program_that_is_killed_takes_its_engine_along() {
     let config = write_config(
         &machine,
         &format!(
-            "engine:\n  path: {}\nmodel: {}",
+            "provision:\n  path: {}\nmodel: {}",
             engine.display(),
             model.display()
         ),
@@ -253,7 +256,7 @@ async fn a_program_that_is_killed_takes_its_engine_along() {
     let engine = ProcessIdentity::of(pid).unwrap().unwrap();
     running.signal("-KILL");
     running.0.wait().unwrap();
-    until("the engine ends", || !engine.matches()).await;
+    until("the engine ends", || !engine.is_alive()).await;
 
     // The files of the crash are still there, and the next start is not held up by them.
     assert!(machine.pid_file().exists());

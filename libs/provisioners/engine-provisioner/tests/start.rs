@@ -23,7 +23,7 @@ fn identity(pid: u32) -> ProcessIdentity {
 }
 
 async fn gone(identity: ProcessIdentity) {
-    until("the process ends", || !identity.matches()).await;
+    until("the process ends", || !identity.is_alive()).await;
 }
 
 /// An engine that is a shell script.

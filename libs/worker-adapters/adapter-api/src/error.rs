@@ -23,7 +23,10 @@ pub enum WorkerError {
         source: Source,
     },
     #[error("the engine gave no {phase} within {} ms", .after.as_millis())]
-    Timeout { phase: TimeoutPhase, after: Duration },
+    Timeout {
+        phase: TimeoutPhase,
+        after: Duration,
+    },
     #[error("the engine broke off in mid-stream: {reason}")]
     Reset { reason: String },
     #[error("the engine answered with something that is not its protocol: {what}")]
@@ -91,7 +94,9 @@ impl Hinted for WorkerError {
             Self::Timeout {
                 phase: TimeoutPhase::FirstToken | TimeoutPhase::NextToken,
                 ..
-            } => "the machine may be overloaded; the engine's log in the cache directory tells more",
+            } => {
+                "the machine may be overloaded; the engine's log in the cache directory tells more"
+            }
             Self::Reset { .. } => "send the task again; the engine is being restarted",
             Self::Loading { .. } | Self::Unreachable { .. } => "wait until the pool is ready",
             _ => return None,

@@ -20,7 +20,9 @@ use futures::Stream;
 use llama_orch_types::TaskId;
 
 pub use error::{TimeoutPhase, WorkerError};
-pub use event::{CancelReport, EndSummary, EngineHealth, EngineProps, FinishReason, MetricsSnapshot, TokenEvent};
+pub use event::{
+    CancelReport, EndSummary, EngineHealth, EngineProps, FinishReason, MetricsSnapshot, TokenEvent,
+};
 pub use task::{ChatMessage, EngineTask, SamplingParams, TaskInput};
 
 /// A task's events. The stream ends after [`TokenEvent::End`] or after the

@@ -30,7 +30,7 @@ use provision_kit::progress::{Reporter, Step, StepKind, Unit};
 use serde::Serialize;
 
 use crate::config::{Accelerator, AcceleratorChoice, EngineConfig, Mode};
-use crate::error::{EngineError, ModeFailure, chain};
+use crate::error::{EngineError, ModeFailure, brief, chain};
 use crate::machine::Gpu;
 use crate::manifest::{Manifest, Recipe};
 use crate::version;
@@ -96,7 +96,7 @@ impl EngineProvisioner {
                 Ok(installation)
             }
             Err(error) => {
-                step.fail(chain(&error));
+                step.fail(brief(&error));
                 Err(error)
             }
         }
@@ -114,8 +114,7 @@ impl EngineProvisioner {
                 Ok(installation) => return Ok(installation),
                 Err(error) if modes.len() == 1 => return Err(error),
                 Err(error) => {
-                    let line = format!("mode {mode}: {}", first_line(&chain(&error)));
-                    tracing::warn!("{line}");
+                    let line = format!("mode {mode}: {}", brief(&error));
                     step.note(line);
                     failures.push(ModeFailure {
                         mode,
@@ -288,10 +287,6 @@ pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send 
             Err(_) => std::future::pending().await,
         },
     }
-}
-
-fn first_line(text: &str) -> &str {
-    text.lines().next().unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -24,11 +24,11 @@ use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use llama_orch_types::{EngineKind, ProvisionedContext};
-use provision_kit::lock::FileLock;
+use provision_kit::lock::{FileLock, LockError};
 use provision_kit::process::{self, ChildGroup, CommandSpec, ProcessError, ProcessIdentity};
 use provision_kit::progress::{Step, StepKind, Unit};
 
-use crate::error::{EngineError, chain};
+use crate::error::{EngineError, brief, chain};
 use crate::provide::{EngineInstallation, EngineProvisioner, record_start};
 use crate::version;
 use environment::scrub;
@@ -41,6 +41,10 @@ pub use handoff::handoff_path;
 
 /// How often another port is tried when somebody was quicker.
 const PORT_ATTEMPTS: u32 = 5;
+
+/// How long a pool's lock is waited for. A lock that was just let go may be held a moment longer by
+/// a child that is between fork and exec, and so still has the lock's file open.
+const POOL_WAIT: Duration = Duration::from_secs(1);
 
 /// How the kernel's refusal of a port shows in an engine's log.
 const BIND_FAILURES: [&str; 2] = ["couldn't bind", "address already in use"];
@@ -155,7 +159,7 @@ impl EngineProvisioner {
                 Ok(engine)
             }
             Err(error) => {
-                step.fail(chain(&error));
+                step.fail(brief(&error));
                 Err(error)
             }
         }
@@ -169,7 +173,7 @@ impl EngineProvisioner {
     ) -> Result<RunningEngine, EngineError> {
         // Flags that do not fit are told before anything is touched.
         argv::render_argv(spec, 0).map_err(EngineError::Flags)?;
-        let lock = self.lock_pool(spec)?;
+        let lock = self.lock_pool(spec).await?;
         let pid_path = self.cache.run().join(format!("{}.pid", spec.pool_id));
         pid_file::clear_leftovers(&spec.pool_id, &pid_path, spec.stop_grace).await?;
         for _ in 0..PORT_ATTEMPTS {
@@ -194,21 +198,17 @@ impl EngineProvisioner {
     }
 
     /// Takes the pool for ourselves, or says who has it.
-    fn lock_pool(&self, spec: &LaunchSpec) -> Result<FileLock, EngineError> {
+    async fn lock_pool(&self, spec: &LaunchSpec) -> Result<FileLock, EngineError> {
         let path = self.cache.run().join(format!("{}.lock", spec.pool_id));
-        FileLock::try_acquire(&path)?.ok_or_else(|| {
-            let holder = std::fs::read_to_string(&path).unwrap_or_default();
-            let holder = holder.trim();
-            EngineError::PoolBusy {
+        match FileLock::acquire(&path, POOL_WAIT, |_| {}).await {
+            Err(LockError::TimedOut { holder, .. }) => Err(EngineError::PoolBusy {
                 pool: spec.pool_id.clone(),
-                holder: if holder.is_empty() {
-                    "that cannot be named"
-                } else {
-                    holder
-                }
-                .to_owned(),
-            }
-        })
+                holder: holder
+                    .pid
+                    .map_or_else(|| "that cannot be named".to_owned(), |pid| pid.to_string()),
+            }),
+            result => Ok(result?),
+        }
     }
 
     async fn attempt(

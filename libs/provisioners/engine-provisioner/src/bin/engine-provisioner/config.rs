@@ -19,7 +19,8 @@ pub(crate) struct Config {
     pub pool: Option<PoolId>,
     /// A path or any model reference. Without one the engine is provided and not started.
     pub model: Option<String>,
-    pub engine: EngineConfig,
+    /// How the engine is provided; the same keys as `provision:` of a pool in orchestratord.yaml.
+    pub provision: EngineConfig,
     /// Context length of one slot, in tokens.
     pub ctx: Option<u32>,
     /// Default: 1, or 4 in the throughput profile.

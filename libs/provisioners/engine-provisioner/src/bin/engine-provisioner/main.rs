@@ -2,9 +2,7 @@
 
 mod config;
 mod model;
-mod progress;
 
-use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -27,7 +25,7 @@ use crate::config::Config;
     after_help = "\
 Example config (YAML or JSON; every key has a default):
 
-  engine:
+  provision:
     mode: source            # system, cache, release or source; without it all are tried
     version: b11434
   model: /models/model.gguf # leave out to provide the binary only
@@ -69,7 +67,7 @@ fn main() -> ExitCode {
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
-            complain(&error, None);
+            terminal_ui::report::print_with(&error, None);
             return ExitCode::FAILURE;
         }
     };
@@ -77,7 +75,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(failure) => {
             let hint = failure.hint();
-            complain(&*failure, hint);
+            terminal_ui::report::print_with(&*failure, hint);
             ExitCode::FAILURE
         }
     }
@@ -96,7 +94,7 @@ async fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
         None => CacheDirs::new(CacheDirs::default_root().map_err(boxed)?),
     };
     if arguments.doctor {
-        let report = preflight(&cache, config.engine.allow_package_installs).await;
+        let report = preflight(&cache, config.provision.allow_package_installs).await;
         print(&report.to_string());
         return Ok(if report.can_build() {
             ExitCode::SUCCESS
@@ -108,12 +106,12 @@ async fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
         .runtime_dir
         .as_ref()
         .map_or_else(RuntimeDirs::default, RuntimeDirs::new);
-    let reporter = progress::reporter();
+    let reporter = terminal_ui::progress::on_stderr();
     let provisioner = EngineProvisioner::new(cache.clone(), runtime.clone(), reporter.clone());
     if arguments.dry_run {
         print(
             &provisioner
-                .plan(&config.engine)
+                .plan(&config.provision)
                 .await
                 .map_err(boxed)?
                 .to_string(),
@@ -123,7 +121,7 @@ async fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
     // The signals are ours from the start: an interrupted build ends its compilers.
     let mut signals = Signals::listen().map_err(|error| boxed(SignalFailure(error)))?;
     let work = async {
-        let installation = provisioner.ensure(&config.engine).await.map_err(boxed)?;
+        let installation = provisioner.ensure(&config.provision).await.map_err(boxed)?;
         let Some(reference) = &config.model else {
             print(&format!("{}\n", installation.binary.display()));
             return Ok(None);
@@ -215,19 +213,6 @@ fn boxed(error: impl Hinted + 'static) -> Failure {
 fn absolute(path: &Path) -> PathBuf {
     // Fails for an empty path only, and that fails at its first use, with its name.
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
-}
-
-/// The error, what caused it, and last the next thing to try.
-fn complain(error: &dyn Error, hint: Option<String>) {
-    say(&format!("error: {error}"));
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        say(&format!("  because: {error}"));
-        cause = error.source();
-    }
-    if let Some(hint) = hint {
-        say(&format!("  try: {hint}"));
-    }
 }
 
 #[allow(clippy::print_stderr, reason = "a program speaks to its user")]
