@@ -51,7 +51,7 @@ async fn a_named_engine_that_is_not_there_is_an_error_and_nothing_else_is_tried(
         matches!(error, EngineError::NotExecutable { .. }),
         "{error}"
     );
-    assert!(error.hint().unwrap().contains("engine.path"));
+    assert!(error.hint().unwrap().contains("provision.path"));
     assert!(!machine.cache.root().exists());
 }
 

@@ -31,9 +31,11 @@ use crate::live::LiveTask;
 use crate::sse::{SseError, SseLimits, event_data};
 use crate::wire::Chunk;
 
-/// The engine refuses a request within a few milliseconds; one that it has not
-/// refused in this time, it has taken.
-const ACCEPT_WINDOW: Duration = Duration::from_millis(250);
+/// The engine takes or refuses a request within a few milliseconds; one that it
+/// has not refused in this time, it has taken. Longer than all tries to reach
+/// an engine together, so that one that is not there is never taken for one
+/// that works.
+const ACCEPT_WINDOW: Duration = Duration::from_secs(1);
 
 type Opening = Pin<Box<dyn Future<Output = Result<Response, WorkerError>> + Send>>;
 type Events = Pin<Box<dyn Stream<Item = Result<String, SseError<reqwest::Error>>> + Send>>;
