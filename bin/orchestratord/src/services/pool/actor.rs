@@ -49,6 +49,8 @@ struct Actor {
 }
 
 struct Running {
+    /// The run's own id, by which it is known if it breaks.
+    run: tokio::task::Id,
     record: Arc<TaskRecord>,
     cancel: CancellationToken,
     /// Who waits for the engine's slot to be free.
@@ -112,7 +114,7 @@ impl Actor {
                 },
                 Some(finished) = self.runs.join_next() => match finished {
                     Ok(finished) => self.finish(finished),
-                    Err(error) => tracing::error!(pool = %self.settings.id, %error, "a task's run broke"),
+                    Err(error) => self.bury(&error),
                 },
                 () = at(self.hold), if self.hold.is_some() => self.hold = None,
                 () = at(drain_deadline), if drain_deadline.is_some() => {
@@ -292,19 +294,39 @@ impl Actor {
                 return;
             };
             let cancel = CancellationToken::new();
-            let running = Running {
-                record: Arc::clone(&submission.record),
-                cancel: cancel.clone(),
-                waiters: Vec::new(),
-            };
-            self.running.insert(id, running);
+            let record = Arc::clone(&submission.record);
             let run = TaskRun {
                 host: self.host.clone(),
                 context: Arc::clone(&context),
                 submission,
-                cancel,
+                cancel: cancel.clone(),
             };
-            self.runs.spawn(run.run());
+            let run = self.runs.spawn(run.run()).id();
+            let running = Running {
+                run,
+                record,
+                cancel,
+                waiters: Vec::new(),
+            };
+            self.running.insert(id, running);
+        }
+    }
+
+    /// A run that broke, by a fault of ours: its task ends all the same, and
+    /// its slot is free again.
+    fn bury(&mut self, error: &tokio::task::JoinError) {
+        tracing::error!(pool = %self.settings.id, %error, "a task's run broke");
+        let mut running = self.running.iter();
+        let Some(id) = running.find_map(|(id, running)| (running.run == error.id()).then_some(*id))
+        else {
+            return;
+        };
+        if let Some(running) = self.running.remove(&id) {
+            let mut failure = Failure::internal("the task's run broke").in_pool(&self.settings.id);
+            failure.correlation_id = Some(running.record.correlation_id.clone());
+            // A log that is closed keeps its ending.
+            let _ = running.record.log.append(TaskEvent::Error(failure));
+            self.count_outcome(ErrorCode::Internal.as_str());
         }
     }
 

@@ -253,6 +253,10 @@ fn choose_accelerator(
         AcceleratorChoice::Vulkan if config.require_gpu && !gpu.can_run_vulkan() => {
             no_gpu("there is no device with a Vulkan driver")
         }
+        // A published engine for the CPU must not stand in for a CUDA engine that can be built.
+        AcceleratorChoice::Auto if mode == Mode::Release && gpu.can_build_cuda() => no_gpu(
+            "an engine for CUDA can be built here, and the published ones are not chosen by guess",
+        ),
         AcceleratorChoice::Cuda => Ok(Accelerator::Cuda),
         AcceleratorChoice::Vulkan => Ok(Accelerator::Vulkan),
         AcceleratorChoice::Auto if cuda => Ok(Accelerator::Cuda),
@@ -334,6 +338,11 @@ mod tests {
         assert_eq!(choose(Auto, false, &nvcc_only), Some(Accelerator::Cpu));
         assert_eq!(choose(Auto, true, &cuda), Some(Accelerator::Cuda));
         assert_eq!(choose(Auto, true, &vulkan), Some(Accelerator::Vulkan));
+        // A published engine for the CPU does not come before one that is built for CUDA.
+        let of_release =
+            |gpu: &Gpu| choose_accelerator(&EngineConfig::default(), Mode::Release, gpu).ok();
+        assert_eq!(of_release(&none), Some(Accelerator::Cpu));
+        assert_eq!(of_release(&cuda), None);
         // A build for a GPU that is elsewhere is fine, unless one is required here.
         assert_eq!(choose(Cuda, false, &nvcc_only), Some(Accelerator::Cuda));
         assert_eq!(choose(Cuda, true, &nvcc_only), None);
