@@ -141,6 +141,57 @@ async fn the_queue_is_ours_bounded_and_interactive_first() {
 }
 
 #[tokio::test]
+async fn a_task_is_never_run_late() {
+    let daemon = Setup::new(&Script::endless(5)).ready().await;
+    let long = json!({ "prompt": "a", "max_tokens": 4000 });
+    let running = daemon.submit(long).await;
+    // Longer than predicted, and far shorter than the running task takes.
+    let late = json!({ "prompt": "a", "deadline_ms": 1500, "max_tokens": 1 });
+    let late = daemon.submit(late).await;
+    let refused = daemon
+        .post("/v2/tasks", json!({ "prompt": "a", "deadline_ms": 1 }))
+        .await;
+    assert_eq!(refused.status(), 503);
+    let body: Value = refused.json().await.unwrap();
+    assert_eq!(body["error"]["code"], "DEADLINE_UNMET", "{body}");
+    let events = daemon.events(id(&late), None).await;
+    assert_eq!(shape(&events), ["error"]);
+    assert_eq!(events[0].data["code"], "DEADLINE_UNMET");
+    let view = daemon
+        .get_json(&format!("/v2/tasks/{}", id(&running)))
+        .await;
+    assert_eq!(view["status"], "running");
+}
+
+#[tokio::test]
+async fn a_batch_task_that_has_waited_takes_its_turn() {
+    let daemon = Setup::new(&Script::endless(2))
+        .pool("batch_ageing_seconds", 0)
+        .ready()
+        .await;
+    let running = daemon.submit(prompt()).await;
+    let batch = json!({ "prompt": "b", "priority": "batch", "max_tokens": 2 });
+    let batch = daemon.submit(batch).await;
+    let interactive = daemon
+        .submit(json!({ "prompt": "i", "max_tokens": 2 }))
+        .await;
+    assert_eq!(batch["queue_position"], 0);
+    assert_eq!(
+        interactive["queue_position"], 1,
+        "the aged batch task goes first"
+    );
+    daemon
+        .post(&format!("/v2/tasks/{}/cancel", id(&running)), json!({}))
+        .await;
+    for task in [&batch, &interactive] {
+        assert_eq!(
+            shape(&daemon.events(id(task), None).await),
+            ["started", "token", "end"]
+        );
+    }
+}
+
+#[tokio::test]
 async fn a_cancelled_stream_ends_and_its_slot_is_seen_free() {
     let daemon = Setup::new(&Script {
         slot_free_ms: 40,

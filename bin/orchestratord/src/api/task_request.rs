@@ -1,6 +1,8 @@
 //! What a client asks for, and what of it is refused before anything else
 //! happens. Pure.
 
+use std::time::Duration;
+
 use llama_orch_types::ErrorCode;
 use serde::Deserialize;
 use utoipa::ToSchema;
@@ -51,6 +53,11 @@ pub struct TaskRequest {
     pub json_schema: Option<serde_json::Value>,
     /// `interactive` goes before `batch`.
     pub priority: Priority,
+    /// The task must start within so many milliseconds. One that cannot is
+    /// refused; one whose turn does not come in time ends with
+    /// `DEADLINE_UNMET`. It is never run late.
+    #[schema(minimum = 1)]
+    pub deadline_ms: Option<u64>,
     /// Cancel the task when its last reader goes away. Default: false.
     pub cancel_on_disconnect: bool,
 }
@@ -125,6 +132,14 @@ impl TaskRequest {
         Ok(self.stop.clone())
     }
 
+    /// How long the task may wait for the engine.
+    pub fn start_within(&self) -> Result<Option<Duration>, Failure> {
+        match self.deadline_ms {
+            Some(0) => Err(invalid("`deadline_ms` must be at least 1")),
+            other => Ok(other.map(Duration::from_millis)),
+        }
+    }
+
     /// The client's own limit, if it names one.
     pub fn max_tokens(&self) -> Result<Option<u32>, Failure> {
         match self.max_tokens {
@@ -169,6 +184,7 @@ mod tests {
         request.sampling()?;
         request.stops()?;
         request.max_tokens()?;
+        request.start_within()?;
         Ok(())
     }
 
@@ -190,6 +206,7 @@ mod tests {
                 r#"{"prompt":"a","grammar":"x","json_schema":{}}"#,
                 "exclude",
             ),
+            (r#"{"prompt":"a","deadline_ms":0}"#, "deadline_ms"),
             (r#"{"prompt":"a","seed":-1}"#, "seed"),
         ] {
             let failure = check(body).unwrap_err();

@@ -25,7 +25,7 @@ use crate::services::event_log::{End, Failure, TaskEvent};
 use crate::services::pool::{Cancelled, Phase, PoolHandle, Submission};
 use crate::services::preparation::PreparationStep;
 use crate::services::streaming::{KEEP_ALIVE, Presence, View, render_sse_for_task};
-use crate::services::tasks::{Admitted, TaskRecord};
+use crate::services::tasks::{Admitted, NewTask, TaskRecord};
 
 /// Answer to an admitted task.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
@@ -189,12 +189,13 @@ pub async fn submit_to(
 ) -> Result<(Arc<TaskRecord>, Admitted), Failure> {
     let max_tokens = request.max_tokens()?;
     let settings = pool.settings();
-    let record = TaskRecord::new(
-        settings.id.clone(),
-        request.priority,
-        correlation.to_owned(),
-        request.cancel_on_disconnect,
-    );
+    let record = TaskRecord::new(NewTask {
+        pool: settings.id.clone(),
+        priority: request.priority,
+        correlation_id: correlation.to_owned(),
+        cancel_on_disconnect: request.cancel_on_disconnect,
+        start_within: request.start_within()?,
+    });
     let mut submission = Submission {
         task: EngineTask {
             id: record.id,

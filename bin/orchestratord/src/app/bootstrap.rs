@@ -224,6 +224,7 @@ fn start_pool(
         model: config.model.clone(),
         slots: config.slots,
         queue_capacity: usize::try_from(config.queue_capacity).unwrap_or(usize::MAX),
+        batch_ageing: Duration::from_secs(config.batch_ageing_seconds),
         default_max_tokens: config.default_max_tokens,
     };
     PoolHandle::start(

@@ -173,6 +173,11 @@ pub struct PoolConfig {
     #[serde(deserialize_with = "ranged::<_, u64, 1, 1_000_000>")]
     #[schemars(range(min = 1, max = 1_000_000))]
     pub queue_capacity: u64,
+    /// How long a `batch` task waits, in seconds (0 to 86400), before it takes
+    /// every other turn, however many `interactive` ones keep coming.
+    #[serde(deserialize_with = "ranged::<_, u64, 0, 86_400>")]
+    #[schemars(range(min = 0, max = 86_400))]
+    pub batch_ageing_seconds: u64,
     /// Tokens to generate for a task that does not say (1 to 16777216); less
     /// where the context has no room for that many.
     #[serde(deserialize_with = "ranged::<_, u32, 1, 16_777_216>")]
@@ -201,6 +206,7 @@ impl Default for PoolConfig {
             gpu_layers: None,
             flags: Vec::new(),
             queue_capacity: 64,
+            batch_ageing_seconds: 30,
             default_max_tokens: 512,
             load_timeout_seconds: 600,
             #[cfg(feature = "provisioning")]

@@ -66,6 +66,30 @@ impl Failure {
         failure
     }
 
+    /// For a task that is not queued, since it would start too late.
+    pub fn deadline_unmet(within: Duration, predicted: Duration) -> Self {
+        let mut failure = Self::new(
+            ErrorCode::DeadlineUnmet,
+            format!(
+                "the task must start within {} ms and would start in about {} ms",
+                within.as_millis(),
+                predicted.as_millis()
+            ),
+        )
+        .retriable();
+        failure.policy_label = Some("deadline".to_owned());
+        failure
+    }
+
+    /// For a task whose turn did not come in time.
+    pub fn deadline_passed(waited: Duration) -> Self {
+        let message = format!(
+            "the task's deadline passed after {} ms in the queue",
+            waited.as_millis()
+        );
+        Self::new(ErrorCode::DeadlineUnmet, message).retriable()
+    }
+
     pub fn context_exceeded(prompt_tokens: u32, max_tokens: Option<u32>, ctx: u32) -> Self {
         let message = match max_tokens {
             Some(max) => format!(

@@ -22,6 +22,8 @@ pub struct TaskRecord {
     pub cancel_on_disconnect: bool,
     pub created_at: SystemTime,
     pub created: Instant,
+    /// When the engine must have taken it, if the client says so.
+    pub deadline: Option<Instant>,
     pub log: Arc<EventLog>,
     /// What the client was told; set once, at admission.
     pub admitted: OnceLock<Admitted>,
@@ -30,6 +32,17 @@ pub struct TaskRecord {
     /// When its log was closed, as far as the registry has noticed.
     finished: OnceLock<Instant>,
     readers: AtomicUsize,
+}
+
+/// What a record is made from.
+#[derive(Debug)]
+pub struct NewTask {
+    pub pool: PoolId,
+    pub priority: Priority,
+    pub correlation_id: String,
+    pub cancel_on_disconnect: bool,
+    /// How long it may wait for the engine.
+    pub start_within: Option<Duration>,
 }
 
 /// What admission promised.
@@ -44,12 +57,15 @@ pub struct Admitted {
 }
 
 impl TaskRecord {
-    pub fn new(
-        pool: PoolId,
-        priority: Priority,
-        correlation_id: String,
-        cancel_on_disconnect: bool,
-    ) -> Arc<Self> {
+    pub fn new(request: NewTask) -> Arc<Self> {
+        let NewTask {
+            pool,
+            priority,
+            correlation_id,
+            cancel_on_disconnect,
+            start_within,
+        } = request;
+        let created = Instant::now();
         Arc::new(Self {
             id: TaskId::generate(),
             pool,
@@ -57,7 +73,8 @@ impl TaskRecord {
             correlation_id,
             cancel_on_disconnect,
             created_at: SystemTime::now(),
-            created: Instant::now(),
+            created,
+            deadline: start_within.and_then(|within| created.checked_add(within)),
             log: EventLog::new(),
             admitted: OnceLock::new(),
             started: OnceLock::new(),
@@ -152,12 +169,13 @@ mod tests {
     use llama_orch_types::ErrorCode;
 
     fn record(cancel_on_disconnect: bool) -> Arc<TaskRecord> {
-        TaskRecord::new(
-            PoolId::default_pool(),
-            Priority::default(),
-            "c".to_owned(),
+        TaskRecord::new(NewTask {
+            pool: PoolId::default_pool(),
+            priority: Priority::default(),
+            correlation_id: "c".to_owned(),
             cancel_on_disconnect,
-        )
+            start_within: None,
+        })
     }
 
     fn close(record: &TaskRecord) {

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use worker_adapters_adapter_api::{CancelReport, FinishReason};
 
 use super::{Cancelled, Change, Command, Phase, PoolSettings, PoolSnapshot, Submission};
-use crate::services::admission::{AdmissionQueue, Priority};
+use crate::services::admission::{AdmissionQueue, Entry, Priority};
 use crate::services::dispatch::{Finished, TaskRun};
 use crate::services::estimates::{Outlook, ServiceTimes};
 use crate::services::event_log::{End, Failure, TaskEvent};
@@ -76,7 +76,7 @@ pub(super) fn spawn(
         times: ServiceTimes::default(),
     });
     let actor = Actor {
-        queue: AdmissionQueue::new(settings.queue_capacity),
+        queue: AdmissionQueue::new(settings.queue_capacity, settings.batch_ageing),
         settings,
         host,
         board,
@@ -101,8 +101,10 @@ impl Actor {
     async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
         let mut drain_deadline = None;
         while self.phase != Phase::Stopped {
+            self.end_expired();
             self.dispatch();
             self.publish();
+            let next_deadline = self.queue.next_deadline().map(Into::into);
             tokio::select! {
                 command = commands.recv() => match command {
                     Some(Command::Drain(limit, reply)) => {
@@ -116,6 +118,7 @@ impl Actor {
                     Ok(finished) => self.finish(finished),
                     Err(error) => self.bury(&error),
                 },
+                () = at(next_deadline), if next_deadline.is_some() => {}
                 () = at(self.hold), if self.hold.is_some() => self.hold = None,
                 () = at(drain_deadline), if drain_deadline.is_some() => {
                     drain_deadline = None;
@@ -140,7 +143,7 @@ impl Actor {
             }
             Command::Cancel(id, reply) => self.cancel(id, reply),
             Command::Position(id, reply) => {
-                let position = self.queue.position(id);
+                let position = self.queue.position(id, Instant::now());
                 let _ = reply.send(position.map(|ahead| (ahead, self.until_start(ahead))));
             }
             Command::Change(change) => self.change(change),
@@ -168,18 +171,26 @@ impl Actor {
     }
 
     fn enqueue(&mut self, submission: Submission) -> Result<Admitted, Failure> {
-        let (id, priority) = (submission.record.id, submission.record.priority);
-        match self.queue.push(id, priority, submission) {
-            Ok(ahead) => Ok(Admitted {
-                queue_position: ahead,
-                predicted_start: self.until_start(ahead),
-                backoff: self.backoff(),
-            }),
-            Err((full, _)) => {
-                let after = self.times.retry_after(self.outlook(full.capacity));
-                Err(Failure::queue_full(full, after).in_pool(&self.settings.id))
-            }
+        let now = Instant::now();
+        let priority = submission.record.priority;
+        let ahead = self.queue.ahead_of_next(priority, now);
+        let predicted_start = self.until_start(ahead);
+        if let Some(deadline) = submission.record.deadline
+            && now + predicted_start > deadline
+        {
+            let within = deadline.saturating_duration_since(submission.record.created);
+            return Err(Failure::deadline_unmet(within, predicted_start).in_pool(&self.settings.id));
         }
+        let entry = entry_of(submission, now);
+        if let Err((full, _)) = self.queue.push(entry) {
+            let after = self.times.retry_after(self.outlook(full.capacity));
+            return Err(Failure::queue_full(full, after).in_pool(&self.settings.id));
+        }
+        Ok(Admitted {
+            queue_position: ahead,
+            predicted_start,
+            backoff: self.backoff(),
+        })
     }
 
     /// Why no task is taken now, if none is.
@@ -198,8 +209,8 @@ impl Actor {
     }
 
     fn cancel(&mut self, id: TaskId, reply: oneshot::Sender<Cancelled>) {
-        if let Some(submission) = self.queue.remove(id) {
-            end_cancelled(&submission.record);
+        if let Some(entry) = self.queue.remove(id) {
+            end_cancelled(&entry.task.record);
             self.count_outcome("cancelled");
             let _ = reply.send(Cancelled::Queued);
         } else if let Some(running) = self.running.get_mut(&id) {
@@ -274,13 +285,27 @@ impl Actor {
     }
 
     fn end_queued(&mut self, failure: &Failure) {
-        while let Some((_, submission)) = self.queue.pop() {
-            let mut failure = failure.clone();
-            failure.correlation_id = Some(submission.record.correlation_id.clone());
-            // Only its owner closes a queued task's log, and that is us.
-            let _ = submission.record.log.append(TaskEvent::Error(failure));
-            self.count_outcome(ErrorCode::PoolUnavailable.as_str());
+        while let Some(entry) = self.queue.pop(Instant::now()) {
+            self.end_waiting(&entry.task.record, failure.clone());
         }
+    }
+
+    /// Ends tasks that can no longer start in time.
+    fn end_expired(&mut self) {
+        let now = Instant::now();
+        while let Some(entry) = self.queue.pop_expired(now) {
+            let record = &entry.task.record;
+            let waited = now.saturating_duration_since(record.created);
+            let failure = Failure::deadline_passed(waited).in_pool(&self.settings.id);
+            self.end_waiting(record, failure);
+        }
+    }
+
+    fn end_waiting(&self, record: &TaskRecord, mut failure: Failure) {
+        self.count_outcome(failure.code.as_str());
+        failure.correlation_id = Some(record.correlation_id.clone());
+        // Only its owner closes a queued task's log, and that is us.
+        let _ = record.log.append(TaskEvent::Error(failure));
     }
 
     /// Takes tasks to the engine while it has free slots. The engine is never
@@ -290,7 +315,12 @@ impl Actor {
             return;
         };
         while self.hold.is_none() && self.running.len() < self.slots() as usize {
-            let Some((id, submission)) = self.queue.pop() else {
+            let Some(Entry {
+                id,
+                task: submission,
+                ..
+            }) = self.queue.pop(Instant::now())
+            else {
                 return;
             };
             let cancel = CancellationToken::new();
@@ -360,8 +390,8 @@ impl Actor {
     /// A task that the engine could not be given keeps its turn.
     fn take_back(&mut self, submission: Submission) {
         self.hold = Some(tokio::time::Instant::now() + HOLD);
-        let (id, priority) = (submission.record.id, submission.record.priority);
-        self.queue.put_back(id, priority, submission);
+        let queued = submission.record.created;
+        self.queue.put_back(entry_of(submission, queued));
         match self.phase {
             Phase::Failed => self.end_queued(&self.unavailable()),
             Phase::Draining | Phase::Stopped => {
@@ -431,6 +461,16 @@ impl Actor {
         gauge!(telemetry::READY, "pool" => self.label())
             .set(f64::from(u8::from(self.phase == Phase::Ready)));
         self.publish.send_replace(snapshot);
+    }
+}
+
+fn entry_of(submission: Submission, queued: Instant) -> Entry<Submission> {
+    Entry {
+        id: submission.record.id,
+        priority: submission.record.priority,
+        queued,
+        deadline: submission.record.deadline,
+        task: submission,
     }
 }
 

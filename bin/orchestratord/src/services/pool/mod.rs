@@ -99,6 +99,8 @@ pub struct PoolSettings {
     /// Expected number of slots, until the engine says.
     pub slots: u32,
     pub queue_capacity: usize,
+    /// How long a batch task waits before it takes every other turn.
+    pub batch_ageing: Duration,
     /// For tasks that name no `max_tokens`.
     pub default_max_tokens: u32,
 }
