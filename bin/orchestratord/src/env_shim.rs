@@ -93,7 +93,15 @@ pub async fn supervise(
                 }
                 bound = false;
             }
-            (Ok(_), true) => {}
+            (Ok(_), true) => {
+                if let Some(reason) = pool.snapshot().distrust {
+                    // Not ours to end: bound again when it answers.
+                    host.unbind(&target.pool, &target.replica);
+                    let failure = Failure::new(ErrorCode::PoolUnavailable, reason).retriable();
+                    pool.change(Change::Backoff(failure)).await;
+                    bound = false;
+                }
+            }
         }
         tokio::select! {
             () = tokio::time::sleep(LOOK_EVERY) => {}
@@ -126,7 +134,11 @@ async fn bind(
         }
         Err(error) => {
             let failure = Failure::new(ErrorCode::PoolUnavailable, error.to_string());
-            pool.change(Change::Failed(failure)).await;
+            pool.change(Change::Failed {
+                failure,
+                exited: false,
+            })
+            .await;
             false
         }
     }

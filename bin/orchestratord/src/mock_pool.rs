@@ -28,7 +28,10 @@ pub async fn supervise(pool: PoolHandle, host: AdapterHost, slots: u32, stop: Ca
     };
     let change = match host.bind(context.clone()) {
         Ok(()) => Change::Ready(Arc::new(context)),
-        Err(error) => Change::Failed(Failure::new(ErrorCode::PoolUnavailable, error.to_string())),
+        Err(error) => Change::Failed {
+            failure: Failure::new(ErrorCode::PoolUnavailable, error.to_string()),
+            exited: false,
+        },
     };
     pool.change(change).await;
     stop.cancelled().await;

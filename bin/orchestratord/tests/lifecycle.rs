@@ -16,7 +16,7 @@ fn stderr(output: &Output) -> String {
 #[tokio::test]
 async fn a_task_submitted_while_the_engine_loads_waits_and_completes() {
     let daemon = Setup::new(&Script {
-        load_ms: 600,
+        load_ms: 3000,
         ..Script::default()
     })
     .start();
@@ -60,6 +60,83 @@ async fn a_crash_in_mid_stream_is_said_and_the_engine_comes_back() {
     let pool = daemon.pool().await;
     assert_eq!(pool["engine_exits"], 1);
     assert_eq!(pool["state"], "ready");
+}
+
+#[tokio::test]
+async fn a_hung_engine_is_ended_and_replaced() {
+    let script = Script {
+        fault: Some(Fault::Hang { after_tokens: 2 }),
+        ignore_term: true,
+        ..Script::default()
+    };
+    let setup = Setup::new(&script).top("tasks", json!({ "next_token_seconds": 1 }));
+    let daemon = setup.ready().await;
+    let hung = daemon.pool().await["replica"]["pid"].as_u64().unwrap();
+    let first = daemon.submit(json!({ "prompt": "a" })).await;
+    let second = daemon.submit(json!({ "prompt": "b" })).await;
+    test_harness_fake_engine::install(&daemon.engine_dir(), &Script::default());
+    let events = daemon.events(id(&first), None).await;
+    assert_eq!(shape(&events), ["started", "token", "error"]);
+    assert_eq!(events.last().unwrap().data["code"], "DECODE_TIMEOUT");
+    // The next task never goes to the hung engine.
+    let events = daemon.events(id(&second), None).await;
+    assert_eq!(shape(&events), ["started", "token", "end"], "{events:?}");
+    assert!(!is_alive(hung));
+    assert_eq!(daemon.pool().await["engine_exits"], 1);
+}
+
+#[tokio::test]
+async fn tasks_that_a_dead_engine_gives_back_keep_their_order() {
+    let setup = Setup::new(&Script::endless(5)).pool("slots", 4);
+    let daemon = setup.ready().await;
+    let long = json!({ "prompt": "a", "max_tokens": 900 });
+    for _ in 0..4 {
+        daemon.submit(long.clone()).await;
+    }
+    let mut waiting = Vec::new();
+    for _ in 0..4 {
+        waiting.push(
+            daemon
+                .submit(json!({ "prompt": "b", "max_tokens": 1 }))
+                .await,
+        );
+    }
+    // Slow to load, so that the queue can be looked at after the crash.
+    let slow = Script {
+        load_ms: 1500,
+        ..Script::default()
+    };
+    test_harness_fake_engine::install(&daemon.engine_dir(), &slow);
+    let engine = daemon.pool().await["replica"]["pid"].as_u64().unwrap();
+    let engine = nix::unistd::Pid::from_raw(i32::try_from(engine).unwrap());
+    nix::sys::signal::kill(engine, Signal::SIGKILL).unwrap();
+    daemon.until_state("starting").await;
+    for (position, task) in waiting.iter().enumerate() {
+        let view = daemon.get_json(&format!("/v2/tasks/{}", id(task))).await;
+        assert_eq!(view["queue_position"], position, "{view}");
+    }
+    for task in &waiting {
+        assert_eq!(
+            shape(&daemon.events(id(task), None).await),
+            ["started", "token", "end"]
+        );
+    }
+}
+
+#[tokio::test]
+async fn two_daemons_do_not_share_a_runtime_directory() {
+    let daemon = Setup::new(&Script::default()).ready().await;
+    let second = Setup::new(&Script::default())
+        .pool("model", "haiku")
+        .top("runtime_dir", daemon.runtime_dir().to_str().unwrap());
+    let output = output(&second, &["serve"]);
+    assert!(!output.status.success());
+    let said = stderr(&output);
+    assert!(
+        said.contains(&daemon.pid().to_string()) && said.contains("--runtime-dir"),
+        "{said}"
+    );
+    assert!(exists(&daemon.handoff()) && exists(&daemon.runtime_dir().join("orchestratord.json")));
 }
 
 #[tokio::test]
@@ -123,7 +200,7 @@ async fn no_engine_to_be_had_means_503_and_no_token() {
 #[tokio::test]
 async fn a_stop_signal_lets_running_tasks_finish_and_leaves_nothing_behind() {
     let mut daemon = Setup::new(&Script {
-        token_ms: 20,
+        token_ms: 150,
         ..Script::default()
     })
     .ready()
@@ -245,6 +322,18 @@ fn an_open_address_without_a_token_is_refused_at_start() {
 }
 
 #[test]
+fn a_token_that_did_not_arrive_does_not_open_the_door() {
+    let setup = Setup::new(&Script::default()).env("ORCHD_TOKEN", "");
+    let output = output(&setup, &["serve"]);
+    assert!(!output.status.success());
+    assert!(
+        stderr(&output).contains("ORCHD_TOKEN"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[test]
 fn the_shims_variables_are_refused_where_only_real_engines_may_answer() {
     let setup = Setup::new(&Script::default())
         .env("REQUIRE_REAL_LLAMA", "1")
@@ -269,13 +358,13 @@ fn run_prints_the_answer_and_nothing_else_on_standard_output() {
 
 #[test]
 fn a_failed_run_says_why_and_what_to_do() {
-    let setup = Setup::new(&Script::default()).pool("model", "no-such-profile");
+    let setup = Setup::new(&Script::default()).pool("model", "/no/such/model.gguf");
     let output = output(&setup, &["run", "Hello"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(output.stdout.is_empty());
     let said = stderr(&output);
     assert!(
-        said.contains("no-such-profile") && said.contains("hint:"),
+        said.contains("/no/such/model.gguf") && said.contains("hint:"),
         "{said}"
     );
 }
@@ -295,6 +384,12 @@ fn config_check_and_schema_work() {
         "{said}"
     );
     assert!(said.contains("hint: did you mean `slots`?"), "{said}");
+    let unknown = Setup::new(&Script::default()).pool("model", "haikuu");
+    let said = stderr(&output(&unknown, &["config", "check"]));
+    assert!(
+        said.contains("haikuu") && said.contains("pools.default.model"),
+        "{said}"
+    );
     let schema = output(&Setup::new(&Script::default()), &["config", "schema"]);
     let schema: Value = serde_json::from_slice(&schema.stdout).unwrap();
     assert!(schema["properties"]["pools"].is_object());

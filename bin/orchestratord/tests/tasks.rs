@@ -82,7 +82,8 @@ async fn verbose_readers_see_figures() {
 async fn the_queue_is_ours_bounded_and_interactive_first() {
     let setup = Setup::new(&Script::endless(5)).pool("queue_capacity", 3);
     let daemon = setup.ready().await;
-    let running = daemon.submit(prompt()).await;
+    let long = json!({ "prompt": "a", "max_tokens": 4000 });
+    let running = daemon.submit(long).await;
     daemon
         .until("a task runs", async || {
             (daemon.pool().await["running"] == 1).then_some(())
@@ -125,8 +126,24 @@ async fn the_queue_is_ours_bounded_and_interactive_first() {
     assert_eq!(body["error"]["retry_after_ms"], backoff);
     assert_eq!(seconds, backoff.div_ceil(1000));
 
-    // The engine never had more than its one slot's worth.
+    // The engine never had more than its one slot's worth, by its own word.
     let pool = daemon.pool().await;
+    let slots = format!("{}/slots", pool["replica"]["url"].as_str().unwrap());
+    let slots: Value = daemon
+        .client
+        .get(slots)
+        .send()
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
+    let busy = slots
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|slot| slot["is_processing"] == true);
+    assert_eq!(busy.count(), 1, "{slots}");
     assert_eq!(pool["running"], 1);
     assert_eq!(pool["queue"]["interactive"], 2);
     daemon
@@ -217,6 +234,11 @@ async fn a_cancelled_stream_ends_and_its_slot_is_seen_free() {
     let last = last.unwrap();
     assert_eq!(last.name, "end");
     assert_eq!(last.data["finish_reason"], "cancelled");
+    assert!(
+        last.data["decode_time_ms"].as_f64().unwrap() > 0.0,
+        "{last:?}"
+    );
+    assert_eq!(last.data["receipt"]["provisioning_mode"], "system");
     let again: Value = daemon
         .post(&format!("/v2/tasks/{}/cancel", id(&accepted)), json!({}))
         .await
@@ -265,8 +287,8 @@ async fn the_last_readers_leaving_cancels_only_where_the_task_says_so() {
         .pool("slots", 2)
         .ready()
         .await;
-    let leaves = json!({ "prompt": "a", "cancel_on_disconnect": true });
-    let stays = json!({ "prompt": "a" });
+    let leaves = json!({ "prompt": "a", "cancel_on_disconnect": true, "max_tokens": 4000 });
+    let stays = json!({ "prompt": "a", "max_tokens": 4000 });
     let (leaves, stays) = (daemon.submit(leaves).await, daemon.submit(stays).await);
     for task in [&leaves, &stays] {
         let mut reader = daemon.open_events(id(task), "", None).await;
@@ -281,6 +303,18 @@ async fn the_last_readers_leaving_cancels_only_where_the_task_says_so() {
         })
         .await;
     assert_eq!(status(&stays).await, "running");
+}
+
+#[tokio::test]
+async fn looking_at_a_streams_headers_cancels_nothing() {
+    let daemon = Setup::new(&Script::endless(5)).ready().await;
+    let task = json!({ "prompt": "a", "cancel_on_disconnect": true, "max_tokens": 4000 });
+    let task = daemon.submit(task).await;
+    let url = format!("{}/v2/tasks/{}/events", daemon.url, id(&task));
+    let head = daemon.client.head(url).send().await.unwrap();
+    assert_eq!(head.headers()["content-type"], "text/event-stream");
+    let view = daemon.get_json(&format!("/v2/tasks/{}", id(&task))).await;
+    assert_ne!(view["status"], "cancelled");
 }
 
 #[tokio::test]
@@ -324,6 +358,7 @@ async fn wrong_requests_are_answered_in_one_shape() {
     let cases = [
         (daemon.get("/v3/nothing").await, 404, "INVALID_PARAMS"),
         (daemon.get("/v2/tasks").await, 405, "INVALID_PARAMS"),
+        (daemon.get("/v2/tasks/%ff").await, 400, "INVALID_PARAMS"),
         (daemon.get(unknown).await, 404, "TASK_NOT_FOUND"),
         (
             daemon.get("/v2/tasks/..%2f..%2fetc").await,

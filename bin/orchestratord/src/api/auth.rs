@@ -1,10 +1,12 @@
 //! The bearer token: with one configured, every route but `/health` wants it.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
 use axum::http::HeaderMap;
-use axum::http::header::AUTHORIZATION;
+use axum::http::StatusCode;
+use axum::http::header::{AUTHORIZATION, HOST, ORIGIN};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use llama_orch_types::ErrorCode;
@@ -23,8 +25,48 @@ pub async fn require_token(
     let open = request.uri().path() == "/health";
     match &state.token {
         Some(token) if !open && !carries(request.headers(), token) => refused().into_response(),
+        None if !open && !from_this_machine(request.headers()) => foreign().into_response(),
         _ => next.run(request).await,
     }
+}
+
+/// Whether a request without a token can be trusted to come from a program of
+/// this machine. A web page in a browser here could also send one: its `Origin`
+/// gives it away, and under a name of its own that leads here, its `Host`.
+fn from_this_machine(headers: &HeaderMap) -> bool {
+    let text = |name| {
+        headers
+            .get(name)
+            .map(|value| value.to_str().unwrap_or_default())
+    };
+    let host = text(HOST).is_none_or(is_loopback);
+    let origin = text(ORIGIN).is_none_or(|origin| {
+        let authority = origin.split_once("://").map(|(_, authority)| authority);
+        authority.is_some_and(is_loopback)
+    });
+    host && origin
+}
+
+/// Whether `host` or `host:port` names this machine.
+fn is_loopback(authority: &str) -> bool {
+    let host = match authority.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
+        _ => authority,
+    };
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    host.eq_ignore_ascii_case("localhost")
+        || bare
+            .parse::<IpAddr>()
+            .is_ok_and(|address| address.is_loopback())
+}
+
+fn foreign() -> ApiError {
+    let failure = Failure::new(
+        ErrorCode::Unauthorized,
+        "without a token only programs of this machine are served, and this request is a web page's or names another host",
+    )
+    .with_hint("use http://127.0.0.1, or set a token with `auth.token_file`");
+    ApiError::from(failure).with_status(StatusCode::FORBIDDEN)
 }
 
 /// Compared in constant time, so that the time of the answer tells nothing
@@ -51,6 +93,45 @@ fn refused() -> ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_web_page_is_not_a_program_of_this_machine() {
+        let with = |pairs: &[(axum::http::HeaderName, &str)]| {
+            let headers = pairs
+                .iter()
+                .map(|(name, value)| (name.clone(), value.parse().unwrap()));
+            from_this_machine(&headers.collect())
+        };
+        assert!(with(&[]));
+        for host in [
+            "127.0.0.1:8080",
+            "localhost:8080",
+            "LOCALHOST",
+            "[::1]:8080",
+            "127.0.0.9",
+        ] {
+            assert!(with(&[(HOST, host)]), "{host}");
+        }
+        assert!(with(&[
+            (HOST, "localhost:1"),
+            (ORIGIN, "http://localhost:3000")
+        ]));
+        for host in [
+            "evil.example",
+            "127.0.0.1.evil.example",
+            "localhost.evil.example:8080",
+            "10.0.0.1",
+        ] {
+            assert!(!with(&[(HOST, host)]), "{host}");
+        }
+        for origin in [
+            "http://evil.example",
+            "null",
+            "http://127.0.0.1.evil.example",
+        ] {
+            assert!(!with(&[(HOST, "localhost"), (ORIGIN, origin)]), "{origin}");
+        }
+    }
 
     #[test]
     fn only_the_token_itself_opens() {

@@ -63,9 +63,9 @@ fn log_error(method: &axum::http::Method, path: &str, id: &str, error: &ApiError
         &error.failure.message,
     );
     if error.status.is_server_error() {
-        tracing::warn!(%method, path, correlation_id = id, status, %code, message, "request failed");
+        tracing::warn!(%method, path, correlation_id = id, status, %code, reason = ?message, "request failed");
     } else {
-        tracing::debug!(%method, path, correlation_id = id, status, %code, message, "request refused");
+        tracing::debug!(%method, path, correlation_id = id, status, %code, reason = ?message, "request refused");
     }
 }
 

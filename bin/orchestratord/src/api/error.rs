@@ -68,7 +68,12 @@ impl From<Failure> for ApiError {
 
 impl From<BytesRejection> for ApiError {
     fn from(rejection: BytesRejection) -> Self {
-        Self::invalid(rejection.body_text()).with_status(rejection.status())
+        let mut error = Self::invalid(rejection.body_text()).with_status(rejection.status());
+        if error.status == StatusCode::PAYLOAD_TOO_LARGE {
+            "the body is larger than `tasks.max_body_bytes` allows"
+                .clone_into(&mut error.failure.message);
+        }
+        error
     }
 }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::http::header::RETRY_AFTER;
@@ -136,8 +137,9 @@ pub async fn list(State(state): State<Arc<AppState>>) -> Json<PoolsView> {
 )]
 pub async fn show(
     State(state): State<Arc<AppState>>,
-    Path(id): Path<String>,
+    path: Result<Path<String>, PathRejection>,
 ) -> Result<Json<PoolView>, ApiError> {
+    let Path(id) = path?;
     Ok(Json(PoolView::of(state.pool(&id)?)))
 }
 
@@ -149,11 +151,12 @@ pub async fn show(
 )]
 pub async fn health(
     State(state): State<Arc<AppState>>,
-    Path(id): Path<String>,
+    path: Result<Path<String>, PathRejection>,
 ) -> Result<Response, ApiError> {
+    let Path(id) = path?;
     let pool = state.pool(&id)?;
     let snapshot = pool.snapshot();
-    let ready = snapshot.phase == Phase::Ready;
+    let ready = snapshot.phase == Phase::Ready && snapshot.distrust.is_none();
     let body = Json(PoolHealth {
         pool_id: id,
         ready,

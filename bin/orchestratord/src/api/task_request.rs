@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use llama_orch_types::ErrorCode;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use utoipa::ToSchema;
 use worker_adapters_adapter_api::{ChatMessage, SamplingParams, TaskInput};
 
@@ -42,9 +42,11 @@ pub struct TaskRequest {
     #[schema(minimum = 0, maximum = 1)]
     pub min_p: Option<f64>,
     /// 1 is off.
-    #[schema(minimum = 0, maximum = 10)]
+    #[schema(minimum = 0.01, maximum = 10)]
     pub repeat_penalty: Option<f64>,
-    /// Texts that end the answer: at most 16, each at most 256 bytes.
+    /// Texts that end the answer: one, or a list of at most 16, each at most
+    /// 256 bytes.
+    #[serde(deserialize_with = "one_or_many")]
     pub stop: Vec<String>,
     /// A GBNF grammar that the answer must follow.
     pub grammar: Option<String>,
@@ -96,7 +98,11 @@ impl TaskRequest {
         check_range("temperature", self.temperature, 0.0, 5.0)?;
         check_range("top_p", self.top_p, 0.0, 1.0)?;
         check_range("min_p", self.min_p, 0.0, 1.0)?;
-        check_range("repeat_penalty", self.repeat_penalty, 0.0, 10.0)?;
+        check_range("repeat_penalty", self.repeat_penalty, 0.01, 10.0)?;
+        if self.seed == Some(u32::MAX) {
+            // llama.cpp's word for "choose one".
+            return Err(invalid(format!("`seed` must be below {}", u32::MAX)));
+        }
         if self.grammar.is_some() && self.json_schema.is_some() {
             return Err(invalid("`grammar` and `json_schema` exclude each other"));
         }
@@ -147,6 +153,19 @@ impl TaskRequest {
             other => Ok(other),
         }
     }
+}
+
+fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "`stop` must be a text or a list of texts")]
+    enum OneOrMany {
+        One(String),
+        Many(Vec<String>),
+    }
+    Ok(match OneOrMany::deserialize(deserializer)? {
+        OneOrMany::One(text) => vec![text],
+        OneOrMany::Many(texts) => texts,
+    })
 }
 
 fn check_messages(messages: &[ChatMessage]) -> Result<(), Failure> {
@@ -207,6 +226,8 @@ mod tests {
                 "exclude",
             ),
             (r#"{"prompt":"a","deadline_ms":0}"#, "deadline_ms"),
+            (r#"{"prompt":"a","repeat_penalty":0}"#, "repeat_penalty"),
+            (r#"{"prompt":"a","seed":4294967295}"#, "seed"),
             (r#"{"prompt":"a","seed":-1}"#, "seed"),
         ] {
             let failure = check(body).unwrap_err();
@@ -224,6 +245,7 @@ mod tests {
     fn what_is_right_is_taken() {
         check(r#"{"prompt":"a","seed":1,"temperature":0,"stop":["\n"],"priority":"batch"}"#)
             .unwrap();
+        check(r#"{"prompt":"a","stop":"\n"}"#).unwrap();
         check(r#"{"messages":[{"role":"user","content":""}],"json_schema":{"type":"object"}}"#)
             .unwrap();
     }

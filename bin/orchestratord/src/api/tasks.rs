@@ -5,10 +5,10 @@ use std::time::SystemTime;
 
 use axum::Json;
 use axum::body::{Body, Bytes};
-use axum::extract::rejection::{BytesRejection, QueryRejection};
+use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
 use axum::extract::{Extension, Path, Query, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use llama_orch_types::TaskId;
 use provision_kit::progress::StepKind;
@@ -84,6 +84,28 @@ impl Preparation {
             });
         }
         Self { steps }
+    }
+}
+
+impl Preparation {
+    /// For people, in one line; `None` if nothing is being prepared.
+    pub fn in_words(&self) -> Option<String> {
+        let step = |step: &PreparationStep| {
+            let share = step
+                .progress
+                .map(|share| format!(" {:.0} %", share * 100.0));
+            let left = step
+                .estimated_ms
+                .map(|left| format!(", about {} s left", left / 1000));
+            format!(
+                "{}{}{}",
+                step.description,
+                share.unwrap_or_default(),
+                left.unwrap_or_default()
+            )
+        };
+        let steps: Vec<String> = self.steps.iter().map(step).collect();
+        (!steps.is_empty()).then(|| format!("preparing: {}", steps.join("; ")))
     }
 }
 
@@ -208,11 +230,17 @@ pub async fn submit_to(
         max_tokens_given: max_tokens.is_some(),
         fits: false,
         attempts: 0,
+        serial: 0,
     };
     // With the engine at hand a task that does not fit is refused here; while
-    // it is not, the same check is made when the task's turn comes.
+    // it is not, the same check is made when the task's turn comes. Nor is the
+    // engine asked about tasks that a full queue refuses anyway.
     let snapshot = pool.snapshot();
-    if let Some(context) = snapshot.context.filter(|_| snapshot.phase == Phase::Ready) {
+    let room = snapshot.queued() < settings.queue_capacity;
+    if let Some(context) = snapshot
+        .context
+        .filter(|_| room && snapshot.phase == Phase::Ready)
+    {
         match fit(&state.host, &context, &mut submission).await {
             Err(failure) if !failure.retriable => return Err(failure),
             Ok(()) | Err(_) => {}
@@ -237,15 +265,23 @@ pub async fn submit_to(
 )]
 pub async fn show(
     State(state): State<Arc<AppState>>,
-    Path(id): Path<String>,
+    path: Result<Path<String>, PathRejection>,
 ) -> Result<Json<TaskView>, ApiError> {
+    let Path(id) = path?;
     let record = state.task(&id)?;
-    let pool = state.pool(record.pool.as_str())?;
-    let position = pool.position(record.id).await?;
+    // A task that is over needs no word from its pool, which may be gone.
+    let position = if record.log.is_closed() {
+        None
+    } else {
+        state
+            .pool(record.pool.as_str())?
+            .position(record.id)
+            .await?
+    };
     let (text, pieces) = record.log.text();
     let (status, end, error) = match record.log.last() {
-        Some(TaskEvent::End(end)) => (ended(&end), Some(end), None),
-        Some(TaskEvent::Error(failure)) => (TaskStatus::Failed, None, Some(failure)),
+        Some(TaskEvent::End(end)) => (ended(&end), Some(*end), None),
+        Some(TaskEvent::Error(failure)) => (TaskStatus::Failed, None, Some(*failure)),
         _ if position.is_some() => (TaskStatus::Queued, None, None),
         _ => (TaskStatus::Running, None, None),
     };
@@ -291,11 +327,12 @@ fn unix_seconds(time: SystemTime) -> u64 {
 )]
 pub async fn events(
     State(state): State<Arc<AppState>>,
-    Path(id): Path<String>,
+    method: Method,
+    path: Result<Path<String>, PathRejection>,
     query: Result<Query<EventsQuery>, QueryRejection>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let Query(query) = query?;
+    let (Path(id), Query(query)) = (path?, query?);
     let record = state.task(&id)?;
     let view = View {
         after: last_event_id(&headers)?,
@@ -303,20 +340,7 @@ pub async fn events(
         fallback: state.is_fallback(&record.pool),
         keep_alive: KEEP_ALIVE,
     };
-    let presence = {
-        let (pool, task) = (state.pool(record.pool.as_str())?.clone(), record.id);
-        Presence::new(Arc::clone(&record), move || {
-            // Dropped by the server's own task, so there is a runtime; the
-            // cancel has a bound of its own.
-            tokio::spawn(async move { pool.cancel(task).await });
-        })
-    };
-    let body = Body::from_stream(render_sse_for_task(
-        record.log.cursor(view.after),
-        view,
-        presence,
-    ));
-    let headers = [
+    let answer_headers = [
         (CONTENT_TYPE, "text/event-stream"),
         (CACHE_CONTROL, "no-cache"),
         // Asks proxies that know it not to hold tokens back.
@@ -325,7 +349,25 @@ pub async fn events(
             "no",
         ),
     ];
-    Ok((headers, body).into_response())
+    if method == Method::HEAD {
+        // Somebody who only looks at the headers is no reader.
+        return Ok(answer_headers.into_response());
+    }
+    let presence = {
+        let (pool, task) = (state.pool(record.pool.as_str())?.clone(), record.id);
+        Presence::new(Arc::clone(&record), move || {
+            // Dropped by the server's own task, so there is a runtime; the
+            // cancel has a bound of its own.
+            tokio::spawn(async move { pool.cancel(task).await });
+        })
+    };
+    let status = {
+        let pool = state.pool(record.pool.as_str())?.clone();
+        move || Preparation::of(&pool).in_words()
+    };
+    let cursor = record.log.cursor(view.after);
+    let body = Body::from_stream(render_sse_for_task(cursor, view, presence, status));
+    Ok((answer_headers, body).into_response())
 }
 
 fn last_event_id(headers: &HeaderMap) -> Result<u64, ApiError> {
@@ -347,10 +389,15 @@ fn last_event_id(headers: &HeaderMap) -> Result<u64, ApiError> {
 )]
 pub async fn cancel(
     State(state): State<Arc<AppState>>,
-    Path(id): Path<String>,
+    path: Result<Path<String>, PathRejection>,
 ) -> Result<Json<CancelAnswer>, ApiError> {
+    let Path(id) = path?;
     let record = state.task(&id)?;
-    let cancelled = state.pool(record.pool.as_str())?.cancel(record.id).await?;
+    let cancelled = if record.log.is_closed() {
+        Cancelled::Over
+    } else {
+        state.pool(record.pool.as_str())?.cancel(record.id).await?
+    };
     let freed_ms = match cancelled {
         // The engine never had it, or had ended with it already.
         Cancelled::Queued | Cancelled::Running(CancelReport::NotRunning) => Some(0),

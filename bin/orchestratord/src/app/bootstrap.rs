@@ -69,6 +69,22 @@ pub enum StartError {
     Serve(#[source] std::io::Error),
     #[error("signals cannot be listened to")]
     Signals(#[source] std::io::Error),
+    #[error("another orchestratord ({holder}) uses the runtime directory {}", .dir.display())]
+    RuntimeDirTaken {
+        dir: std::path::PathBuf,
+        holder: String,
+    },
+    #[error("could not use the runtime directory {}", .dir.display())]
+    RuntimeDir {
+        dir: std::path::PathBuf,
+        #[source]
+        source: provision_kit::lock::LockError,
+    },
+    #[error("{name} is set and cannot be used: {problem}")]
+    Variable {
+        name: &'static str,
+        problem: &'static str,
+    },
     #[error("could not write {what}")]
     Write {
         what: String,
@@ -93,6 +109,11 @@ impl Hinted for StartError {
                 env::REQUIRE_REAL_LLAMA
             )),
             Self::Write { source, .. } => source.hint(),
+            Self::RuntimeDirTaken { .. } => Some(
+                "stop it first, or start this one with another --runtime-dir (and another pool or --cache-dir)".to_owned(),
+            ),
+            Self::RuntimeDir { source, .. } => source.hint(),
+            Self::Variable { name, .. } => Some(format!("give {name} a value, or unset it")),
             #[cfg(feature = "provisioning")]
             Self::Models(error) => error.hint(),
             Self::Serve(_) | Self::Signals(_) => None,
@@ -122,15 +143,19 @@ pub struct App {
 impl Plan {
     /// Reads what the environment says and checks everything together.
     pub fn new(loaded: Loaded, reporter: Arc<dyn Reporter>) -> Result<Self, StartError> {
-        let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
-        let real_only = env::real_engines_only(variable(env::REQUIRE_REAL_LLAMA).as_deref());
-        if real_only && variable(env::SHIM_URL).is_some() {
+        let real_only = env::real_engines_only(variable(env::REQUIRE_REAL_LLAMA)?.as_deref());
+        if real_only && std::env::var_os(env::SHIM_URL).is_some_and(|url| !url.is_empty()) {
             return Err(StartError::ShimRefused);
         }
-        let token = loaded
-            .config
-            .token(variable(env::TOKEN))
-            .map_err(StartError::Setup)?;
+        let from_env = variable(env::TOKEN)?;
+        if from_env.as_deref() == Some("") {
+            // A secret that did not arrive must not open the door.
+            return Err(StartError::Variable {
+                name: env::TOKEN,
+                problem: "it is empty",
+            });
+        }
+        let token = loaded.config.token(from_env).map_err(StartError::Setup)?;
         loaded
             .check(token.is_some(), real_only)
             .map_err(StartError::Setup)?;
@@ -140,6 +165,19 @@ impl Plan {
             real_only,
             reporter,
         })
+    }
+}
+
+/// A variable of ours, if it is set. One that is no text was meant to say
+/// something, and is not passed over.
+fn variable(name: &'static str) -> Result<Option<String>, StartError> {
+    match std::env::var(name) {
+        Ok(value) => Ok(Some(value)),
+        Err(std::env::VarError::NotPresent) => Ok(None),
+        Err(std::env::VarError::NotUnicode(_)) => Err(StartError::Variable {
+            name,
+            problem: "it is not UTF-8",
+        }),
     }
 }
 
@@ -160,7 +198,11 @@ pub fn directories(config: &Config) -> Result<(CacheDirs, RuntimeDirs), StartErr
 pub fn start(plan: Plan) -> Result<App, StartError> {
     let config = plan.loaded.config;
     let dirs = directories(&config)?;
-    let host = AdapterHost::new(HostSettings::default());
+    let host = AdapterHost::new(HostSettings {
+        first_token_timeout: Duration::from_secs(config.tasks.first_token_seconds),
+        next_token_timeout: Duration::from_secs(config.tasks.next_token_seconds),
+        ..HostSettings::default()
+    });
     let pools: BTreeMap<PoolId, PoolHandle> = config
         .pools
         .iter()
@@ -316,7 +358,10 @@ pub async fn serve(app: App, listener: TcpListener, shutdown: Shutdown) -> Resul
     };
     let mut server = std::pin::pin!(server);
     tokio::select! {
-        ended = &mut server => return ended.unwrap_or(Ok(())).map_err(StartError::Serve),
+        ended = &mut server => {
+            let ended = ended.unwrap_or_else(|broken| Err(std::io::Error::other(broken)));
+            return ended.map_err(StartError::Serve);
+        }
         () = shutdown.asked.cancelled() => {}
     }
     // Reads go on while tasks finish; their streams end with their logs.
@@ -351,7 +396,10 @@ async fn no_engine(pool: PoolHandle, stop: CancellationToken) {
         "this build of orchestratord provisions no engine",
     )
     .with_hint("use a build with the feature `provisioning`, which is on by default");
-    pool.change(crate::services::pool::Change::Failed(failure))
-        .await;
+    pool.change(crate::services::pool::Change::Failed {
+        failure,
+        exited: false,
+    })
+    .await;
     stop.cancelled().await;
 }

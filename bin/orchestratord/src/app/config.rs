@@ -17,9 +17,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer};
 
 #[cfg(feature = "provisioning")]
-use provisioners_engine_provisioner::{EngineConfig, Profile};
+use llama_orch_types::{Digest, ModelMetadata};
 #[cfg(feature = "provisioning")]
-use provisioners_model_provisioner::ModelProvisionerConfig;
+use provisioners_engine_provisioner::{EngineConfig, LaunchSpec, Profile};
+#[cfg(feature = "provisioning")]
+use provisioners_model_provisioner::{ModelError, ModelProvisionerConfig, ModelRef, Profiles};
 
 /// The file that is read when it is there and none is named.
 pub const DEFAULT_FILE: &str = "orchestratord.yaml";
@@ -30,6 +32,7 @@ pub const DEFAULT_FILE: &str = "orchestratord.yaml";
 pub struct Config {
     /// Address and port to listen on. An address that other machines can
     /// reach needs a token.
+    #[serde(deserialize_with = "address")]
     #[schemars(with = "String")]
     pub listen: SocketAddr,
     pub auth: Auth,
@@ -120,6 +123,15 @@ pub struct TasksConfig {
     #[serde(deserialize_with = "ranged::<_, u64, 0, 1_000_000>")]
     #[schemars(range(min = 0, max = 1_000_000))]
     pub keep_at_most: u64,
+    /// How long the engine may take for a prompt before the first token, in
+    /// seconds (1 to 86400). One that takes longer counts as hung.
+    #[serde(deserialize_with = "ranged::<_, u64, 1, 86_400>")]
+    #[schemars(range(min = 1, max = 86_400))]
+    pub first_token_seconds: u64,
+    /// How long the engine may take between two tokens, in seconds (1 to 86400).
+    #[serde(deserialize_with = "ranged::<_, u64, 1, 86_400>")]
+    #[schemars(range(min = 1, max = 86_400))]
+    pub next_token_seconds: u64,
     /// The largest request body, in bytes (1 KiB to 256 MiB).
     #[serde(deserialize_with = "ranged::<_, u64, 1024, 268_435_456>")]
     #[schemars(range(min = 1024, max = 268_435_456))]
@@ -131,6 +143,8 @@ impl Default for TasksConfig {
         Self {
             keep_seconds: 600,
             keep_at_most: 1000,
+            first_token_seconds: 300,
+            next_token_seconds: 60,
             max_body_bytes: 4 * 1024 * 1024,
         }
     }
@@ -217,6 +231,31 @@ impl Default for PoolConfig {
 
 #[cfg(feature = "provisioning")]
 impl PoolConfig {
+    /// A launch of a model that does not exist, to see whether the flags fit
+    /// together.
+    fn trial_launch(&self, id: &PoolId) -> LaunchSpec {
+        let model = ModelMetadata {
+            id: self.model.clone(),
+            path: PathBuf::from("model.gguf"),
+            digest: Digest::from_bytes([0; 32]),
+            size_bytes: 0,
+            architecture: None,
+            quantization: None,
+            parameter_count: None,
+            ctx_max: None,
+            chat_template: None,
+        };
+        LaunchSpec {
+            ctx: self.ctx,
+            slots: self.slots,
+            profile: self.effective_profile(),
+            threads: self.threads,
+            gpu_layers: self.gpu_layers,
+            flags: self.flags.clone(),
+            ..LaunchSpec::new(id.clone(), model)
+        }
+    }
+
     /// The profile in force.
     pub fn effective_profile(&self) -> Profile {
         self.profile.unwrap_or(if self.slots == 1 {
@@ -332,9 +371,13 @@ impl Loaded {
     /// Names a setting, with its line if the file holds it.
     pub fn place(&self, keys: &[&str]) -> Place {
         let origin = self.origin.as_ref();
+        let line = origin.and_then(|(_, text)| line_of(text, keys));
         Place {
-            file: origin.map(|(path, _)| path.clone()),
-            line: origin.and_then(|(_, text)| line_of(text, keys)),
+            // A setting that the file does not hold came from elsewhere.
+            file: origin
+                .filter(|_| line.is_some())
+                .map(|(path, _)| path.clone()),
+            line,
             key: keys.join("."),
         }
     }
@@ -400,6 +443,19 @@ impl Loaded {
             ));
         }
         #[cfg(feature = "provisioning")]
+        self.check_provisioning(id, pool)?;
+        Ok(())
+    }
+}
+
+#[cfg(feature = "provisioning")]
+impl Loaded {
+    /// What would only fail when the engine and the model have been provided.
+    fn check_provisioning(&self, id: &PoolId, pool: &PoolConfig) -> Result<(), SetupError> {
+        use llama_orch_types::Hinted;
+        use provision_kit::chain::one_line;
+
+        let at = |key| ["pools", id.as_str(), key];
         if pool.profile == Some(Profile::Deterministic) && pool.slots > 1 {
             return Err(self.rule(
                 &at("slots"),
@@ -410,7 +466,35 @@ impl Loaded {
                 "set `slots: 1`, or `profile: throughput`",
             ));
         }
+        if pool.engine != EngineKind::Llamacpp {
+            return Ok(());
+        }
+        if let Err(error) = check_model(&self.config.models, &pool.model) {
+            let hint = error.hint().unwrap_or_default();
+            return Err(self.rule(&at("model"), one_line(&error), hint));
+        }
+        if let Err(error) = provisioners_engine_provisioner::render_argv(&pool.trial_launch(id), 1)
+        {
+            let hint = error.hint().unwrap_or_default();
+            return Err(self.rule(&at("flags"), one_line(&error), hint));
+        }
         Ok(())
+    }
+}
+
+/// Whether a model can be meant by this: a reference, or a profile that exists.
+#[cfg(feature = "provisioning")]
+fn check_model(config: &ModelProvisionerConfig, reference: &str) -> Result<(), ModelError> {
+    let parsed: ModelRef = reference.parse()?;
+    let profiles = Profiles::new(&config.profiles)?;
+    match parsed {
+        ModelRef::Profile { name } if profiles.get(&name).is_none() => {
+            Err(ModelError::UnknownProfile {
+                name,
+                known: profiles.names().map(str::to_owned).collect(),
+            })
+        }
+        _ => Ok(()),
     }
 }
 
@@ -442,29 +526,43 @@ impl Config {
 /// The line (from 1) of a key in block-style YAML, by indentation; `None`
 /// where the text is written otherwise.
 fn line_of(text: &str, keys: &[&str]) -> Option<usize> {
-    let mut wanted = keys.iter();
-    let mut key = wanted.next()?;
-    let mut parent_indent = None;
+    // The keys found so far, by their indentation: one is left when a line
+    // stands no deeper.
+    let mut found: Vec<usize> = Vec::new();
     for (index, line) in text.lines().enumerate() {
         let content = line.trim_start();
         if content.is_empty() || content.starts_with('#') {
             continue;
         }
         let indent = line.len() - content.len();
+        while found.last().is_some_and(|parent| indent <= *parent) {
+            found.pop();
+        }
         let name = content
             .split(':')
             .next()
             .unwrap_or_default()
             .trim_matches(['"', '\'']);
-        if name == *key && parent_indent.is_none_or(|parent| indent > parent) {
-            match wanted.next() {
-                None => return Some(index + 1),
-                Some(next) => key = next,
+        if keys.get(found.len()).is_some_and(|key| name == *key) {
+            if found.len() + 1 == keys.len() {
+                return Some(index + 1);
             }
-            parent_indent = Some(indent);
+            found.push(indent);
         }
     }
     None
+}
+
+fn address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SocketAddr, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let numeric = text
+        .strip_prefix("localhost:")
+        .map(|port| format!("127.0.0.1:{port}"));
+    numeric.as_deref().unwrap_or(&text).parse().map_err(|_| {
+        serde::de::Error::custom(format!(
+            "`{text}` is no address: an IP address and a port are expected, such as 127.0.0.1:8080"
+        ))
+    })
 }
 
 fn engine_kind<'de, D: Deserializer<'de>>(deserializer: D) -> Result<EngineKind, D::Error> {
@@ -558,6 +656,9 @@ mod tests {
             ("pools:\n  a:\n    slots: 0\n", ":3", "out of range"),
             ("pools:\n  A:\n    slots: 1\n", ":2", "A"),
             ("pools:\n  a:\n    engine: vllm\n", ":3", "vllm"),
+            ("pools:\n  a:\n    model: haikuu\n", ":3", "haikuu"),
+            ("pools:\n  a:\n    flags: [--port, '1']\n", ":3", "--port"),
+            ("listen: somewhere\n", ":1", "somewhere"),
             ("drain_seconds: soon\n", ":1", "drain_seconds"),
             ("# why not\nlisten: 0.0.0.0:8080\n", ":2", "listen"),
             (
@@ -605,5 +706,8 @@ mod tests {
         let text = "a:\n  x: 1\n# x: 9\nb:\n  x: 2\n";
         assert_eq!(line_of(text, &["b", "x"]), Some(5));
         assert_eq!(line_of(text, &["c", "x"]), None);
+        let text = "pools:\n  a:\n    ctx: 1\n  b:\n    slots: 2\n";
+        assert_eq!(line_of(text, &["pools", "a", "slots"]), None);
+        assert_eq!(line_of(text, &["pools", "b", "slots"]), Some(5));
     }
 }

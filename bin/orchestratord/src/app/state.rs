@@ -10,6 +10,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 
 use super::config::Token;
 use crate::services::event_log::Failure;
+use crate::services::failure::shortened;
 use crate::services::pool::PoolHandle;
 use crate::services::tasks::TaskRegistry;
 
@@ -42,6 +43,7 @@ impl AppState {
         model: Option<&str>,
     ) -> Result<&PoolHandle, Failure> {
         use llama_orch_types::ErrorCode;
+        let model = model.map(shortened);
         if let Some(pool) = pool {
             let found = self.pool(pool)?;
             return match model {
@@ -96,8 +98,11 @@ impl AppState {
         use llama_orch_types::ErrorCode;
         let found = id.parse::<TaskId>().ok().and_then(|id| self.tasks.get(id));
         found.ok_or_else(|| {
-            Failure::new(ErrorCode::TaskNotFound, format!("there is no task `{id}`"))
-                .with_hint("finished tasks are kept for a while only; see `tasks.keep_seconds`")
+            Failure::new(
+                ErrorCode::TaskNotFound,
+                format!("there is no task `{}`", shortened(id)),
+            )
+            .with_hint("finished tasks are kept for a while only; see `tasks.keep_seconds`")
         })
     }
 

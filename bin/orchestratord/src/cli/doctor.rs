@@ -78,8 +78,19 @@ async fn provisioning(
     report::line("To build an engine from source:");
     report::line(found.to_string().trim_end());
     models(config, cache, runtime).await;
+    let engines = engines_at_hand(cache);
+    report::line("");
+    match engines.as_slice() {
+        [] => report::line("Engines at hand: none; the first start provides one"),
+        engines => {
+            report::line("Engines at hand:");
+            for engine in engines {
+                report::line(format!("found    {}", engine.display()));
+            }
+        }
+    }
     // An engine at hand needs no tools to build one.
-    found.can_build() || engine_at_hand(cache)
+    found.can_build() || !engines.is_empty()
 }
 
 #[cfg(feature = "provisioning")]
@@ -119,13 +130,15 @@ async fn models(config: &Config, cache: &CacheDirs, runtime: &provision_kit::dir
     }
 }
 
-/// Whether an engine was provided here before, or the system has one.
+/// Engines that were provided here before, and the one on PATH.
 #[cfg(feature = "provisioning")]
-fn engine_at_hand(cache: &CacheDirs) -> bool {
+fn engines_at_hand(cache: &CacheDirs) -> Vec<std::path::PathBuf> {
     let system = provisioners_engine_provisioner::machine::find_on_path("llama-server");
-    let cached = std::fs::read_dir(cache.engines()).is_ok_and(|entries| {
-        let mut entries = entries.filter_map(Result::ok);
-        entries.any(|entry| entry.path().join("manifest.json").exists())
-    });
-    system.is_some() || cached
+    let entries = std::fs::read_dir(cache.engines()).into_iter().flatten();
+    let cached = entries.filter_map(Result::ok).map(|entry| entry.path());
+    let whole = cached.filter(|dir| dir.join("manifest.json").exists());
+    system
+        .into_iter()
+        .chain(whole.map(|dir| dir.join("llama-server")))
+        .collect()
 }

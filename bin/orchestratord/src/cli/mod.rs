@@ -64,7 +64,7 @@ struct Common {
     log_format: LogFormat,
     /// What is logged: error, warn, info, debug, trace, or a filter such as
     /// `info,orchestratord=debug`. RUST_LOG overrides it.
-    #[arg(long, global = true, value_name = "LEVEL")]
+    #[arg(long, global = true, value_name = "LEVEL", value_parser = logging::check_level)]
     log_level: Option<String>,
 }
 

@@ -1,7 +1,8 @@
 //! What commands print: answers on standard output, everything else beside it.
 
-#![allow(clippy::print_stderr, clippy::print_stdout)]
+#![allow(clippy::print_stderr, reason = "a program speaks to its user")]
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use llama_orch_types::Hinted;
@@ -23,9 +24,10 @@ pub(super) fn failure(failure: &Failure) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// One line of an answer on standard output.
+/// One line of an answer on standard output. A reader that has gone away
+/// (`| head`) is no error.
 pub(super) fn line(text: impl std::fmt::Display) {
-    println!("{text}");
+    let _ = writeln!(std::io::stdout(), "{text}");
 }
 
 /// One line beside the answer.

@@ -1,9 +1,10 @@
 //! `orchestratord run "PROMPT"`: one answer on the terminal.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use llama_orch_types::PoolId;
@@ -23,6 +24,9 @@ use crate::ui::progress_reporter;
 
 /// How many `run`s may go on at once.
 const MAX_RUNS: u32 = 64;
+
+/// How long an interrupted `run` waits for its engine to let go of the task.
+const CANCEL_LIMIT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
@@ -97,7 +101,7 @@ fn start(context: &Context, args: &RunArgs) -> Result<(App, Shutdown), StartErro
     loaded.config.pools = BTreeMap::from([(own_pool_id(&cache), pool)]);
     let reporter = progress_reporter(context.common.log_format, &context.bars);
     let plan = Plan::new(loaded, reporter)?;
-    let shutdown = shutdown::on_signals().map_err(StartError::Signals)?;
+    let shutdown = shutdown::on_signals(Duration::ZERO).map_err(StartError::Signals)?;
     Ok((bootstrap::start(plan)?, shutdown))
 }
 
@@ -140,25 +144,41 @@ async fn answer(app: &App, args: &RunArgs, shutdown: &Shutdown) -> ExitCode {
     let Some(pool) = app.state.pools.values().next() else {
         return ExitCode::FAILURE;
     };
+    let asked = OnceCell::new();
     let work = async {
         until_ready(pool).await?;
         let begun = Instant::now();
         let (record, _) = submit_to(&app.state, pool, &args.request(), "run").await?;
+        // Set once: this future runs once.
+        let _ = asked.set(record.id);
         let end = print(record.log.cursor(0)).await?;
-        report::aside(summary(&end, begun));
-        Ok::<_, Failure>(end.finish_reason)
+        if let Some(end) = &end {
+            report::aside(summary(end, begun));
+        }
+        Ok::<_, Failure>(end)
     };
-    tokio::select! {
-        done = work => match done {
-            Ok(FinishReason::Cancelled) => ExitCode::FAILURE,
-            Ok(FinishReason::Stop | FinishReason::Length) => ExitCode::SUCCESS,
-            Err(failure) => report::failure(&failure),
-        },
-        () = shutdown.asked.cancelled() => {
-            // Nobody waits for the rest of the answer.
+    let done = tokio::select! {
+        done = work => Some(done),
+        () = shutdown.asked.cancelled() => None,
+    };
+    match done {
+        Some(Ok(Some(end))) if end.finish_reason != FinishReason::Cancelled => ExitCode::SUCCESS,
+        Some(Err(failure)) => report::failure(&failure),
+        // Somebody pressed Ctrl-C, or nobody reads the rest of the answer.
+        interrupted => {
+            if let Some(id) = asked.get() {
+                // The engine ends the sooner for having nothing to do; bounded,
+                // and without a message if it fails.
+                let _ = tokio::time::timeout(CANCEL_LIMIT, pool.cancel(*id)).await;
+            }
             shutdown.hurried.cancel();
-            report::aside("stopped");
-            ExitCode::from(130)
+            match interrupted {
+                None => {
+                    report::aside("stopped");
+                    ExitCode::from(130)
+                }
+                Some(_) => ExitCode::SUCCESS,
+            }
         }
     }
 }
@@ -175,19 +195,23 @@ async fn until_ready(pool: &PoolHandle) -> Result<(), Failure> {
     }
 }
 
-/// Writes the answer as it comes.
-async fn print(mut cursor: Cursor) -> Result<End, Failure> {
+/// Writes the answer as it comes; `None` if its reader has gone away.
+async fn print(mut cursor: Cursor) -> Result<Option<End>, Failure> {
     while let Some(batch) = cursor.read().await {
         for (_, event) in batch {
             match event {
-                TaskEvent::Token(token) => write(&token.t),
+                TaskEvent::Token(token) => {
+                    if write(&token.t).is_err() {
+                        return Ok(None);
+                    }
+                }
                 TaskEvent::End(end) => {
-                    write("\n");
-                    return Ok(end);
+                    let _ = write("\n");
+                    return Ok(Some(*end));
                 }
                 TaskEvent::Error(failure) => {
-                    write("\n");
-                    return Err(failure);
+                    let _ = write("\n");
+                    return Err(*failure);
                 }
                 TaskEvent::Started(_) | TaskEvent::Metrics(_) => {}
             }
@@ -196,10 +220,10 @@ async fn print(mut cursor: Cursor) -> Result<End, Failure> {
     Err(Failure::internal("the answer broke off"))
 }
 
-fn write(text: &str) {
+fn write(text: &str) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
-    // A reader that has gone away (`| head`) is no error worth a message.
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    out.write_all(text.as_bytes())?;
+    out.flush()
 }
 
 fn summary(end: &End, begun: Instant) -> String {

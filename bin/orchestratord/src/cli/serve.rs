@@ -4,7 +4,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use provision_kit::fs::{create_dir_all, write_atomic};
+use provision_kit::fs::write_atomic;
+use provision_kit::lock::FileLock;
 use serde::Serialize;
 use tokio::net::TcpListener;
 
@@ -26,7 +27,8 @@ async fn try_serve(context: Context) -> Result<(), StartError> {
     let config = loaded.config.clone();
     let reporter = progress_reporter(context.common.log_format, &context.bars);
     let plan = Plan::new(loaded, reporter)?;
-    let shutdown = shutdown::on_signals().map_err(StartError::Signals)?;
+    let shutdown = shutdown::on_signals(config.drain()).map_err(StartError::Signals)?;
+    let _only_one = lock_runtime_dir(&config)?;
     let listener = bind(config.listen).await?;
     let address = listener.local_addr().unwrap_or(config.listen);
     let app = bootstrap::start(plan)?;
@@ -36,6 +38,27 @@ async fn try_serve(context: Context) -> Result<(), StartError> {
     drop(presence);
     tracing::info!("stopped");
     served
+}
+
+/// Handoff files tell others what runs here, so two daemons cannot share their
+/// directory.
+fn lock_runtime_dir(config: &Config) -> Result<FileLock, StartError> {
+    let (_, runtime) = bootstrap::directories(config)?;
+    let path = runtime.root().join("orchestratord.lock");
+    match FileLock::try_acquire(&path) {
+        Ok(Some(lock)) => Ok(lock),
+        Ok(None) => Err(StartError::RuntimeDirTaken {
+            dir: runtime.root().to_owned(),
+            holder: std::fs::read_to_string(&path)
+                .unwrap_or_default()
+                .trim()
+                .to_owned(),
+        }),
+        Err(source) => Err(StartError::RuntimeDir {
+            dir: runtime.root().to_owned(),
+            source,
+        }),
+    }
 }
 
 async fn bind(address: SocketAddr) -> Result<TcpListener, StartError> {
@@ -65,13 +88,12 @@ impl Presence {
             version: env!("CARGO_PKG_VERSION"),
         };
         // Numbers and strings only, which JSON always holds.
-        let text = serde_json::to_vec_pretty(&listening).unwrap_or_default();
-        create_dir_all(runtime.root())
-            .and_then(|()| write_atomic(&path, &text))
-            .map_err(|source| StartError::Write {
-                what: format!("{}", path.display()),
-                source,
-            })?;
+        let mut text = serde_json::to_vec_pretty(&listening).unwrap_or_default();
+        text.push(b'\n');
+        write_atomic(&path, &text).map_err(|source| StartError::Write {
+            what: format!("{}", path.display()),
+            source,
+        })?;
         Ok(Self(path))
     }
 }

@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use self::restart::{Ending, RestartPolicy, Verdict};
 use crate::app::config::PoolConfig;
 use crate::services::event_log::Failure;
-use crate::services::pool::{Change, PoolHandle};
+use crate::services::pool::{Change, Phase, PoolHandle};
 use crate::services::telemetry;
 use provision_kit::chain::one_line;
 
@@ -116,9 +116,14 @@ impl Supervisor {
                     }
                 },
             };
-            let delay = self.tell(policy.decide(ending), failure).await;
+            // A pool that is being shut down gets no new engine.
+            if matches!(self.pool.snapshot().phase, Phase::Draining | Phase::Stopped) {
+                return;
+            }
+            let exited = matches!(ending, Ending::Exited { .. });
+            let delay = self.tell(policy.decide(ending), failure, exited).await;
             tokio::select! {
-                () = wait(delay) => {}
+                () = tokio::time::sleep(delay) => {}
                 () = stop.cancelled() => return,
             }
         }
@@ -149,7 +154,8 @@ impl Supervisor {
         Ok(engine)
     }
 
-    /// Model and engine side by side: they do not depend on each other.
+    /// Model and engine side by side: they do not depend on each other, and one's
+    /// failure does not throw away what the other has done so far.
     async fn provide(&self) -> Result<(ModelMetadata, EngineInstallation), ProvisionError> {
         let model = async {
             self.models
@@ -163,7 +169,8 @@ impl Supervisor {
                 .await
                 .map_err(ProvisionError::Engine)
         };
-        tokio::try_join!(model, engine)
+        let (model, engine) = tokio::join!(model, engine);
+        Ok((model?, engine?))
     }
 
     fn launch_spec(&self, model: ModelMetadata) -> LaunchSpec {
@@ -189,6 +196,10 @@ impl Supervisor {
         let context = engine.context().clone();
         let exit = tokio::select! {
             exit = engine.wait_exit() => Some(exit),
+            reason = self.distrusted() => {
+                self.host.unbind(&context.pool_id, &context.replica_id);
+                return Some((ready.elapsed(), self.end_hung(engine, &reason).await));
+            }
             () = self.stop.cancelled() => None,
         };
         self.host.unbind(&context.pool_id, &context.replica_id);
@@ -204,32 +215,51 @@ impl Supervisor {
         tracing::error!(pool = %context.pool_id, status = status, log = tail.join("\n"), "engine ended by itself");
         let message = format!("the engine ended by itself: {status}");
         let failure = Failure::new(ErrorCode::PoolUnavailable, message)
-            .with_hint("it is started again; its log in the cache directory tells more")
+            .with_hint("its log in the cache directory tells more")
             .retriable();
         Some((ready.elapsed(), failure))
     }
 
-    async fn tell(&self, verdict: Verdict, failure: Failure) -> Option<Duration> {
+    /// Why the pool no longer relies on its engine, once it does not.
+    async fn distrusted(&self) -> String {
+        let snapshot = self
+            .pool
+            .wait_for(|snapshot| snapshot.distrust.is_some())
+            .await;
+        match snapshot.and_then(|snapshot| snapshot.distrust) {
+            Some(reason) => reason,
+            // The pool is gone, and we are about to be told.
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Ends an engine that runs and gives no tokens.
+    async fn end_hung(&self, engine: RunningEngine, reason: &str) -> Failure {
+        let report = engine.stop().await;
+        tracing::error!(pool = %self.pool.settings().id, reason, killed = report.killed, "a hung engine was ended");
+        let message = format!("the engine hung and was ended: {reason}");
+        Failure::new(ErrorCode::PoolUnavailable, message)
+            .with_hint(
+                "the machine may be overloaded, or the prompt too long for `first_token_seconds`",
+            )
+            .retriable()
+    }
+
+    async fn tell(&self, verdict: Verdict, failure: Failure, exited: bool) -> Duration {
         let pool = &self.pool.settings().id;
         let (change, delay) = match verdict {
             Verdict::Restart { after } => {
                 tracing::warn!(%pool, after_ms = after.as_millis() as u64, "engine is started again");
-                (Change::Backoff(failure), Some(after))
+                (Change::Backoff(failure), after)
             }
             Verdict::Fail { retry_after } => {
                 let (message, hint) = (&failure.message, failure.hint.as_deref().unwrap_or(""));
                 tracing::error!(%pool, hint, "pool failed: {message}");
-                (Change::Failed(failure), retry_after)
+                let failure = failure.retry_after(retry_after);
+                (Change::Failed { failure, exited }, retry_after)
             }
         };
         self.pool.change(change).await;
         delay
-    }
-}
-
-async fn wait(delay: Option<Duration>) {
-    match delay {
-        Some(delay) => tokio::time::sleep(delay).await,
-        None => std::future::pending().await,
     }
 }

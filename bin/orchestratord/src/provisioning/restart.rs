@@ -15,6 +15,11 @@ const EXITS_BEFORE_FAILING: u32 = 5;
 const FIRST_RETRY: Duration = Duration::from_secs(5);
 const LAST_RETRY: Duration = Duration::from_mins(5);
 
+/// What does not get better by itself is tried again too, but seldom: somebody
+/// may have mended it, and nobody should have to restart the daemon for that.
+const FIRST_SELDOM_RETRY: Duration = Duration::from_mins(2);
+const LAST_SELDOM_RETRY: Duration = Duration::from_hours(1);
+
 /// How one attempt ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ending {
@@ -29,8 +34,8 @@ pub enum Ending {
 pub enum Verdict {
     /// Queued tasks are kept; the engine is started again.
     Restart { after: Duration },
-    /// Queued tasks end; tried again later, or not at all.
-    Fail { retry_after: Option<Duration> },
+    /// Queued tasks end; tried again later.
+    Fail { retry_after: Duration },
 }
 
 /// Counts failures in a row.
@@ -49,18 +54,22 @@ impl RestartPolicy {
                 if self.exits > EXITS_BEFORE_FAILING {
                     self.exits = 0;
                     return Verdict::Fail {
-                        retry_after: Some(LAST_RETRY),
+                        retry_after: LAST_RETRY,
                     };
                 }
                 Verdict::Restart {
                     after: doubled(FIRST_RESTART, self.exits - 1, LAST_RESTART),
                 }
             }
-            Ending::NotStarted { retriable: false } => Verdict::Fail { retry_after: None },
-            Ending::NotStarted { retriable: true } => {
+            Ending::NotStarted { retriable } => {
                 self.failures += 1;
+                let (first, last) = if retriable {
+                    (FIRST_RETRY, LAST_RETRY)
+                } else {
+                    (FIRST_SELDOM_RETRY, LAST_SELDOM_RETRY)
+                };
                 Verdict::Fail {
-                    retry_after: Some(doubled(FIRST_RETRY, self.failures - 1, LAST_RETRY)),
+                    retry_after: doubled(first, self.failures - 1, last),
                 }
             }
         }
@@ -92,12 +101,7 @@ mod tests {
             }
         }
         assert!(delays.is_sorted());
-        assert!(matches!(
-            policy.decide(SHORT),
-            Verdict::Fail {
-                retry_after: Some(_)
-            }
-        ));
+        assert!(matches!(policy.decide(SHORT), Verdict::Fail { .. }));
         policy.decide(SHORT);
         assert_eq!(
             policy.decide(LONG),
@@ -108,11 +112,13 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_get_better_is_not_tried_again() {
+    fn what_does_not_get_better_is_tried_seldom() {
         let mut policy = RestartPolicy::default();
         assert_eq!(
             policy.decide(Ending::NotStarted { retriable: false }),
-            Verdict::Fail { retry_after: None }
+            Verdict::Fail {
+                retry_after: FIRST_SELDOM_RETRY
+            }
         );
     }
 
@@ -124,7 +130,7 @@ mod tests {
             for ending in endings {
                 match policy.decide(ending) {
                     Verdict::Restart { after } => prop_assert!(after >= FIRST_RESTART && after <= LAST_RESTART),
-                    Verdict::Fail { retry_after } => prop_assert!(retry_after.unwrap() <= LAST_RETRY),
+                    Verdict::Fail { retry_after } => prop_assert!(retry_after <= LAST_SELDOM_RETRY),
                 }
             }
         }

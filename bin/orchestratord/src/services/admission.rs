@@ -46,6 +46,8 @@ pub struct QueueFull {
 /// What the queue keeps of a task. `T` is the owner's part.
 #[derive(Debug)]
 pub struct Entry<T> {
+    /// Given by the queue: the order of admission.
+    pub serial: u64,
     pub id: TaskId,
     pub priority: Priority,
     /// When it was admitted: ageing counts from here.
@@ -66,6 +68,7 @@ pub struct AdmissionQueue<T> {
     ageing: Duration,
     /// An aged batch task had the last turn, so the next is an interactive one's.
     aged_went_last: bool,
+    next_serial: u64,
 }
 
 impl<T> AdmissionQueue<T> {
@@ -77,6 +80,7 @@ impl<T> AdmissionQueue<T> {
             capacity,
             ageing,
             aged_went_last: false,
+            next_serial: 1,
         }
     }
 
@@ -119,21 +123,26 @@ impl<T> AdmissionQueue<T> {
     }
 
     /// Takes a task in, or gives it back.
-    pub fn push(&mut self, entry: Entry<T>) -> Result<(), (QueueFull, Entry<T>)> {
+    pub fn push(&mut self, mut entry: Entry<T>) -> Result<(), (QueueFull, Entry<T>)> {
         if let Err(full) = self.check_room() {
             return Err((full, entry));
         }
+        entry.serial = self.next_serial;
+        self.next_serial += 1;
         self.note_deadline(&entry);
         self.line(entry.priority).push_back(entry);
         Ok(())
     }
 
-    /// Puts a task back to the front of its priority: its turn had come, but
-    /// the engine could not take it. Never refused, since the task was admitted
-    /// before; so at most the engine's slots may stand here beyond the capacity.
+    /// Puts a task back to the place that its admission gave it: its turn had
+    /// come, but the engine could not take it. Never refused, since the task was
+    /// admitted before; so at most the engine's slots may stand here beyond the
+    /// capacity.
     pub fn put_back(&mut self, entry: Entry<T>) {
         self.note_deadline(&entry);
-        self.line(entry.priority).push_front(entry);
+        let line = self.line(entry.priority);
+        let place = line.partition_point(|waiting| waiting.serial < entry.serial);
+        line.insert(place, entry);
     }
 
     /// The task whose turn it is.
@@ -238,6 +247,7 @@ mod tests {
 
     fn entry(priority: Priority, queued: Instant, deadline: Option<Instant>) -> Entry<()> {
         Entry {
+            serial: 0,
             id: TaskId::generate(),
             priority,
             queued,
@@ -382,5 +392,28 @@ mod tests {
         assert_eq!(queue.position(id, now), Some(0));
         assert!(queue.check_room().is_err());
         assert_eq!(queue.pop(now).unwrap().id, id);
+    }
+
+    #[test]
+    fn tasks_put_back_in_any_order_stand_in_the_order_of_their_admission() {
+        let now = Instant::now();
+        let mut queue = AdmissionQueue::new(4, AGEING);
+        let ids: Vec<TaskId> = (0..4)
+            .map(|_| {
+                let new = entry(Priority::Interactive, now, None);
+                let id = new.id;
+                queue.push(new).unwrap();
+                id
+            })
+            .collect();
+        let mut taken: Vec<_> = (0..3).map(|_| queue.pop(now).unwrap()).collect();
+        taken.rotate_left(1);
+        for entry in taken {
+            queue.put_back(entry);
+        }
+        let order: Vec<TaskId> = std::iter::from_fn(|| queue.pop(now))
+            .map(|entry| entry.id)
+            .collect();
+        assert_eq!(order, ids);
     }
 }

@@ -11,7 +11,7 @@ use metrics::{counter, histogram};
 use tokio_util::sync::CancellationToken;
 use worker_adapters_adapter_api::{CancelReport, EndSummary, TaskInput, TokenEvent, TokenStream};
 
-use super::event_log::{End, Failure, Metrics, Receipt, Started, TaskEvent, Token};
+use super::event_log::{End, EngineSays, Failure, Metrics, Receipt, Started, TaskEvent, Token};
 use super::pool::Submission;
 use super::tasks::TaskRecord;
 use super::telemetry;
@@ -21,7 +21,7 @@ use super::telemetry;
 const MAX_ATTEMPTS: u32 = 10;
 
 /// What it counts for if the engine ended over the task before it had begun to
-/// answer: twice, and the task itself may be what ends it.
+/// answer. The second time it fails: the task itself may be what ends engines.
 const RESET_ATTEMPTS: u32 = MAX_ATTEMPTS / 2;
 
 /// Everything one run needs. It owns the engine's stream and is the only one
@@ -45,6 +45,8 @@ pub struct Finished {
     pub cancelled: Option<CancelReport>,
     /// The task itself, if the engine could not be given it.
     pub returned: Option<Box<Submission>>,
+    /// Why the engine can no longer be relied on, if it cannot.
+    pub distrust: Option<String>,
 }
 
 /// How a run ended.
@@ -53,8 +55,11 @@ pub enum Outcome {
     Completed,
     Cancelled,
     Failed(ErrorCode),
-    /// The engine was not there to take it; the task has not begun.
-    NotTaken,
+    /// The engine was not there to take it, or ended over it; the task has not
+    /// begun.
+    NotTaken {
+        reset: bool,
+    },
 }
 
 impl Outcome {
@@ -63,13 +68,13 @@ impl Outcome {
             Self::Completed => "completed",
             Self::Cancelled => "cancelled",
             Self::Failed(code) => code.as_str(),
-            Self::NotTaken => "not_taken",
+            Self::NotTaken { .. } => "not_taken",
         }
     }
 
     /// Whether the time it took says something about tasks to come.
     pub fn tells_service_time(self) -> bool {
-        matches!(self, Self::Completed | Self::Cancelled)
+        matches!(self, Self::Completed)
     }
 }
 
@@ -89,22 +94,30 @@ impl TaskRun {
             Err(ended) => ended,
         };
         let mut returned = None;
+        let mut distrust = None;
         let (outcome, cancelled) = match pumped {
             Pumped::Ended => (Outcome::Completed, None),
             Pumped::Cancelled(report) => (Outcome::Cancelled, report),
-            Pumped::Failed(failure) => (Outcome::Failed(self.close_with(failure)), None),
-            Pumped::NotTaken(_) if self.cancel.is_cancelled() => (Outcome::Cancelled, None),
-            Pumped::NotTaken(failure) if self.submission.attempts >= MAX_ATTEMPTS => {
+            Pumped::Failed(failure) => {
+                if failure.code == ErrorCode::DecodeTimeout {
+                    distrust = Some(failure.message.clone());
+                }
                 (Outcome::Failed(self.close_with(failure)), None)
             }
+            Pumped::NotTaken(_) if self.cancel.is_cancelled() => (Outcome::Cancelled, None),
             Pumped::NotTaken(failure) => {
-                tracing::info!(task = %id, message = failure.message, "the engine could not take the task; it is kept");
                 self.submission.attempts += match failure.code {
                     ErrorCode::WorkerReset => RESET_ATTEMPTS,
                     _ => 1,
                 };
-                returned = Some(Box::new(self.submission));
-                (Outcome::NotTaken, None)
+                if self.submission.attempts >= MAX_ATTEMPTS {
+                    (Outcome::Failed(self.close_with(failure)), None)
+                } else {
+                    tracing::info!(task = %id, reason = failure.message, "the engine could not take the task; it is kept");
+                    let again = failure.code == ErrorCode::WorkerReset;
+                    returned = Some(Box::new(self.submission));
+                    (Outcome::NotTaken { reset: again }, None)
+                }
             }
         };
         Finished {
@@ -113,6 +126,7 @@ impl TaskRun {
             outcome,
             cancelled,
             returned,
+            distrust,
         }
     }
 
@@ -200,13 +214,18 @@ impl TaskRun {
         counter!(telemetry::TOKENS_IN, "pool" => self.pool_label()).increment(summary.tokens_in);
         counter!(telemetry::TOKENS_OUT, "pool" => self.pool_label()).increment(summary.tokens_out);
         let end = End {
-            tokens_in: summary.tokens_in,
+            tokens_in: Some(summary.tokens_in),
             tokens_out: summary.tokens_out,
             decode_time_ms: summary.decode_time_ms,
             finish_reason: summary.finish_reason,
-            receipt: Some(Box::new(receipt(&self.context, summary))),
+            receipt: Some(receipt(&self.context, Some(summary))),
         };
-        match self.submission.record.log.append(TaskEvent::End(end)) {
+        match self
+            .submission
+            .record
+            .log
+            .append(TaskEvent::End(Box::new(end)))
+        {
             Ok(()) => Pumped::Ended,
             Err(_) => Pumped::Cancelled(None),
         }
@@ -239,9 +258,9 @@ impl TaskRun {
         failure.correlation_id = Some(record.correlation_id.clone());
         tracing::warn!(
             pool = %record.pool, task = %record.id, correlation_id = record.correlation_id,
-            %code, message = failure.message, "task failed"
+            %code, reason = failure.message, "task failed"
         );
-        let _ = record.log.append(TaskEvent::Error(failure));
+        let _ = record.log.append(TaskEvent::Error(Box::new(failure)));
         code
     }
 
@@ -268,10 +287,12 @@ fn started(record: &TaskRecord) -> Started {
         queue_position: admitted.map_or(0, |admitted| admitted.queue_position as u32),
         predicted_start_ms: admitted
             .map_or(0, |admitted| admitted.predicted_start.as_millis() as u64),
+        waited_ms: record.created.elapsed().as_millis() as u64,
     }
 }
 
-fn receipt(context: &ProvisionedContext, summary: &EndSummary) -> Receipt {
+/// What answered; with the engine's own words where it came to them.
+pub fn receipt(context: &ProvisionedContext, summary: Option<&EndSummary>) -> Receipt {
     let model = context.model.as_ref();
     Receipt {
         engine: context.engine.to_string(),
@@ -280,9 +301,11 @@ fn receipt(context: &ProvisionedContext, summary: &EndSummary) -> Receipt {
         provisioning_mode: context.provisioning_mode.to_string(),
         model: model.map(|model| model.id.clone()),
         model_digest: model.map(|model| model.digest.to_string()),
-        tokens_cached: summary.tokens_cached,
-        prompt_time_ms: summary.prompt_time_ms,
-        effective: summary.effective.clone(),
+        engine_says: summary.map(|summary| EngineSays {
+            tokens_cached: summary.tokens_cached,
+            prompt_time_ms: summary.prompt_time_ms,
+            effective: summary.effective.clone(),
+        }),
     }
 }
 

@@ -14,14 +14,15 @@ use tokio::sync::Notify;
 use utoipa::ToSchema;
 use worker_adapters_adapter_api::FinishReason;
 
-/// What happened to a task, in the words of the SSE stream.
+/// What happened to a task, in the words of the SSE stream. Most events are
+/// tokens, so the large ones are boxed.
 #[derive(Debug, Clone, PartialEq)]
 pub enum TaskEvent {
     Started(Started),
     Token(Token),
     Metrics(Metrics),
-    End(End),
-    Error(Failure),
+    End(Box<End>),
+    Error(Box<Failure>),
 }
 
 impl TaskEvent {
@@ -49,6 +50,8 @@ pub struct Started {
     pub queue_position: u32,
     /// What was predicted at admission, in milliseconds.
     pub predicted_start_ms: u64,
+    /// What it came to, in milliseconds.
+    pub waited_ms: u64,
 }
 
 /// Data of `event: token`: a piece of the answer.
@@ -73,18 +76,21 @@ pub struct Metrics {
 /// cancelled.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct End {
-    /// Tokens of the prompt.
-    pub tokens_in: u64,
-    /// Tokens generated.
+    /// Tokens of the prompt; absent if the task was cancelled before the engine
+    /// had told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens_in: Option<u64>,
+    /// Tokens generated; of a cancelled task, the pieces it had streamed.
     pub tokens_out: u64,
-    /// Time the engine spent on generating, in milliseconds.
+    /// Time the engine spent on generating, in milliseconds; of a cancelled
+    /// task, the time since the engine took it.
     pub decode_time_ms: f64,
     /// `stop`, `length` or `cancelled`.
     #[schema(value_type = String)]
     pub finish_reason: FinishReason,
     /// What answered and how; absent where no engine took part.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub receipt: Option<Box<Receipt>>,
+    pub receipt: Option<Receipt>,
 }
 
 /// Says which engine and model answered, and with which parameters.
@@ -99,11 +105,19 @@ pub struct Receipt {
     pub model: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model_digest: Option<String>,
+    /// What the engine said at the end; absent if the task was cancelled.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub engine_says: Option<EngineSays>,
+}
+
+/// The engine's own words about a finished task.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct EngineSays {
     /// Prompt tokens taken from the engine's prompt cache.
     pub tokens_cached: u64,
     /// Time the engine spent on the prompt, in milliseconds.
     pub prompt_time_ms: f64,
-    /// The parameters really in force, in the engine's words.
+    /// The parameters really in force.
     pub effective: serde_json::Value,
 }
 
@@ -186,6 +200,15 @@ impl EventLog {
     /// The last event so far.
     pub fn last(&self) -> Option<TaskEvent> {
         self.lock().last().cloned()
+    }
+
+    /// The prompt's length in tokens, if the engine has told.
+    pub fn tokens_in(&self) -> Option<u64> {
+        let events = self.lock();
+        events.iter().rev().find_map(|event| match event {
+            TaskEvent::Metrics(metrics) => Some(metrics.tokens_in),
+            _ => None,
+        })
     }
 
     /// The answer so far, and the number of its pieces.
@@ -290,7 +313,7 @@ mod tests {
     }
 
     fn end() -> TaskEvent {
-        TaskEvent::Error(Failure::new(ErrorCode::Internal, "over"))
+        TaskEvent::Error(Failure::new(ErrorCode::Internal, "over").into())
     }
 
     async fn read_all(mut cursor: Cursor) -> Vec<(u64, TaskEvent)> {

@@ -14,6 +14,14 @@ use worker_adapters_adapter_api::WorkerError;
 use super::admission::QueueFull;
 use super::event_log::Failure;
 
+/// As much of a client's text as an answer repeats.
+pub fn shortened(text: &str) -> &str {
+    const LIMIT: usize = 100;
+    text.char_indices()
+        .nth(LIMIT)
+        .map_or(text, |(end, _)| &text[..end])
+}
+
 impl Failure {
     #[must_use]
     pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
@@ -61,7 +69,10 @@ impl Failure {
             ErrorCode::QueueFull,
             format!("the queue holds {} tasks, as many as it may", full.capacity),
         )
-        .retry_after(retry_after);
+        .retry_after(retry_after)
+        .with_hint(
+            "come back after `retry_after_ms`; a pool's `queue_capacity` and `slots` can be raised",
+        );
         failure.policy_label = Some("queue_capacity".to_owned());
         failure
     }
@@ -105,6 +116,7 @@ impl Failure {
 
     pub fn pool_not_found<'a>(pool: &str, known: impl IntoIterator<Item = &'a PoolId>) -> Self {
         let known: Vec<&str> = known.into_iter().map(PoolId::as_str).collect();
+        let pool = shortened(pool);
         let hint = match provision_kit::config::nearest(pool, known.iter().copied()) {
             Some(nearest) => format!("did you mean `{nearest}`?"),
             None => format!("the pools are: {}", known.join(", ")),

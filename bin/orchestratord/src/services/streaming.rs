@@ -11,6 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::Stream;
 use serde::Serialize;
+use tokio::time::{Instant, timeout_at};
 
 use super::event_log::{Cursor, TaskEvent};
 use super::tasks::TaskRecord;
@@ -65,19 +66,22 @@ impl<F: FnOnce()> Drop for Presence<F> {
     }
 }
 
-/// The body of an event stream: ends after the terminal event. Dropping it
+/// The body of an event stream: ends after the terminal event. While nothing
+/// happens, a comment says what is waited for, by `status`. Dropping the stream
 /// drops `presence`.
 pub fn render_sse_for_task<P: Send + 'static>(
     cursor: Cursor,
     view: View,
     presence: P,
+    status: impl Fn() -> Option<String> + Clone + Send + 'static,
 ) -> impl Stream<Item = Result<Bytes, Infallible>> + Send {
-    futures::stream::unfold(
-        (cursor, presence),
-        move |(mut cursor, presence)| async move {
+    futures::stream::unfold((cursor, presence), move |(mut cursor, presence)| {
+        let status = status.clone();
+        async move {
+            let silent_until = Instant::now() + view.keep_alive;
             loop {
-                let chunk = match tokio::time::timeout(view.keep_alive, cursor.read()).await {
-                    Err(_) => Bytes::from_static(b": keep-alive\n\n"),
+                let chunk = match timeout_at(silent_until, cursor.read()).await {
+                    Err(_) => comment(status()),
                     Ok(None) => return None,
                     Ok(Some(batch)) => render_batch(&batch, view),
                 };
@@ -86,9 +90,20 @@ pub fn render_sse_for_task<P: Send + 'static>(
                 if !chunk.is_empty() {
                     return Some((Ok(chunk), (cursor, presence)));
                 }
+                if Instant::now() >= silent_until {
+                    return Some((Ok(comment(status())), (cursor, presence)));
+                }
             }
-        },
-    )
+        }
+    })
+}
+
+/// A comment that keeps the connection open. Clients pass over it; people see
+/// what is waited for.
+fn comment(status: Option<String>) -> Bytes {
+    let text = status.unwrap_or_else(|| "keep-alive".to_owned());
+    let line = text.split(['\r', '\n']).collect::<Vec<_>>().join(" ");
+    Bytes::from(format!(": {line}\n\n"))
 }
 
 fn render_batch(batch: &[(u64, TaskEvent)], view: View) -> Bytes {
@@ -150,6 +165,7 @@ mod tests {
             TaskEvent::Started(Started {
                 queue_position: 0,
                 predicted_start_ms: 5,
+                waited_ms: 6,
             }),
             TaskEvent::Token(Token {
                 t: "line\nbreak \"ü\"".to_owned(),
@@ -160,13 +176,13 @@ mod tests {
                 tokens_out: 1,
                 elapsed_ms: 9,
             }),
-            TaskEvent::End(End {
-                tokens_in: 3,
+            TaskEvent::End(Box::new(End {
+                tokens_in: Some(3),
                 tokens_out: 1,
                 decode_time_ms: 1.5,
                 finish_reason: FinishReason::Stop,
                 receipt: None,
-            }),
+            })),
         ]
     }
 
@@ -175,7 +191,7 @@ mod tests {
         for event in events() {
             log.append(event).unwrap();
         }
-        let chunks: Vec<_> = render_sse_for_task(log.cursor(view.after), view, ())
+        let chunks: Vec<_> = render_sse_for_task(log.cursor(view.after), view, (), || None)
             .collect()
             .await;
         chunks
@@ -189,7 +205,7 @@ mod tests {
         insta::assert_snapshot!(render(VIEW).await, @r#"
         id: 1
         event: started
-        data: {"queue_position":0,"predicted_start_ms":5}
+        data: {"queue_position":0,"predicted_start_ms":5,"waited_ms":6}
 
         id: 2
         event: token
@@ -231,7 +247,12 @@ mod tests {
             keep_alive: Duration::from_millis(1),
             ..VIEW
         };
-        let mut stream = Box::pin(render_sse_for_task(log.cursor(0), hasty, ()));
-        assert_eq!(stream.next().await.unwrap().unwrap(), ": keep-alive\n\n");
+        let mut stream = Box::pin(render_sse_for_task(log.cursor(0), hasty, (), || {
+            Some("building\nevent: x".to_owned())
+        }));
+        assert_eq!(
+            stream.next().await.unwrap().unwrap(),
+            ": building event: x\n\n"
+        );
     }
 }

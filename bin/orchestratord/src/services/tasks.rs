@@ -181,7 +181,9 @@ mod tests {
     fn close(record: &TaskRecord) {
         record
             .log
-            .append(TaskEvent::Error(Failure::new(ErrorCode::Internal, "over")))
+            .append(TaskEvent::Error(
+                Failure::new(ErrorCode::Internal, "over").into(),
+            ))
             .unwrap();
     }
 

@@ -1,9 +1,11 @@
 //! Logs: readable lines, or JSON for machines.
 
 use std::io::{self, Write};
+use std::str::FromStr;
 
 use clap::ValueEnum;
 use indicatif::MultiProgress;
+use tracing::level_filters::LevelFilter;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
@@ -14,6 +16,20 @@ pub enum LogFormat {
     Text,
     /// One JSON object for each line.
     Json,
+}
+
+/// Takes a level, or a list of `target=level`. A word that is neither would be
+/// read as a target's name, and silence everything else.
+pub fn check_level(text: &str) -> Result<String, String> {
+    for directive in text.split(',') {
+        let level = directive.rsplit('=').next().unwrap_or_default().trim();
+        if level.is_empty() || LevelFilter::from_str(level).is_err() {
+            return Err(format!(
+                "`{level}` is no level; the levels are off, error, warn, info, debug and trace"
+            ));
+        }
+    }
+    Ok(text.to_owned())
 }
 
 /// Sets the process's log up. `RUST_LOG` overrides `level`.
@@ -50,5 +66,20 @@ impl<'a> MakeWriter<'a> for AroundBars {
 
     fn make_writer(&'a self) -> Self {
         self.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_word_that_is_no_level_is_refused() {
+        for good in ["info", "DEBUG", "off", "warn,orchestratord=debug"] {
+            assert!(check_level(good).is_ok(), "{good}");
+        }
+        for bad in ["loud", "", "orchestratord=", "info,orchestratord"] {
+            assert!(check_level(bad).is_err(), "{bad}");
+        }
     }
 }

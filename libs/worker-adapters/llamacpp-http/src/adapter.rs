@@ -82,7 +82,7 @@ impl LlamaCppAdapter {
         while look <= bound {
             sleep_until(start + look).await;
             match self.busy_slots(start + bound).await {
-                Ok(busy) if busy <= self.live.others(task) => {
+                Ok(busy) if busy <= self.live.others_in_slots(task) => {
                     let after_ms = start.elapsed().as_millis() as u64;
                     return CancelReport::Freed { after_ms };
                 }

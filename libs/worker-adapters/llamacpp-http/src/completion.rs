@@ -151,6 +151,7 @@ impl Completion {
         match &mut self.state {
             State::Opening(opening) => {
                 let response = limit.apply(cancel, opening).await??;
+                live.handle.set_taken();
                 let bytes = response.bytes_stream();
                 self.state = State::Reading(Box::pin(event_data(bytes, SseLimits::default())));
                 Ok(())

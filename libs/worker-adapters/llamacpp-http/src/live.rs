@@ -17,11 +17,21 @@ pub(crate) struct LiveTasks {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Handle {
     pub(crate) cancel: CancellationToken,
+    /// The engine has begun with the task: it is in a slot.
+    taken: Arc<AtomicBool>,
     /// The first token has come, so the engine is past the prompt.
     decoding: Arc<AtomicBool>,
 }
 
 impl Handle {
+    pub(crate) fn set_taken(&self) {
+        self.taken.store(true, Ordering::Relaxed);
+    }
+
+    fn is_taken(&self) -> bool {
+        self.taken.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn set_decoding(&self) {
         self.decoding.store(true, Ordering::Relaxed);
     }
@@ -55,10 +65,15 @@ impl LiveTasks {
         self.lock().len()
     }
 
-    /// How many tasks other than this one run.
-    pub(crate) fn others(&self, id: TaskId) -> usize {
+    /// How many tasks other than this one are known to be in a slot. One that
+    /// is only on its way is not counted: it would make room for a slot that is
+    /// still busy.
+    pub(crate) fn others_in_slots(&self, id: TaskId) -> usize {
         let tasks = self.lock();
-        tasks.len() - usize::from(tasks.contains_key(&id))
+        tasks
+            .iter()
+            .filter(|(other, handle)| **other != id && handle.is_taken())
+            .count()
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<TaskId, Handle>> {

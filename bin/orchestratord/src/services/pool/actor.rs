@@ -18,7 +18,7 @@ use worker_adapters_adapter_api::{CancelReport, FinishReason};
 
 use super::{Cancelled, Change, Command, Phase, PoolSettings, PoolSnapshot, Submission};
 use crate::services::admission::{AdmissionQueue, Entry, Priority};
-use crate::services::dispatch::{Finished, TaskRun};
+use crate::services::dispatch::{Finished, Outcome, TaskRun, receipt};
 use crate::services::estimates::{Outlook, ServiceTimes};
 use crate::services::event_log::{End, Failure, TaskEvent};
 use crate::services::preparation::PreparationBoard;
@@ -28,6 +28,10 @@ use crate::services::telemetry;
 /// How long no task is taken to an engine that was not there. An engine that
 /// has ended is noticed by its supervisor long before.
 const HOLD: Duration = Duration::from_millis(300);
+
+/// How long no task is taken to an engine whose slot was not seen free after a
+/// cancel: it works on a long prompt and looks up only between batches.
+const BUSY_HOLD: Duration = Duration::from_secs(5);
 
 struct Actor {
     settings: Arc<PoolSettings>,
@@ -44,6 +48,7 @@ struct Actor {
     engine_exits: u64,
     /// No task is taken to the engine before.
     hold: Option<tokio::time::Instant>,
+    distrust: Option<String>,
     drained: Vec<oneshot::Sender<()>>,
     publish: watch::Sender<PoolSnapshot>,
 }
@@ -73,6 +78,7 @@ pub(super) fn spawn(
         running: 0,
         slots: settings.slots,
         engine_exits: 0,
+        distrust: None,
         times: ServiceTimes::default(),
     });
     let actor = Actor {
@@ -89,6 +95,7 @@ pub(super) fn spawn(
         times: ServiceTimes::default(),
         engine_exits: 0,
         hold: None,
+        distrust: None,
         drained: Vec::new(),
         publish,
     };
@@ -210,12 +217,12 @@ impl Actor {
 
     fn cancel(&mut self, id: TaskId, reply: oneshot::Sender<Cancelled>) {
         if let Some(entry) = self.queue.remove(id) {
-            end_cancelled(&entry.task.record);
+            end_cancelled(&entry.task.record, None);
             self.count_outcome("cancelled");
             let _ = reply.send(Cancelled::Queued);
         } else if let Some(running) = self.running.get_mut(&id) {
             // Closed before the engine is told, so no later token gets in.
-            let was_open = end_cancelled(&running.record);
+            let was_open = end_cancelled(&running.record, self.context.as_deref());
             running.cancel.cancel();
             if was_open || !running.waiters.is_empty() {
                 running.waiters.push(reply);
@@ -237,22 +244,34 @@ impl Actor {
             Change::Ready(context) => {
                 self.context = Some(context);
                 self.hold = None;
+                self.distrust = None;
                 self.enter(Phase::Ready);
             }
             Change::Backoff(failure) => {
-                self.engine_exits += 1;
-                counter!(telemetry::ENGINE_EXITS, "pool" => self.label()).increment(1);
-                self.context = None;
-                self.last_error = Some(failure);
+                self.count_exit();
+                self.lose_engine(failure);
                 self.enter(Phase::Backoff);
             }
-            Change::Failed(failure) => {
-                self.context = None;
-                self.last_error = Some(failure);
+            Change::Failed { failure, exited } => {
+                if exited {
+                    self.count_exit();
+                }
+                self.lose_engine(failure);
                 self.enter(Phase::Failed);
                 self.end_queued(&self.unavailable());
             }
         }
+    }
+
+    fn count_exit(&mut self) {
+        self.engine_exits += 1;
+        counter!(telemetry::ENGINE_EXITS, "pool" => self.label()).increment(1);
+    }
+
+    fn lose_engine(&mut self, failure: Failure) {
+        self.context = None;
+        self.distrust = None;
+        self.last_error = Some(failure);
     }
 
     fn enter(&mut self, phase: Phase) {
@@ -279,7 +298,10 @@ impl Actor {
         for running in self.running.values() {
             let mut failure = Failure::shutting_down(&self.settings.id);
             failure.correlation_id = Some(running.record.correlation_id.clone());
-            let _ = running.record.log.append(TaskEvent::Error(failure));
+            let _ = running
+                .record
+                .log
+                .append(TaskEvent::Error(Box::new(failure)));
             running.cancel.cancel();
         }
     }
@@ -305,24 +327,30 @@ impl Actor {
         self.count_outcome(failure.code.as_str());
         failure.correlation_id = Some(record.correlation_id.clone());
         // Only its owner closes a queued task's log, and that is us.
-        let _ = record.log.append(TaskEvent::Error(failure));
+        let _ = record.log.append(TaskEvent::Error(Box::new(failure)));
     }
 
     /// Takes tasks to the engine while it has free slots. The engine is never
     /// given more tasks than it has slots: the queue is ours.
     fn dispatch(&mut self) {
-        let Some(context) = self.context.clone().filter(|_| self.phase == Phase::Ready) else {
+        let Some(context) = self
+            .context
+            .clone()
+            .filter(|_| self.phase == Phase::Ready && self.distrust.is_none())
+        else {
             return;
         };
         while self.hold.is_none() && self.running.len() < self.slots() as usize {
             let Some(Entry {
+                serial,
                 id,
-                task: submission,
+                task: mut submission,
                 ..
             }) = self.queue.pop(Instant::now())
             else {
                 return;
             };
+            submission.serial = serial;
             let cancel = CancellationToken::new();
             let record = Arc::clone(&submission.record);
             let run = TaskRun {
@@ -355,7 +383,10 @@ impl Actor {
             let mut failure = Failure::internal("the task's run broke").in_pool(&self.settings.id);
             failure.correlation_id = Some(running.record.correlation_id.clone());
             // A log that is closed keeps its ending.
-            let _ = running.record.log.append(TaskEvent::Error(failure));
+            let _ = running
+                .record
+                .log
+                .append(TaskEvent::Error(Box::new(failure)));
             self.count_outcome(ErrorCode::Internal.as_str());
         }
     }
@@ -364,8 +395,15 @@ impl Actor {
         let Some(running) = self.running.remove(&finished.id) else {
             return;
         };
-        if let Some(submission) = finished.returned {
-            return self.take_back(*submission);
+        if let Some(reason) = finished.distrust {
+            tracing::warn!(pool = %self.settings.id, reason, "the engine is not trusted any more");
+            self.distrust = Some(reason);
+        }
+        // One that was cancelled in the meantime is over.
+        if let Some(submission) = finished.returned
+            && !submission.record.log.is_closed()
+        {
+            return self.take_back(*submission, finished.outcome);
         }
         let outcome = finished.outcome.label();
         self.count_outcome(outcome);
@@ -374,6 +412,9 @@ impl Actor {
         }
         histogram!(telemetry::SERVICE_TIME, "pool" => self.label()).record(finished.took);
         let report = finished.cancelled.unwrap_or(CancelReport::NotRunning);
+        if let CancelReport::NotSeenFree { .. } = report {
+            self.hold_for(BUSY_HOLD);
+        }
         if let CancelReport::Freed { after_ms } = report {
             histogram!(telemetry::CANCEL_FREED, "pool" => self.label())
                 .record(Duration::from_millis(after_ms));
@@ -388,8 +429,11 @@ impl Actor {
     }
 
     /// A task that the engine could not be given keeps its turn.
-    fn take_back(&mut self, submission: Submission) {
-        self.hold = Some(tokio::time::Instant::now() + HOLD);
+    fn take_back(&mut self, submission: Submission, outcome: Outcome) {
+        // An engine that answered with a fault of its own is there.
+        if outcome != (Outcome::NotTaken { reset: true }) {
+            self.hold_for(HOLD);
+        }
         let queued = submission.record.created;
         self.queue.put_back(entry_of(submission, queued));
         match self.phase {
@@ -399,6 +443,11 @@ impl Actor {
             }
             Phase::Provisioning | Phase::Starting | Phase::Ready | Phase::Backoff => {}
         }
+    }
+
+    fn hold_for(&mut self, pause: Duration) {
+        let until = tokio::time::Instant::now() + pause;
+        self.hold = Some(self.hold.map_or(until, |hold| hold.max(until)));
     }
 
     fn slots(&self) -> u32 {
@@ -450,6 +499,7 @@ impl Actor {
             running: self.running.len(),
             slots: self.slots(),
             engine_exits: self.engine_exits,
+            distrust: self.distrust.clone(),
             times: self.times,
         };
         for priority in [Priority::Interactive, Priority::Batch] {
@@ -466,6 +516,8 @@ impl Actor {
 
 fn entry_of(submission: Submission, queued: Instant) -> Entry<Submission> {
     Entry {
+        // The queue numbers what it admits; one that is put back keeps its number.
+        serial: submission.serial,
         id: submission.record.id,
         priority: submission.record.priority,
         queued,
@@ -474,17 +526,19 @@ fn entry_of(submission: Submission, queued: Instant) -> Entry<Submission> {
     }
 }
 
-/// Closes a task's log as cancelled; says whether it was open.
-fn end_cancelled(record: &TaskRecord) -> bool {
+/// Closes a task's log as cancelled; says whether it was open. With the engine
+/// that had the task, if one had.
+fn end_cancelled(record: &TaskRecord, context: Option<&ProvisionedContext>) -> bool {
     let (_, pieces) = record.log.text();
+    let since_start = record.started.get().map(Instant::elapsed);
     let end = End {
-        tokens_in: 0,
+        tokens_in: record.log.tokens_in(),
         tokens_out: pieces,
-        decode_time_ms: 0.0,
+        decode_time_ms: since_start.unwrap_or_default().as_secs_f64() * 1000.0,
         finish_reason: FinishReason::Cancelled,
-        receipt: None,
+        receipt: context.map(|context| receipt(context, None)),
     };
-    record.log.append(TaskEvent::End(end)).is_ok()
+    record.log.append(TaskEvent::End(Box::new(end))).is_ok()
 }
 
 /// Waits until the deadline; for ever where there is none.

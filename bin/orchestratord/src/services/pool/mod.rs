@@ -18,6 +18,8 @@
 //! the last published [`PoolSnapshot`].
 
 mod actor;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -30,7 +32,7 @@ use utoipa::ToSchema;
 use worker_adapters_adapter_api::{CancelReport, EngineTask};
 
 use super::estimates::ServiceTimes;
-use super::event_log::Failure;
+use super::event_log::{Failure, TaskEvent};
 use super::preparation::PreparationBoard;
 use super::tasks::{Admitted, TaskRecord};
 
@@ -55,7 +57,7 @@ pub enum Phase {
     Starting,
     /// Tasks go to the engine.
     Ready,
-    /// The engine ended by itself and will be started again.
+    /// The engine ended, or had to be ended, and will be started again.
     Backoff,
     /// The engine or the model could not be provided or started.
     Failed,
@@ -86,7 +88,11 @@ pub enum Change {
     /// The engine is bound in the adapter host.
     Ready(Arc<ProvisionedContext>),
     Backoff(Failure),
-    Failed(Failure),
+    Failed {
+        failure: Failure,
+        /// An engine that was ready has ended, for the last time in a row.
+        exited: bool,
+    },
 }
 
 /// What a pool is made from.
@@ -118,8 +124,11 @@ pub struct PoolSnapshot {
     pub queued_batch: usize,
     pub running: usize,
     pub slots: u32,
-    /// Engines that ended without being asked to.
+    /// Engines that ended without being asked to, or had to be ended.
     pub engine_exits: u64,
+    /// Why the engine is not given tasks although it runs: it gave no token in
+    /// time. Its supervisor ends it.
+    pub distrust: Option<String>,
     pub times: ServiceTimes,
 }
 
@@ -141,6 +150,21 @@ pub struct Submission {
     pub fits: bool,
     /// How often it was offered to an engine that was not there.
     pub attempts: u32,
+    /// Its place in the order of admission; the pool's business.
+    pub serial: u64,
+}
+
+/// Whoever owns a task ends its log. If an owner is lost by a fault of ours,
+/// no reader is left waiting for ever.
+impl Drop for Submission {
+    fn drop(&mut self) {
+        if !self.record.log.is_closed() {
+            let mut failure = Failure::internal("the task was dropped").in_pool(&self.record.pool);
+            failure.correlation_id = Some(self.record.correlation_id.clone());
+            // Closed by somebody else in this moment is closed, too.
+            let _ = self.record.log.append(TaskEvent::Error(Box::new(failure)));
+        }
+    }
 }
 
 /// How a cancel went.

@@ -1,0 +1,158 @@
+//! The actor with an adapter that breaks in ways no engine does.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use adapter_host::{AdapterHost, HostSettings};
+use async_trait::async_trait;
+use futures::StreamExt;
+use llama_orch_types::{
+    EngineKind, PoolId, ProvisionedContext, ProvisioningMode, ReplicaId, TaskId,
+};
+use provision_kit::progress::Silent;
+use worker_adapters_adapter_api::{
+    CancelReport, EndSummary, EngineHealth, EngineProps, EngineTask, FinishReason, SamplingParams,
+    TaskInput, TokenEvent, TokenStream, WorkerAdapter, WorkerError,
+};
+
+use super::{Change, PoolHandle, PoolSettings, Submission};
+use crate::services::admission::Priority;
+use crate::services::event_log::TaskEvent;
+use crate::services::preparation::PreparationBoard;
+use crate::services::tasks::{NewTask, TaskRecord};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// Panics over the first task and answers every later one.
+#[derive(Debug, Default)]
+struct BreaksOnce(AtomicUsize);
+
+#[async_trait]
+impl WorkerAdapter for BreaksOnce {
+    async fn health(&self) -> Result<EngineHealth, WorkerError> {
+        Ok(EngineHealth::Ready)
+    }
+
+    async fn props(&self) -> Result<EngineProps, WorkerError> {
+        Err(WorkerError::Cancelled)
+    }
+
+    async fn count_tokens(&self, _: &TaskInput) -> Result<u32, WorkerError> {
+        Ok(1)
+    }
+
+    async fn submit(&self, _: EngineTask) -> Result<TokenStream, WorkerError> {
+        assert!(
+            self.0.fetch_add(1, Ordering::Relaxed) > 0,
+            "this adapter breaks once"
+        );
+        let end = TokenEvent::End(EndSummary {
+            tokens_in: 1,
+            tokens_cached: 0,
+            tokens_out: 0,
+            prompt_time_ms: 0.0,
+            decode_time_ms: 0.0,
+            finish_reason: FinishReason::Stop,
+            effective: serde_json::Value::Null,
+        });
+        Ok(futures::stream::iter([Ok(TokenEvent::Started), Ok(end)]).boxed())
+    }
+
+    async fn cancel(&self, _: TaskId) -> Result<CancelReport, WorkerError> {
+        Ok(CancelReport::NotRunning)
+    }
+
+    async fn engine_version(&self) -> Result<String, WorkerError> {
+        Ok("x".to_owned())
+    }
+}
+
+fn context() -> ProvisionedContext {
+    ProvisionedContext {
+        pool_id: PoolId::default_pool(),
+        replica_id: ReplicaId::first(),
+        url: "none:".to_owned(),
+        engine: EngineKind::Llamacpp,
+        engine_version: "x".to_owned(),
+        engine_digest: None,
+        provisioning_mode: ProvisioningMode::System,
+        model: None,
+        slots: 1,
+        ctx: 4096,
+        flags: Vec::new(),
+        pid: None,
+    }
+}
+
+fn submission() -> Submission {
+    let record = TaskRecord::new(NewTask {
+        pool: PoolId::default_pool(),
+        priority: Priority::default(),
+        correlation_id: "c".to_owned(),
+        cancel_on_disconnect: false,
+        start_within: None,
+    });
+    Submission {
+        task: EngineTask {
+            id: record.id,
+            input: TaskInput::Prompt("a".to_owned()),
+            max_tokens: 1,
+            stop: Vec::new(),
+            sampling: SamplingParams::default(),
+        },
+        record,
+        max_tokens_given: true,
+        fits: true,
+        attempts: 0,
+        serial: 0,
+    }
+}
+
+fn pool(host: &AdapterHost) -> PoolHandle {
+    let settings = PoolSettings {
+        id: PoolId::default_pool(),
+        engine: EngineKind::Llamacpp,
+        model: "x".to_owned(),
+        slots: 1,
+        queue_capacity: 4,
+        batch_ageing: DEADLINE,
+        default_max_tokens: 1,
+    };
+    PoolHandle::start(
+        settings,
+        host.clone(),
+        PreparationBoard::new(Arc::new(Silent)),
+    )
+}
+
+async fn ending(pool: &PoolHandle) -> TaskEvent {
+    let submission = submission();
+    let log = Arc::clone(&submission.record.log);
+    pool.submit(submission).await.unwrap();
+    tokio::time::timeout(DEADLINE, log.closed())
+        .await
+        .expect("the task ends");
+    log.last().unwrap()
+}
+
+#[tokio::test]
+async fn a_run_that_breaks_ends_its_task_and_gives_its_slot_back() {
+    let host = AdapterHost::new(HostSettings::default());
+    host.bind_adapter(context(), Arc::new(BreaksOnce::default()));
+    let pool = pool(&host);
+    pool.change(Change::Ready(Arc::new(context()))).await;
+    assert!(matches!(ending(&pool).await, TaskEvent::Error(_)));
+    assert!(
+        matches!(ending(&pool).await, TaskEvent::End(_)),
+        "the one slot is free again"
+    );
+}
+
+#[tokio::test]
+async fn a_dropped_submission_leaves_no_reader_waiting() {
+    let submission = submission();
+    let log = Arc::clone(&submission.record.log);
+    drop(submission);
+    assert!(matches!(log.last(), Some(TaskEvent::Error(_))));
+}
