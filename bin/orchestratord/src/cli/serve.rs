@@ -13,6 +13,7 @@ use super::{Context, report};
 use crate::app::bootstrap::{self, Plan, StartError};
 use crate::app::config::Config;
 use crate::app::shutdown;
+use crate::services::pool::{Phase, PoolHandle};
 use crate::ui::progress_reporter;
 
 pub(super) async fn serve(context: Context) -> ExitCode {
@@ -34,6 +35,10 @@ async fn try_serve(context: Context) -> Result<(), StartError> {
     let app = bootstrap::start(plan)?;
     tracing::info!("listening on http://{address}");
     let presence = Presence::announce(&config, address)?;
+    for pool in app.state.pools.values() {
+        // Ends when the pool is ready, or with it.
+        tokio::spawn(say_when_ready(pool.clone(), address));
+    }
     let served = bootstrap::serve(app, listener, shutdown).await;
     drop(presence);
     tracing::info!("stopped");
@@ -58,6 +63,22 @@ fn lock_runtime_dir(config: &Config) -> Result<FileLock, StartError> {
             dir: runtime.root().to_owned(),
             source,
         }),
+    }
+}
+
+/// The line that somebody at a terminal waits for.
+async fn say_when_ready(pool: PoolHandle, address: SocketAddr) {
+    if pool
+        .wait_for(|snapshot| snapshot.phase == Phase::Ready)
+        .await
+        .is_some()
+    {
+        let settings = pool.settings();
+        tracing::info!(
+            "ready: http://{address} serves {} in pool {}",
+            settings.model,
+            settings.id
+        );
     }
 }
 
