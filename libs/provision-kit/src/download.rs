@@ -21,11 +21,11 @@ use reqwest::{Client, Response, StatusCode};
 
 use crate::chain::one_line;
 use crate::fs::{free_space, remove_file_if_there, write_atomic};
-use crate::part::PartFile;
+use crate::part::{PartFile, Sidecar, remove_sidecars, sidecar};
 use crate::progress::Step;
 use crate::secret::Secret;
 
-use crate::download_headers::{content_range, etag_path, retry_after, stored_etag};
+use crate::download_headers::{content_range, retry_after, stored_etag};
 
 pub use crate::download_error::DownloadError;
 pub use crate::download_headers::display_url;
@@ -84,7 +84,8 @@ pub struct Fetched {
 }
 
 /// A client for [`fetch`]: bounded connects, no overall time limit (a model
-/// may take hours), and a name servers can see.
+/// may take hours), and a name servers can see. Fails on a machine without
+/// certificates to trust: make it when something is to be downloaded.
 pub fn http_client() -> Result<Client, DownloadError> {
     Client::builder()
         .user_agent(concat!("llama-orch/", env!("CARGO_PKG_VERSION")))
@@ -132,7 +133,7 @@ pub async fn fetch(
                 size,
             },
             _ => {
-                remove_file_if_there(&etag_path(download.part))?;
+                remove_sidecars(download.part)?;
                 return Ok(Fetched {
                     path: download.part.to_owned(),
                     digest,
@@ -141,7 +142,7 @@ pub async fn fetch(
             }
         };
         remove_file_if_there(download.part)?;
-        remove_file_if_there(&etag_path(download.part))?;
+        remove_sidecars(download.part)?;
         if !resumed {
             return Err(problem);
         }
@@ -220,7 +221,7 @@ impl<'a> Transfer<'a> {
             };
             // What has arrived must outlive the failure.
             self.part.flush().await?;
-            if !error.retriable() {
+            if !error.is_worth_another_request() {
                 return Err(error);
             }
             if self.part.size() >= before + PROGRESS_THAT_COUNTS {
@@ -414,7 +415,7 @@ impl<'a> Transfer<'a> {
             .get(ETAG)
             .filter(|etag| !etag.as_bytes().starts_with(b"W/"));
         if etag != self.etag.as_ref() || self.part.size() == 0 {
-            let path = etag_path(self.download.part);
+            let path = sidecar(self.download.part, Sidecar::Etag);
             match etag {
                 Some(etag) => write_atomic(&path, etag.as_bytes())?,
                 None => remove_file_if_there(&path)?,

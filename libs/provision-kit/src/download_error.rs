@@ -32,6 +32,12 @@ pub enum DownloadError {
         #[source]
         source: reqwest::Error,
     },
+    #[error("{url} redirects to where nobody should follow")]
+    Redirect {
+        url: String,
+        #[source]
+        source: reqwest::Error,
+    },
     #[error("{url} answered {status}")]
     Status {
         url: String,
@@ -87,9 +93,12 @@ impl DownloadError {
         let url = display_url(url);
         let builder = error.is_builder();
         let connect = error.is_connect();
+        let redirect = error.is_redirect();
         let source = error.without_url();
         if builder {
             Self::BadUrl { url, source }
+        } else if redirect {
+            Self::Redirect { url, source }
         } else if connect {
             Self::Unreachable { url, source }
         } else {
@@ -105,14 +114,16 @@ impl DownloadError {
         }
     }
 
-    /// Whether the same request may succeed a little later.
+    /// Whether the same download may succeed a little later.
     pub fn retriable(&self) -> bool {
         match self {
             Self::Unreachable { .. }
             | Self::Request { .. }
             | Self::Cut { .. }
             | Self::Short { .. }
-            | Self::Stalled { .. } => true,
+            | Self::Stalled { .. }
+            // Somebody may free some space.
+            | Self::NoSpace { .. } => true,
             Self::Status { status, .. } => {
                 status.is_server_error()
                     || matches!(
@@ -120,14 +131,20 @@ impl DownloadError {
                         StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT
                     )
             }
+            Self::File(error) => error.retriable(),
             Self::Client(_)
             | Self::BadUrl { .. }
+            | Self::Redirect { .. }
             | Self::Confused { .. }
             | Self::WrongSize { .. }
-            | Self::WrongDigest { .. }
-            | Self::NoSpace { .. }
-            | Self::File(_) => false,
+            | Self::WrongDigest { .. } => false,
         }
+    }
+
+    /// Whether another request within the same download is worth it: not for
+    /// what is wrong on this machine.
+    pub(crate) fn is_worth_another_request(&self) -> bool {
+        !matches!(self, Self::NoSpace { .. } | Self::File(_)) && self.retriable()
     }
 
     /// How long the server asked us to wait.
@@ -167,7 +184,15 @@ impl Hinted for DownloadError {
             ),
             Self::File(error) => return error.hint(),
             Self::BadUrl { .. } => "an address starts with https:// and names a host".to_owned(),
-            Self::Client(_) | Self::Confused { .. } => return None,
+            Self::Client(_) => {
+                "install the certificates that this machine trusts (package `ca-certificates`), \
+                 or name them with SSL_CERT_FILE"
+                    .to_owned()
+            }
+            Self::Redirect { .. } => {
+                "name the address where the file really is, beginning with https://".to_owned()
+            }
+            Self::Confused { .. } => return None,
         })
     }
 }

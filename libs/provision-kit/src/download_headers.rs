@@ -1,18 +1,14 @@
 //! What a server's headers say about a file, and what of it is kept.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use reqwest::header::{CONTENT_RANGE, HeaderMap, HeaderValue, RETRY_AFTER};
 
-pub(crate) fn etag_path(part: &Path) -> PathBuf {
-    let mut name = part.as_os_str().to_owned();
-    name.push(".etag");
-    name.into()
-}
+use crate::part::{Sidecar, sidecar};
 
 pub(crate) fn stored_etag(part: &Path) -> Option<HeaderValue> {
-    let bytes = std::fs::read(etag_path(part)).ok()?;
+    let bytes = std::fs::read(sidecar(part, Sidecar::Etag)).ok()?;
     HeaderValue::from_bytes(&bytes).ok()
 }
 

@@ -48,6 +48,17 @@ impl FsError {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
         )
     }
+
+    /// Whether the same operation may succeed a little later: when somebody
+    /// has freed space, memory or open files.
+    pub fn retriable(&self) -> bool {
+        self.is_no_space()
+            || self.source.kind() == io::ErrorKind::OutOfMemory
+            || matches!(
+                self.source.raw_os_error().map(nix::errno::Errno::from_raw),
+                Some(nix::errno::Errno::EMFILE | nix::errno::Errno::ENFILE)
+            )
+    }
 }
 
 impl Hinted for FsError {
@@ -101,14 +112,22 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), FsError> {
     sync_dir(directory)
 }
 
-/// Gives a complete file its final name, on the same file system, so that it
-/// survives a crash. An older file of that name is replaced.
+/// Gives a complete file or directory its final name, on the same file system,
+/// so that it survives a crash. An older file of that name is replaced; an
+/// older directory is only if it is empty.
+///
+/// For a directory the whole file system is flushed: flushing the directory
+/// flushes none of the files in it, and flushing each by itself takes longer.
 pub fn rename_durably(from: &Path, to: &Path) -> Result<(), FsError> {
     let directory = parent_of(to);
     create_dir_all(directory)?;
-    File::open(from)
-        .and_then(|file| file.sync_all())
-        .map_err(FsError::at("flush", from))?;
+    if from.is_dir() {
+        sync_tree(from)?;
+    } else {
+        File::open(from)
+            .and_then(|file| file.sync_all())
+            .map_err(FsError::at("flush", from))?;
+    }
     fs::rename(from, to).map_err(FsError::at("rename to", to))?;
     sync_dir(directory)
 }
@@ -222,6 +241,32 @@ fn sync_dir(directory: &Path) -> Result<(), FsError> {
         .map_err(FsError::at("flush the directory", directory))
 }
 
+/// Puts a directory and everything below it on disk.
+#[cfg(target_os = "linux")]
+fn sync_tree(directory: &Path) -> Result<(), FsError> {
+    File::open(directory)
+        .and_then(|opened| Ok(nix::unistd::syncfs(opened)?))
+        .map_err(FsError::at("flush", directory))
+}
+
+/// Puts a directory and everything below it on disk.
+#[cfg(not(target_os = "linux"))]
+fn sync_tree(directory: &Path) -> Result<(), FsError> {
+    for entry in fs::read_dir(directory).map_err(FsError::at("list", directory))? {
+        let entry = entry.map_err(FsError::at("list", directory))?;
+        let path = entry.path();
+        let kind = entry.file_type().map_err(FsError::at("look at", &path))?;
+        if kind.is_dir() {
+            sync_tree(&path)?;
+        } else if kind.is_file() {
+            File::open(&path)
+                .and_then(|file| file.sync_all())
+                .map_err(FsError::at("flush", &path))?;
+        }
+    }
+    sync_dir(directory)
+}
+
 /// Temporary files are private; what they become is for everybody to read.
 #[cfg(unix)]
 fn make_readable(file: &File) -> io::Result<()> {
@@ -258,6 +303,29 @@ mod tests {
         let full = FsError::at("write", Path::new("/cache/x"))(io::ErrorKind::StorageFull.into());
         assert!(full.is_no_space());
         assert!(full.hint().unwrap().contains("cache_dir"));
+        assert!(full.retriable() && !error.retriable());
+        let many = io::Error::from(nix::errno::Errno::EMFILE);
+        assert!(FsError::at("open", Path::new("x"))(many).retriable());
+    }
+
+    #[test]
+    fn a_directory_gets_its_name_with_all_it_holds() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (
+            dir.path().join("source.partial"),
+            dir.path().join("a/source"),
+        );
+        fs::create_dir_all(from.join("below")).unwrap();
+        fs::write(from.join("below/x"), "abc").unwrap();
+        rename_durably(&from, &to).unwrap();
+        assert_eq!(fs::read(to.join("below/x")).unwrap(), b"abc");
+        assert!(!from.exists());
+        // What is there already is not replaced.
+        fs::create_dir(&from).unwrap();
+        let error = rename_durably(&from, &to).unwrap_err();
+        assert!(error.to_string().contains("source"), "{error}");
+        assert!(to.join("below/x").exists());
+        assert!(rename_durably(&dir.path().join("none"), &to).is_err());
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use llama_orch_types::Digest;
 use sha2::{Digest as _, Sha256};
 
-use crate::fs::{FsError, create_dir_all, finish, hash_into};
+use crate::fs::{FsError, create_dir_all, finish, hash_into, remove_file_if_there};
 
 /// Bytes are handed to the disk in pieces of about this size.
 const PIECE: usize = 1024 * 1024;
@@ -88,12 +88,13 @@ impl PartFile {
         Ok(())
     }
 
-    /// Forgets what has arrived and begins again.
+    /// Forgets what has arrived, and what was noted about it, and begins again.
     pub async fn restart(&mut self) -> Result<(), FsError> {
         self.buffer.clear();
         self.on_disk = None;
         let path = self.path.clone();
         let on_disk = blocking(move || {
+            remove_sidecars(&path)?;
             File::create(&path).map_err(FsError::at("empty", &path))?;
             OnDisk::open(&path)
         })
@@ -123,6 +124,32 @@ impl PartFile {
             FsError::at("write", &self.path)(source)
         })
     }
+}
+
+/// A note about a part file, such as the server's name for its version: it
+/// lies beside it.
+pub fn sidecar(part: &Path, kind: Sidecar) -> PathBuf {
+    let mut name = part.as_os_str().to_owned();
+    name.push(match kind {
+        Sidecar::Etag => ".etag",
+        Sidecar::Total => ".total",
+    });
+    name.into()
+}
+
+/// What is noted beside a part file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sidecar {
+    /// The server's name for the version of the file.
+    Etag,
+    /// The whole file's length in bytes.
+    Total,
+}
+
+/// Removes all notes about a part file. Blocks.
+pub fn remove_sidecars(part: &Path) -> Result<(), FsError> {
+    remove_file_if_there(&sidecar(part, Sidecar::Etag))?;
+    remove_file_if_there(&sidecar(part, Sidecar::Total))
 }
 
 impl OnDisk {
@@ -192,8 +219,12 @@ mod tests {
         let mut part = PartFile::open(&path).await.unwrap();
         part.write(&vec![1; 3 * PIECE]).await.unwrap();
         part.write(b"rest").await.unwrap();
+        for kind in [Sidecar::Etag, Sidecar::Total] {
+            std::fs::write(sidecar(&path, kind), "of the old bytes").unwrap();
+        }
         part.restart().await.unwrap();
         assert_eq!(part.size(), 0);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
         let bytes = vec![7; PIECE + 5];
         part.write(&bytes).await.unwrap();
         assert_eq!(

@@ -7,9 +7,15 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::fs::{FsError, create_dir_all, rename_durably};
+use llama_orch_types::Digest;
+
+use crate::fs::{FsError, create_dir_all, rename_durably, write_atomic};
 use crate::process::{CommandSpec, ProcessError, output};
-use llama_orch_types::Hinted;
+
+mod environment;
+mod error;
+
+pub use error::PipError;
 
 /// The ways to call pip, best first: `python3 -m pip` cannot belong to another
 /// Python than the one it is called with.
@@ -20,85 +26,17 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
 /// A model of many gigabytes over a slow line must fit in.
 const DEFAULT_TIMEOUT: Duration = Duration::from_hours(2);
 
+/// Downloads gather in directories of such names.
+const STAGING_PREFIX: &str = ".pip-";
+
+/// A download that nobody has touched for so long was abandoned.
+const STALE_AFTER: Duration = Duration::from_hours(24);
+
 /// This many of pip's last lines go into an error.
 const KEPT_LINES: usize = 12;
 
 /// Longer lines are cut, so that an error stays readable.
 const MAX_LINE: usize = 400;
-
-/// Why pip was not there or did not do it.
-#[derive(Debug, thiserror::Error)]
-pub enum PipError {
-    #[error("there is no working pip here: {}", tried.join("; "))]
-    NotFound { tried: Vec<String> },
-    #[error("cannot run `{command}`")]
-    Process {
-        command: String,
-        #[source]
-        source: ProcessError,
-    },
-    #[error("`{command}` was still running after {} s and was ended", after.as_secs())]
-    TimedOut { command: String, after: Duration },
-    #[error("`{command}` failed ({status}):\n{last_lines}")]
-    Failed {
-        command: String,
-        status: String,
-        last_lines: String,
-    },
-    #[error("`{command}` left {found} files where one was expected")]
-    UnexpectedFiles { command: String, found: usize },
-    #[error("`{requirement}` is no package name and version")]
-    BadRequirement { requirement: String },
-    #[error(transparent)]
-    File(#[from] FsError),
-}
-
-impl PipError {
-    /// Whether the same call may succeed a little later.
-    pub fn retriable(&self) -> bool {
-        match self {
-            Self::TimedOut { .. } => true,
-            Self::Failed { last_lines, .. } => speaks_of_network(last_lines),
-            _ => false,
-        }
-    }
-}
-
-impl Hinted for PipError {
-    fn hint(&self) -> Option<String> {
-        Some(match self {
-            Self::NotFound { .. } => "install pip: `sudo apt install python3-pip` (Debian, Ubuntu), \
-                 `sudo pacman -S python-pip` (Arch, CachyOS), `sudo dnf install python3-pip` (Fedora)"
-                .to_owned(),
-            Self::Failed { last_lines, .. } if speaks_of_network(last_lines) => {
-                "check the network and pip's own settings (`pip config list`)".to_owned()
-            }
-            Self::Failed { last_lines, .. } if last_lines.contains("No matching distribution") => {
-                "the index that pip uses does not have this version: see `pip config list` and `pip index versions NAME`"
-                    .to_owned()
-            }
-            Self::Failed { last_lines, .. } if last_lines.contains("No space left") => {
-                "free some space, also where temporary files go (TMPDIR)".to_owned()
-            }
-            Self::Failed { command, .. } => format!("run it by hand to see all of its output: {command}"),
-            Self::TimedOut { .. } => "try again; a slow index can be replaced in pip's own settings".to_owned(),
-            Self::File(error) => return error.hint(),
-            _ => return None,
-        })
-    }
-}
-
-fn speaks_of_network(lines: &str) -> bool {
-    [
-        "NewConnectionError",
-        "ConnectionError",
-        "Read timed out",
-        "Temporary failure in name resolution",
-        "ConnectTimeout",
-    ]
-    .iter()
-    .any(|sign| lines.contains(sign))
-}
 
 /// Which of a package's files is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,6 +68,8 @@ impl Pip {
                     candidate.join(" "),
                     last_lines.lines().last().unwrap_or_default()
                 )),
+                // A machine that is short of something does not lack pip.
+                Err(error @ PipError::Process { .. }) if error.retriable() => return Err(error),
                 Err(PipError::Process { source, .. }) => tried.push(source.to_string()),
                 Err(other) => tried.push(other.to_string()),
             }
@@ -165,13 +105,43 @@ impl Pip {
         self.command.join(" ")
     }
 
-    /// Downloads one file of a package, without what it depends on. The file
-    /// appears in `dest_dir` whole or not at all.
-    pub async fn download(
+    /// Downloads one wheel, without what it depends on. The file appears in
+    /// `dest_dir` whole or not at all, and nothing of it is run.
+    ///
+    /// There is no such call for a source distribution: pip runs its build
+    /// program to learn its name, so its digest must be known first.
+    pub async fn download_wheel(
+        &self,
+        package: &str,
+        version: &str,
+        dest_dir: &Path,
+    ) -> Result<PathBuf, PipError> {
+        self.fetch(package, version, PipArtifact::Wheel, None, dest_dir)
+            .await
+    }
+
+    /// Downloads one file of a package of which the digest is known, without
+    /// what it depends on. pip compares the digest before it runs anything of
+    /// a source distribution. The file appears in `dest_dir` whole or not at
+    /// all.
+    pub async fn download_pinned(
         &self,
         package: &str,
         version: &str,
         kind: PipArtifact,
+        digest: Digest,
+        dest_dir: &Path,
+    ) -> Result<PathBuf, PipError> {
+        self.fetch(package, version, kind, Some(digest), dest_dir)
+            .await
+    }
+
+    async fn fetch(
+        &self,
+        package: &str,
+        version: &str,
+        kind: PipArtifact,
+        digest: Option<Digest>,
         dest_dir: &Path,
     ) -> Result<PathBuf, PipError> {
         let requirement = format!("{package}=={version}");
@@ -179,18 +149,21 @@ impl Pip {
             return Err(PipError::BadRequirement { requirement });
         }
         create_dir_all(dest_dir)?;
+        remove_stale(dest_dir);
         // Removed with everything in it when dropped.
         let staging = tempfile::Builder::new()
-            .prefix(".pip-")
+            .prefix(STAGING_PREFIX)
             .tempdir_in(dest_dir)
             .map_err(FsError::at("make a temporary directory in", dest_dir))?;
-        let staging_text = staging.path().to_string_lossy().into_owned();
+        let arrived = staging.path().join("files");
+        let list = staging.path().join("requirements.txt");
+        let (arrived_text, list_text) = (arrived.to_string_lossy(), list.to_string_lossy());
         // Never `--no-binary :all:`: it would build the build tools from source too.
         let choice = match kind {
             PipArtifact::Wheel => "--only-binary",
             PipArtifact::Sdist => "--no-binary",
         };
-        let arguments = [
+        let mut arguments = vec![
             "download",
             "--no-deps",
             "--no-input",
@@ -200,11 +173,29 @@ impl Pip {
             choice,
             package,
             "--dest",
-            &staging_text,
-            &requirement,
+            &arrived_text,
         ];
-        self.run(&arguments, self.timeout).await?;
-        let file = self.only_file(staging.path(), &requirement)?;
+        if let Some(digest) = digest {
+            // A digest can be given in a file only.
+            let line = format!("{requirement} --hash=sha256:{}\n", digest.hex());
+            write_atomic(&list, line.as_bytes())?;
+            arguments.extend(["--require-hashes", "--requirement", &list_text]);
+        } else {
+            arguments.push(&requirement);
+        }
+        match (self.run(&arguments, self.timeout).await, digest) {
+            (Err(PipError::Failed { last_lines, .. }), Some(expected))
+                if last_lines.contains("DO NOT MATCH THE HASHES") =>
+            {
+                return Err(PipError::WrongDigest {
+                    requirement,
+                    expected,
+                    last_lines,
+                });
+            }
+            (result, _) => result?,
+        }
+        let file = self.only_file(&arrived, &requirement)?;
         let destination = dest_dir.join(file.file_name().unwrap_or_default());
         let (from, to) = (file, destination.clone());
         // Flushing a large file to disk takes its time.
@@ -215,7 +206,8 @@ impl Pip {
     }
 
     /// Installs packages, without what they depend on, into a directory of
-    /// ours. `packages` are requirements such as `cmake` or `ninja==1.11.1`.
+    /// ours. `packages` are requirements such as `cmake` or `ninja==1.11.1`;
+    /// only their wheels are taken, so that nothing of them is run.
     pub async fn install_target(&self, packages: &[&str], target: &Path) -> Result<(), PipError> {
         for requirement in packages {
             if !requirement.split("==").all(is_plain) {
@@ -234,6 +226,10 @@ impl Pip {
             "--progress-bar",
             "off",
             "--no-warn-script-location",
+            // A pip.conf may say `user = true`, which contradicts a target.
+            "--no-user",
+            "--only-binary",
+            ":all:",
             "--upgrade",
             "--target",
             &target,
@@ -262,6 +258,12 @@ impl Pip {
             return Err(PipError::NotFound { tried: Vec::new() });
         };
         let mut spec = CommandSpec::new(program).args(first).args(arguments);
+        for name in environment::kept_from_pip() {
+            // What was set for this pip on purpose goes along.
+            if !self.environment.iter().any(|(set, _)| **set == *name) {
+                spec = spec.env_remove(name);
+            }
+        }
         for (name, value) in &self.environment {
             spec = spec.env(name, value);
         }
@@ -277,6 +279,30 @@ impl Pip {
                 after: limit,
             }),
             Err(source) => Err(PipError::Process { command, source }),
+        }
+    }
+}
+
+/// Clears away what a killed process left. A call is bounded far below this
+/// age, so nobody uses such a directory any more.
+fn remove_stale(dest_dir: &Path) {
+    let Ok(entries) = std::fs::read_dir(dest_dir) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let ours = entry
+            .file_name()
+            .to_string_lossy()
+            .starts_with(STAGING_PREFIX);
+        let old = entry
+            .metadata()
+            .and_then(|metadata| metadata.modified())
+            .is_ok_and(|modified| modified.elapsed().is_ok_and(|age| age > STALE_AFTER));
+        if ours
+            && old
+            && let Err(error) = std::fs::remove_dir_all(entry.path())
+        {
+            tracing::warn!(path = %entry.path().display(), %error, "an abandoned download stays");
         }
     }
 }

@@ -81,6 +81,24 @@ impl ProcessError {
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Spawn { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
+
+    /// Whether the same call may succeed a little later: what was short may be there again.
+    pub fn retriable(&self) -> bool {
+        match self {
+            Self::Spawn { source, .. } | Self::SpawnerThread(source) => is_shortage(source),
+            Self::TimedOut { .. } => true,
+            _ => false,
+        }
+    }
+}
+
+/// Processes, memory or open files are used up.
+fn is_shortage(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::OutOfMemory
+    ) || matches!(errno, Some(Errno::EMFILE | Errno::ENFILE))
 }
 
 impl Hinted for ProcessError {

@@ -84,8 +84,9 @@ async fn drop_kills() {
 #[tokio::test]
 async fn drop_lets_a_terminating_leader_tidy_up() {
     let directory = std::env::temp_dir().join(format!("kit-drop-{}", std::process::id()));
+    // The builtin `wait` is interrupted by the signal: nothing has to be started or to end first.
     let script = format!(
-        "trap 'echo tidy > {0}; exit 0' TERM; echo ready; while :; do sleep 0.01; done",
+        "trap 'echo tidy > {0}; exit 0' TERM; sleep 600 & echo ready; wait",
         directory.display()
     );
     let (group, _) = started(shell(&script).death_signal(DeathSignal::Terminate)).await;
@@ -148,8 +149,23 @@ async fn output_is_kept_apart_and_bounded() {
     let flood = output(shell("head -c 3000000 /dev/zero"), LONG)
         .await
         .unwrap();
-    assert_eq!(flood.stdout.len() as u64, OUTPUT_LIMIT);
+    assert_eq!(flood.stdout.len(), OUTPUT_LIMIT);
     assert!(flood.status.success());
+}
+
+#[tokio::test]
+async fn a_daemon_that_holds_the_pipes_holds_up_nobody() {
+    let directory = tempfile::tempdir().unwrap();
+    // The program ends once the daemon has left its group.
+    let script = format!(
+        "setsid sh -c 'echo $$ > {0}; exec sleep 600' & \
+         while [ ! -s {0} ]; do sleep 0.01; done; cat {0}",
+        directory.path().join("daemon").display()
+    );
+    let run = output(shell(&script), LONG).await.unwrap();
+    let daemon = identity(run.stdout.trim().parse().unwrap());
+    nix::sys::signal::kill(Pid::from_raw(daemon.pid.cast_signed()), Signal::SIGKILL).unwrap();
+    gone(&daemon).await;
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use llama_orch_types::{Digest, ProvisioningMode};
+use provision_kit::download::display_url;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -187,8 +188,49 @@ impl EngineConfig {
                 "mode is source, but no source is named".to_owned(),
             );
         }
-        Ok(())
+        self.check_urls()
     }
+
+    /// A name and a password in a URL end up in logs, in records and on command lines.
+    fn check_urls(&self) -> Result<(), EngineError> {
+        let sources =
+            self.source
+                .sources
+                .iter()
+                .filter_map(|source| match source {
+                    Source::Pip(_) => None,
+                    Source::Archive(ArchiveSource { url, .. })
+                    | Source::Git(GitSource { url, .. }) => Some(("source.sources", url)),
+                });
+        let bases = [
+            ("release.base_url", &self.release.base_url),
+            ("release.api_url", &self.release.api_url),
+        ];
+        match bases
+            .into_iter()
+            .chain(sources)
+            .find(|(_, url)| carries_secret(url))
+        {
+            Some((key, url)) => Err(EngineError::Config {
+                key,
+                reason: format!("{} carries a user or password", display_url(url)),
+            }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Whether a URL has a part for a user's secrets. `ssh://git@host/…` names an account that is no
+/// secret.
+fn carries_secret(url: &str) -> bool {
+    let Some((scheme, rest)) = url.split_once("://") else {
+        return false;
+    };
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    let Some((user, _)) = authority.rsplit_once('@') else {
+        return false;
+    };
+    !scheme.eq_ignore_ascii_case("ssh") || user.contains(':')
 }
 
 /// Where published archives are.
@@ -291,7 +333,9 @@ impl Source {
             Self::Pip(PipSource { digest, .. }) | Self::Archive(ArchiveSource { digest, .. }) => {
                 digest.to_string()
             }
+            // It is written into manifests and records: a query may hold a secret.
             Self::Git(GitSource { url, tag, commit }) => {
+                let url = url.split(['?', '#']).next().unwrap_or_default();
                 format!("git:{url}@{tag}#{}", commit.as_deref().unwrap_or_default())
             }
         }
@@ -302,8 +346,10 @@ impl std::fmt::Display for Source {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Pip(source) => write!(f, "package {} {}", source.package, source.version),
-            Self::Archive(source) => write!(f, "archive {}", source.url),
-            Self::Git(source) => write!(f, "git tag {} of {}", source.tag, source.url),
+            Self::Archive(source) => write!(f, "archive {}", display_url(&source.url)),
+            Self::Git(source) => {
+                write!(f, "git tag {} of {}", source.tag, display_url(&source.url))
+            }
         }
     }
 }
@@ -347,6 +393,44 @@ mod tests {
         let config: EngineConfig =
             serde_json::from_str(r#"{"path": "/opt/llama-server", "mode": "source"}"#).unwrap();
         assert!(config.check().is_err());
+    }
+
+    #[test]
+    fn a_secret_in_a_url_is_refused_or_not_shown() {
+        let with = |url: &str| {
+            let mut config = EngineConfig::default();
+            config.source.sources = vec![Source::Git(GitSource {
+                url: url.to_owned(),
+                tag: "b1".to_owned(),
+                commit: None,
+            })];
+            config
+        };
+        for url in [
+            "https://user:s3cret@example.org/x",
+            "https://s3cret@example.org/x",
+            "ssh://git:s3cret@example.org/x",
+        ] {
+            let error = with(url).check().unwrap_err().to_string();
+            assert!(!error.contains("s3cret"), "{error}");
+        }
+        for url in [
+            "ssh://git@example.org/x",
+            "git@example.org:x",
+            "/srv/x",
+            "https://a/b@c",
+        ] {
+            with(url).check().unwrap();
+        }
+        let mut config = EngineConfig::default();
+        config.release.base_url = "http://me:token@mirror/x".to_owned();
+        assert!(config.check().is_err());
+
+        let signed = with("https://example.org/x?sig=secret");
+        signed.check().unwrap();
+        let source = &signed.source.sources[0];
+        assert!(!source.to_string().contains("secret"), "{source}");
+        assert!(!source.identity().contains("secret"));
     }
 
     #[test]

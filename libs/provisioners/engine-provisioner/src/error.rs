@@ -11,12 +11,21 @@ use provision_kit::pip::PipError;
 use provision_kit::process::ProcessError;
 
 use crate::config::Mode;
+use crate::passing::is_full;
 use crate::run::argv::FlagError;
 
 /// How one mode failed.
 #[derive(Debug)]
 pub struct ModeFailure {
     pub mode: Mode,
+    pub error: Box<EngineError>,
+}
+
+/// How one source failed.
+#[derive(Debug)]
+pub struct SourceFailure {
+    /// The source, in words.
+    pub source: String,
     pub error: Box<EngineError>,
 }
 
@@ -114,14 +123,14 @@ pub enum EngineError {
         tool: &'static str,
         directory: PathBuf,
     },
-    #[error("the build needs {needed} bytes and the disk of {} has {free} left", path.display())]
+    #[error("{needed} bytes are needed and the disk of {} has {free} left", path.display())]
     NoSpace {
         path: PathBuf,
         needed: u64,
         free: u64,
     },
-    #[error("no source could be had: {}", reasons.join("; "))]
-    NoSource { reasons: Vec<String> },
+    #[error("no source could be had: {}", list_sources(failures))]
+    NoSource { failures: Vec<SourceFailure> },
     #[error("cannot get the {what}")]
     SourcePip {
         what: String,
@@ -136,8 +145,22 @@ pub enum EngineError {
     },
     #[error("there is no source archive {}", path.display())]
     SourceFile { path: PathBuf },
+    #[error("cannot get the {what}: there is no git")]
+    NoGit { what: String, install: String },
+    #[error("git could not be run for the {what}")]
+    GitCommand {
+        what: String,
+        #[source]
+        source: ProcessError,
+    },
     #[error("cannot get the {what}: {reason}")]
     SourceGit { what: String, reason: String },
+    #[error("the {what} names the commit {found}, not {expected}")]
+    SourceCommit {
+        what: String,
+        expected: String,
+        found: String,
+    },
     #[error("{tool} could not be run")]
     BuildTool {
         tool: &'static str,
@@ -174,10 +197,12 @@ pub enum EngineError {
         log: PathBuf,
         tail: Vec<String>,
     },
-    #[error("the engine of pool {pool} was not ready after {seconds} s; the last lines of {}:\n{}", log.display(), tail.join("\n"))]
+    #[error("the engine of pool {pool} was not ready after {seconds} s{}; the last lines of {}:\n{}", of_stranger(*stranger), log.display(), tail.join("\n"))]
     LoadTimeout {
         pool: PoolId,
         seconds: u64,
+        /// The engine's port, if somebody else answers on it.
+        stranger: Option<u16>,
         log: PathBuf,
         tail: Vec<String>,
     },
@@ -196,25 +221,6 @@ pub enum EngineError {
     File(#[from] FsError),
     #[error(transparent)]
     Lock(#[from] LockError),
-}
-
-impl EngineError {
-    /// Whether the same call may succeed a little later with nothing changed by a person.
-    pub fn retriable(&self) -> bool {
-        match self {
-            Self::Download { source, .. } => source.retriable(),
-            Self::ReleaseList { .. }
-            | Self::PortTaken { .. }
-            | Self::LoadTimeout { .. }
-            | Self::DiedLoading { .. } => true,
-            Self::ToolInstall { source, .. } | Self::SourcePip { source, .. } => source.retriable(),
-            Self::Lock(error) => error.retriable(),
-            Self::AllModesFailed { failures } => {
-                failures.iter().any(|failure| failure.error.retriable())
-            }
-            _ => false,
-        }
-    }
 }
 
 impl Hinted for EngineError {
@@ -248,9 +254,9 @@ impl Hinted for EngineError {
                     .into(),
             ),
             Self::Download { source, .. } => source.hint(),
-            Self::NoCompiler { install } | Self::NoBuildTool { install, .. } => {
-                Some(format!("install it: {install}"))
-            }
+            Self::NoCompiler { install }
+            | Self::NoBuildTool { install, .. }
+            | Self::NoGit { install, .. } => Some(format!("install it: {install}")),
             Self::ToolInstall { install, source, .. } => {
                 let from_pip = source.hint().map(|hint| format!("{hint}; ")).unwrap_or_default();
                 Some(format!("{from_pip}or install it yourself: {install}"))
@@ -260,8 +266,13 @@ impl Hinted for EngineError {
             Self::SourceDigest { .. } => {
                 Some("the source was replaced: do not trust it, and name another one".into())
             }
-            Self::NoSource { .. } | Self::SourceGit { .. } => Some(
-                "check the network, or name an archive that is here: \
+            // As with modes: of several sources the last is the one to be made to work.
+            Self::NoSource { failures } => failures.last().and_then(|last| last.error.hint()),
+            Self::SourceCommit { .. } => {
+                Some("the tag was moved: do not trust it, or correct `commit`".into())
+            }
+            Self::SourceGit { .. } => Some(
+                "check the network and the source's spelling, or name an archive that is here: \
                  `provision.source.sources: [{archive: {url: file:/…, digest: sha256:…}}]`"
                     .into(),
             ),
@@ -271,7 +282,19 @@ impl Hinted for EngineError {
             ),
             Self::VersionCommand { source, .. }
             | Self::BuildTool { source, .. }
+            | Self::GitCommand { source, .. }
             | Self::Process { source, .. } => source.hint(),
+            Self::Unpack { source, .. } if is_full(source) => {
+                Some("free some space, or set `cache_dir` to a larger disk".into())
+            }
+            Self::Unpack { archive, .. } => Some(format!(
+                "{} is no whole archive of a kind that is known (.tar.gz, .tar, .zip): name \
+                 another one",
+                archive.display()
+            )),
+            Self::HttpClient(_) => Some(
+                "install this system's root certificates (the package ca-certificates)".into(),
+            ),
             Self::Flags(error) => error.hint(),
             Self::PoolBusy { .. } => {
                 Some("stop that process first, or use another `pool` or `cache_dir`".into())
@@ -290,6 +313,11 @@ impl Hinted for EngineError {
             _ => None,
         }
     }
+}
+
+fn of_stranger(port: Option<u16>) -> String {
+    port.map(|port| format!(" (another program answers on its port {port})"))
+        .unwrap_or_default()
 }
 
 /// An error and what caused it, in one line.
@@ -314,6 +342,14 @@ fn list_failures(failures: &[ModeFailure]) -> String {
     let lines: Vec<String> = failures
         .iter()
         .map(|failure| format!("{}: {}", failure.mode, brief(failure.error.as_ref())))
+        .collect();
+    lines.join("; ")
+}
+
+fn list_sources(failures: &[SourceFailure]) -> String {
+    let lines: Vec<String> = failures
+        .iter()
+        .map(|failure| format!("{}: {}", failure.source, brief(failure.error.as_ref())))
         .collect();
     lines.join("; ")
 }

@@ -18,6 +18,7 @@ mod config;
 mod error;
 pub mod machine;
 mod manifest;
+mod passing;
 mod preflight;
 mod provide;
 mod run;
@@ -28,7 +29,7 @@ pub use config::{
     Accelerator, AcceleratorChoice, ArchiveSource, DEFAULT_VERSION, EngineConfig, GitSource, Mode,
     PipSource, ReleaseConfig, Source, SourceConfig,
 };
-pub use error::{EngineError, ModeFailure};
+pub use error::{EngineError, ModeFailure, SourceFailure};
 pub use preflight::{Check, CheckState, Preflight, preflight};
 pub use provide::plan::{Plan, PlannedMode};
 pub use provide::{EngineInstallation, EngineProvisioner};

@@ -8,16 +8,17 @@
 //! A directory gets its final name only when it is complete, so a directory with a manifest is an
 //! engine and everything else is not.
 
-use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use llama_orch_types::Digest;
 use provision_kit::fs::{FsError, sha256_bytes, sha256_file, write_atomic};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Accelerator, Mode};
-use crate::error::EngineError;
+use crate::error::{EngineError, chain};
 
 const FILE_NAME: &str = "manifest.json";
 
@@ -35,6 +36,9 @@ pub(crate) struct Recipe {
     pub compiler: Option<String>,
     /// The CPU features that the binary was built for; nothing if it runs on any.
     pub cpu_features: Option<String>,
+    /// What our environment said to CMake and the compiler, as `NAME=value`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub environment: Vec<String>,
 }
 
 impl Recipe {
@@ -57,18 +61,83 @@ pub(crate) struct Stamp {
     modified_s: i64,
     modified_ns: i64,
     inode: u64,
+    /// When the file's bytes or facts were last changed, which no program can set at will. Earlier
+    /// manifests lack it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    changed: Option<(i64, i64)>,
 }
 
 impl Stamp {
+    /// A symbolic link is looked at itself.
     fn of(path: &Path) -> Result<Self, FsError> {
-        let facts = fs::metadata(path).map_err(FsError::at("look at", path))?;
+        let facts = fs::symlink_metadata(path).map_err(FsError::at("look at", path))?;
         Ok(Self {
             size: facts.size(),
             modified_s: facts.mtime(),
             modified_ns: facts.mtime_nsec(),
             inode: facts.ino(),
+            changed: Some((facts.ctime(), facts.ctime_nsec())),
         })
     }
+}
+
+/// One file's digest, and how the file looked before and after it was read. Blocking.
+fn stamped_digest(path: &Path) -> Result<(Digest, Stamp), FsError> {
+    let before = Stamp::of(path)?;
+    let digest = digest_of(path)?;
+    if Stamp::of(path)? == before {
+        return Ok((digest, before));
+    }
+    let changed = io::Error::other("it changed while it was read");
+    Err(FsError::at("take the digest of", path)(changed))
+}
+
+/// A link's digest is that of the name it holds.
+fn digest_of(path: &Path) -> Result<Digest, FsError> {
+    let facts = fs::symlink_metadata(path).map_err(FsError::at("look at", path))?;
+    if facts.is_symlink() {
+        let target = fs::read_link(path).map_err(FsError::at("read", path))?;
+        return Ok(sha256_bytes(target.as_os_str().as_bytes()));
+    }
+    Ok(sha256_file(path)?.0)
+}
+
+/// A file that lies beside the binary: a release brings its libraries.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Companion {
+    /// Its path inside the directory.
+    pub path: PathBuf,
+    pub digest: Digest,
+    pub stamp: Stamp,
+}
+
+/// Every file and link under `directory` but the binary and the manifest, sorted. Blocking.
+fn companions(directory: &Path, binary: &Path) -> Result<Vec<Companion>, FsError> {
+    let mut found = Vec::new();
+    let mut waiting = vec![PathBuf::new()];
+    while let Some(inside) = waiting.pop() {
+        let here = directory.join(&inside);
+        let entries = fs::read_dir(&here).map_err(FsError::at("list", &here))?;
+        for entry in entries {
+            let entry = entry.map_err(FsError::at("list", &here))?;
+            let path = inside.join(entry.file_name());
+            let kind = entry
+                .file_type()
+                .map_err(FsError::at("look at", &entry.path()))?;
+            if kind.is_dir() {
+                waiting.push(path);
+            } else if path != binary && path != Path::new(FILE_NAME) {
+                let (digest, stamp) = stamped_digest(&entry.path())?;
+                found.push(Companion {
+                    path,
+                    digest,
+                    stamp,
+                });
+            }
+        }
+    }
+    found.sort_by(|one, other| one.path.cmp(&other.path));
+    Ok(found)
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,24 +147,27 @@ pub(crate) struct Manifest {
     pub binary: PathBuf,
     pub digest: Digest,
     pub stamp: Stamp,
+    /// What else the directory holds.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub companions: Vec<Companion>,
     /// sha256 of the archive or source it came from, where it has one.
     pub origin_digest: Option<Digest>,
     pub built_at: String,
 }
 
 impl Manifest {
-    /// Describes the binary in `directory`. Reads the whole file: blocking.
+    /// Describes the binary in `directory` and what lies with it. Reads the files whole: blocking.
     pub(crate) fn describe(
         directory: &Path,
         binary: PathBuf,
         recipe: Recipe,
         origin_digest: Option<Digest>,
     ) -> Result<Self, FsError> {
-        let path = directory.join(&binary);
-        let (digest, _) = sha256_file(&path)?;
+        let (digest, stamp) = stamped_digest(&directory.join(&binary))?;
         Ok(Self {
             recipe,
-            stamp: Stamp::of(&path)?,
+            stamp,
+            companions: companions(directory, &binary)?,
             binary,
             digest,
             origin_digest,
@@ -126,30 +198,41 @@ impl Manifest {
         }
     }
 
-    /// Checks that the binary is still the one that was installed, and returns its path. Its bytes
-    /// are read only if the file's size, time or inode changed. Blocking.
+    /// Checks that the binary and what lies with it are still what was installed, and returns the
+    /// binary's path. A file's bytes are read only if its size, times or inode changed. Blocking.
     pub(crate) fn verify(&self, directory: &Path) -> Result<PathBuf, EngineError> {
+        let mut renewed = self.clone();
         let path = directory.join(&self.binary);
-        let stamp = Stamp::of(&path)?;
-        if stamp == self.stamp {
-            return Ok(path);
+        check_file(&path, self.digest, &mut renewed.stamp)?;
+        for companion in &mut renewed.companions {
+            let path = directory.join(&companion.path);
+            check_file(&path, companion.digest, &mut companion.stamp)?;
         }
-        let (found, _) = sha256_file(&path)?;
-        if found != self.digest {
-            return Err(EngineError::BinaryChanged {
-                path,
-                expected: self.digest,
-                found,
-            });
+        // Copied or restored: the same bytes in another file. The new looks are remembered, so
+        // that the bytes need not be read again; where they cannot be, they are read again.
+        if renewed != *self
+            && let Err(error) = renewed.write(directory)
+        {
+            tracing::warn!(error = %chain(&error), "a checked engine's manifest is not renewed");
         }
-        // Copied or restored: the same bytes in another file. Remember the new looks.
-        let renewed = Self {
-            stamp,
-            ..self.clone()
-        };
-        renewed.write(directory)?;
         Ok(path)
     }
+}
+
+fn check_file(path: &Path, expected: Digest, stamp: &mut Stamp) -> Result<(), EngineError> {
+    if Stamp::of(path)? == *stamp {
+        return Ok(());
+    }
+    let (found, new_stamp) = stamped_digest(path)?;
+    if found != expected {
+        return Err(EngineError::BinaryChanged {
+            path: path.to_owned(),
+            expected,
+            found,
+        });
+    }
+    *stamp = new_stamp;
+    Ok(())
 }
 
 #[cfg(test)]
@@ -165,6 +248,7 @@ mod tests {
             options: vec!["-DA=ON".into()],
             compiler: Some("c++ 12".into()),
             cpu_features: Some("avx".into()),
+            environment: Vec::new(),
         }
     }
 
@@ -199,6 +283,10 @@ mod tests {
             },
             Recipe {
                 cpu_features: None,
+                ..recipe()
+            },
+            Recipe {
+                environment: vec!["CFLAGS=-O1".into()],
                 ..recipe()
             },
         ];
@@ -236,5 +324,64 @@ mod tests {
             renewed.verify(directory),
             Err(EngineError::BinaryChanged { .. })
         ));
+    }
+
+    #[test]
+    fn what_lies_with_the_binary_is_checked_too() {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path();
+        fs::write(directory.join("llama-server"), "engine").unwrap();
+        fs::create_dir(directory.join("lib")).unwrap();
+        let library = directory.join("lib/libllama.so.0");
+        fs::write(&library, "library").unwrap();
+        std::os::unix::fs::symlink("libllama.so.0", directory.join("lib/libllama.so")).unwrap();
+        let manifest =
+            Manifest::describe(directory, "llama-server".into(), recipe(), None).unwrap();
+        manifest.write(directory).unwrap();
+        assert_eq!(manifest.companions.len(), 2);
+        manifest.verify(directory).unwrap();
+        fs::write(&library, "trojan!").unwrap();
+        assert!(matches!(
+            manifest.verify(directory),
+            Err(EngineError::BinaryChanged { path, .. }) if path == library
+        ));
+    }
+
+    #[test]
+    fn a_change_with_its_time_set_back_is_noticed() {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path();
+        let binary = directory.join("llama-server");
+        fs::write(&binary, "engine").unwrap();
+        let manifest =
+            Manifest::describe(directory, "llama-server".into(), recipe(), None).unwrap();
+        let modified = fs::metadata(&binary).unwrap().modified().unwrap();
+        // The kernel's clock for files moves on in steps of a few milliseconds.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        loop {
+            fs::write(&binary, "trojan").unwrap();
+            let file = fs::File::options().write(true).open(&binary).unwrap();
+            file.set_modified(modified).unwrap();
+            if Stamp::of(&binary).unwrap().changed != manifest.stamp.changed {
+                break;
+            }
+            assert!(std::time::Instant::now() < deadline);
+        }
+        assert!(manifest.verify(directory).is_err());
+    }
+
+    #[test]
+    fn a_manifest_that_cannot_be_renewed_refuses_no_engine() {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path();
+        let binary = directory.join("llama-server");
+        fs::write(&binary, "engine").unwrap();
+        let mut manifest =
+            Manifest::describe(directory, "llama-server".into(), recipe(), None).unwrap();
+        // As an earlier version wrote it.
+        manifest.stamp.changed = None;
+        // A directory is in the way of the file.
+        fs::create_dir_all(directory.join("manifest.json/x")).unwrap();
+        assert_eq!(manifest.verify(directory).unwrap(), binary);
     }
 }

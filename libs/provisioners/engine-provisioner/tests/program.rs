@@ -8,6 +8,7 @@ mod support;
 
 use std::fmt::Write as _;
 use std::io::{BufRead as _, BufReader};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -44,7 +45,10 @@ struct Running(Child);
 
 impl Running {
     fn start(config: &Path) -> Self {
-        let mut command = program();
+        Self::start_with(config, program())
+    }
+
+    fn start_with(config: &Path, mut command: Command) -> Self {
         command
             .arg("--config")
             .arg(config)
@@ -269,4 +273,75 @@ async fn a_program_that_is_killed_takes_its_engine_along() {
     })
     .await;
     drop(again);
+}
+
+#[tokio::test]
+async fn a_machine_without_certificates_runs_what_it_has() {
+    let machine = Machine::new();
+    let engine = install(&machine.path().join("engine"), &Script::default());
+    let model = machine.path().join("model.gguf");
+    write_model(&model);
+    let config = write_config(
+        &machine,
+        &format!(
+            "provision:\n  path: {}\nmodel: {}",
+            engine.display(),
+            model.display()
+        ),
+    );
+    let mut command = program();
+    command
+        .env("SSL_CERT_FILE", machine.path().join("none"))
+        .env("SSL_CERT_DIR", machine.path().join("none"));
+    let mut running = Running::start_with(&config, command);
+    let mut lines = BufReader::new(running.0.stdout.take().unwrap()).lines();
+    let url = tokio::task::spawn_blocking(move || lines.next())
+        .await
+        .unwrap();
+    assert!(url.is_some(), "it ended without an address");
+    running.signal("-TERM");
+    assert!(running.0.wait().unwrap().success());
+}
+
+/// A script that does not become the engine but runs it: the script is killed with its owner, and
+/// the engine is not.
+#[tokio::test]
+async fn an_engine_behind_a_script_is_ended_by_the_next_start() {
+    let machine = Machine::new();
+    let real = install(&machine.path().join("real"), &Script::default());
+    let engine = machine.path().join("llama-server");
+    let text = format!("#!/bin/sh\n{} \"$@\"\nexit $?\n", real.display());
+    std::fs::write(&engine, text).unwrap();
+    std::fs::set_permissions(&engine, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let model = machine.path().join("model.gguf");
+    write_model(&model);
+    let config = write_config(
+        &machine,
+        &format!(
+            "provision:\n  path: {}\nmodel: {}",
+            engine.display(),
+            model.display()
+        ),
+    );
+    let mut running = Running::start(&config);
+    until("the handoff is there", || machine.handoff().exists()).await;
+    let file: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(machine.pid_file()).unwrap()).unwrap();
+    let left: ProcessIdentity = serde_json::from_value(file["listener"].clone()).unwrap();
+    running.signal("-KILL");
+    running.0.wait().unwrap();
+    assert!(left.is_alive());
+    let mut again = Running::start(&config);
+    until("the engine that was left ends", || !left.is_alive()).await;
+    let listener = || -> Option<ProcessIdentity> {
+        let text = std::fs::read(machine.pid_file()).ok()?;
+        let file: serde_json::Value = serde_json::from_slice(&text).ok()?;
+        let listener = serde_json::from_value(file["listener"].clone()).ok()?;
+        (listener != left).then_some(listener)
+    };
+    until("a new engine is there", || listener().is_some()).await;
+    let new = listener().unwrap();
+    again.signal("-TERM");
+    again.0.wait().unwrap();
+    until("the new engine ends", || !new.is_alive()).await;
 }

@@ -22,9 +22,10 @@ use llama_orch_types::{Digest, ProvisioningMode};
 use provision_kit::download::DownloadError;
 use provision_kit::fs::sha256_bytes;
 use provisioners_engine_provisioner::{EngineConfig, EngineError, Mode};
-use support::Machine;
+use support::{Machine, refusing, until};
 
 const ARCHIVE: &str = "llama-b7-bin-test-x64.tar.gz";
+const CUDA_ARCHIVE: &str = "llama-b7-bin-test-cuda-x64.tar.gz";
 
 /// An archive as llama.cpp packs it: everything in one directory, libraries beside the binary.
 fn archive(engine_script: &str) -> Vec<u8> {
@@ -56,6 +57,8 @@ struct Server {
     cuts: usize,
     requests: Arc<AtomicUsize>,
     ranges: Arc<AtomicUsize>,
+    /// Downloads wait for a permit, where this is set.
+    gate: Option<Arc<tokio::sync::Semaphore>>,
 }
 
 impl Server {
@@ -66,6 +69,7 @@ impl Server {
             cuts: 0,
             requests: Arc::default(),
             ranges: Arc::default(),
+            gate: None,
         }
     }
 
@@ -74,6 +78,7 @@ impl Server {
         let router = axum::Router::new()
             .route("/api/b7", get(list))
             .route(&format!("/download/b7/{ARCHIVE}"), get(download))
+            .route(&format!("/download/b7/{CUDA_ARCHIVE}"), get(download))
             .with_state(self.clone());
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -94,6 +99,9 @@ async fn list(State(server): State<Server>) -> Json<serde_json::Value> {
 
 async fn download(State(server): State<Server>, headers: HeaderMap) -> Response {
     let number = server.requests.fetch_add(1, Ordering::SeqCst);
+    if let Some(gate) = &server.gate {
+        gate.acquire().await.unwrap().forget();
+    }
     let whole = server.archive.clone();
     let total = whole.len();
     let from = headers.get(header::RANGE).and_then(|range| {
@@ -322,17 +330,16 @@ async fn an_engine_of_another_version_is_not_installed() {
         .await
         .unwrap_err();
     assert!(matches!(error, EngineError::WrongVersion { .. }), "{error}");
-    assert!(nothing_is_installed(&machine));
+    for directory in [machine.cache.engines(), machine.cache.downloads()] {
+        let left: Vec<_> = std::fs::read_dir(directory).unwrap().flatten().collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
 }
 
 #[tokio::test]
 async fn without_a_network_it_is_said_quickly() {
     let machine = Machine::new();
-    // A port that nobody listens on.
-    let address = std::net::TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap();
+    let (_socket, address) = refusing();
     let begin = std::time::Instant::now();
     let error = machine
         .provisioner()
@@ -342,4 +349,93 @@ async fn without_a_network_it_is_said_quickly() {
     assert!(matches!(error, EngineError::ReleaseList { .. }), "{error}");
     assert!(error.retriable());
     assert!(begin.elapsed() < std::time::Duration::from_secs(5));
+}
+
+#[tokio::test]
+async fn two_engines_of_one_file_do_not_disturb_each_other() {
+    let machine = Machine::new();
+    let gate = Arc::new(tokio::sync::Semaphore::new(0));
+    let server = Server {
+        gate: Some(gate.clone()),
+        ..Server::new(archive(ENGINE))
+    };
+    // One is told the digest and the other asks for it: two recipes, and the same file.
+    let asking = config(server.start().await);
+    let mut told = asking.clone();
+    told.release.archive_digest = server.digest;
+    let (one, other) = (machine.provisioner(), machine.provisioner());
+    let open_gate = async {
+        until("one waits for the other", || {
+            let notes = machine.recorder.notes();
+            notes.iter().any(|note| note.contains("same download"))
+        })
+        .await;
+        assert_eq!(server.requests.load(Ordering::SeqCst), 1);
+        gate.add_permits(2);
+    };
+    let (one, other, ()) = tokio::join!(one.ensure(&asking), other.ensure(&told), open_gate);
+    let (one, other) = (one.unwrap(), other.unwrap());
+    assert_ne!(one.binary, other.binary);
+    assert_eq!(one.digest, other.digest);
+}
+
+#[tokio::test]
+async fn a_version_that_was_never_released_is_not_asked_for_again() {
+    let machine = Machine::new();
+    let server = Server::new(archive(ENGINE));
+    let config = EngineConfig {
+        version: "b8".into(),
+        ..config(server.start().await)
+    };
+    let error = machine.provisioner().ensure(&config).await.unwrap_err();
+    assert!(matches!(error, EngineError::ReleaseList { .. }), "{error}");
+    assert!(!error.retriable());
+}
+
+#[tokio::test]
+async fn an_engine_that_cannot_be_looked_at_is_not_removed() {
+    let machine = Machine::new();
+    let server = Server::new(archive(ENGINE));
+    let config = config(server.start().await);
+    let installed = machine.provisioner().ensure(&config).await.unwrap();
+    // Reading the manifest fails, and not because it is gone or no manifest.
+    let manifest = installed.binary.with_file_name("manifest.json");
+    std::fs::remove_file(&manifest).unwrap();
+    std::fs::create_dir(&manifest).unwrap();
+    let error = machine.provisioner().ensure(&config).await.unwrap_err();
+    assert!(matches!(error, EngineError::File(_)), "{error}");
+    assert!(installed.binary.exists());
+}
+
+#[tokio::test]
+async fn a_changed_library_is_noticed() {
+    let machine = Machine::new();
+    let server = Server::new(archive(ENGINE));
+    let config = config(server.start().await);
+    let installed = machine.provisioner().ensure(&config).await.unwrap();
+    std::fs::write(installed.binary.with_file_name("libllama.so"), "trojan").unwrap();
+    let again = machine.provisioner().ensure(&config).await.unwrap();
+    assert_eq!(again.mode, ProvisioningMode::Release);
+    assert_eq!(server.requests.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
+async fn a_required_gpu_must_be_found_by_a_fetched_engine_too() {
+    let machine = Machine::new();
+    let server = Server::new(archive(ENGINE));
+    let mut config = EngineConfig {
+        require_gpu: true,
+        ..config(server.start().await)
+    };
+    config.release.archive = Some(CUDA_ARCHIVE.into());
+    config.release.archive_digest = server.digest;
+    let cached = EngineConfig {
+        mode: Some(Mode::Cache),
+        ..config.clone()
+    };
+    for config in [config, cached] {
+        let error = machine.provisioner().ensure(&config).await.unwrap_err();
+        assert!(matches!(error, EngineError::NoGpu { .. }), "{error}");
+        assert!(error.to_string().contains("lists no GPU"), "{error}");
+    }
 }

@@ -9,7 +9,9 @@ mod support;
 use llama_orch_types::{Hinted as _, ProvisioningMode};
 use provision_kit::fs::sha256_bytes;
 use provision_kit::progress::{ProgressEvent, Unit};
-use provisioners_engine_provisioner::{ArchiveSource, EngineConfig, EngineError, Mode, Source};
+use provisioners_engine_provisioner::{
+    ArchiveSource, EngineConfig, EngineError, GitSource, Mode, Source,
+};
 use support::fake_source::{FakeSource, entries, machine};
 use support::{somebody_runs, until};
 
@@ -53,6 +55,71 @@ async fn a_source_is_built_once() {
     };
     assert_eq!(provisioner.ensure(&cached).await.unwrap(), second);
     assert_eq!(source.counted(), 1);
+
+    // An earlier version of ours may have named it otherwise.
+    let directory = first.binary.parent().unwrap();
+    let elsewhere = directory.with_file_name("b7-0123456789abcdef");
+    std::fs::rename(directory, &elsewhere).unwrap();
+    let source_again = EngineConfig {
+        mode: Some(Mode::Source),
+        ..cached
+    };
+    let third = provisioner.ensure(&source_again).await.unwrap();
+    assert_eq!(third.binary, elsewhere.join("llama-server"));
+    assert_eq!(source.counted(), 1);
+}
+
+/// Runs git in a directory; what it says.
+fn git(directory: &std::path::Path, arguments: &[&str]) -> String {
+    let output = std::process::Command::new("git")
+        .args(["-c", "user.name=test", "-c", "user.email=test@localhost"])
+        .args(arguments)
+        .current_dir(directory)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+#[tokio::test]
+async fn a_tag_is_taken_only_if_it_names_the_commit() {
+    let machine = machine();
+    let repository = machine.path().join("repository");
+    std::fs::create_dir(&repository).unwrap();
+    std::fs::write(repository.join("CMakeLists.txt"), "no cmake at all").unwrap();
+    git(&repository, &["init", "--quiet"]);
+    git(&repository, &["add", "."]);
+    git(&repository, &["commit", "--quiet", "--message", "one"]);
+    git(&repository, &["tag", "b7"]);
+    let commit = git(&repository, &["rev-parse", "HEAD"]);
+    let with = |tag: &str, commit: &str| {
+        let mut config = FakeSource::new(&machine).config();
+        config.version = "b7".into();
+        config.source.sources = vec![Source::Git(GitSource {
+            url: format!("file://{}", repository.display()),
+            tag: tag.into(),
+            commit: Some(commit.into()),
+        })];
+        config
+    };
+    let provisioner = machine.provisioner();
+    let other = "0".repeat(40);
+    let error = provisioner.ensure(&with("b7", &other)).await.unwrap_err();
+    assert!(
+        matches!(&error, EngineError::SourceCommit { found, .. } if *found == commit),
+        "{error}"
+    );
+    assert!(!error.retriable());
+    // The right one is taken as far as to CMake, which can do nothing with it.
+    let error = provisioner.ensure(&with("b7", &commit)).await.unwrap_err();
+    assert!(
+        matches!(error, EngineError::Build { tool: "cmake", .. }),
+        "{error}"
+    );
+    let missing = with("nightly", &commit);
+    let error = provisioner.ensure(&missing).await.unwrap_err();
+    assert!(matches!(error, EngineError::SourceGit { .. }), "{error}");
+    assert!(!error.retriable(), "{error}");
 }
 
 #[tokio::test]

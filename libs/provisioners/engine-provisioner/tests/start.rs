@@ -280,8 +280,12 @@ async fn one_pool_has_one_owner() {
     again.stop().await;
 }
 
+fn port_of(url: &str) -> u16 {
+    url.rsplit_once(':').unwrap().1.parse().unwrap()
+}
+
 #[tokio::test]
-async fn two_starts_at_once_share_no_port() {
+async fn pools_that_start_at_once_live_apart() {
     let machine = Machine::new();
     let engine = install(&machine.path().join("engine"), &Script::default());
     let provisioner = machine.provisioner();
@@ -294,16 +298,17 @@ async fn two_starts_at_once_share_no_port() {
         provisioner.start(&installation, spec)
     };
     let (a, b, c) = tokio::join!(start("a"), start("b"), start("c"));
-    let engines = [a.unwrap(), b.unwrap(), c.unwrap()];
-    let mut urls: Vec<_> = engines
-        .iter()
-        .map(|engine| engine.context().url.clone())
-        .collect();
-    urls.sort();
-    urls.dedup();
-    assert_eq!(urls.len(), 3);
-    for engine in engines {
-        engine.stop().await;
+    let (a, others) = (a.unwrap(), [b.unwrap(), c.unwrap()]);
+    let ended = identity(a.context().pid.unwrap());
+    a.stop().await;
+    gone(ended).await;
+    for other in others {
+        assert!(identity(other.context().pid.unwrap()).matches());
+        let port = port_of(&other.context().url);
+        tokio::net::TcpStream::connect(("127.0.0.1", port))
+            .await
+            .unwrap();
+        other.stop().await;
     }
 }
 
@@ -311,26 +316,39 @@ async fn two_starts_at_once_share_no_port() {
 async fn a_port_that_is_taken_means_another_port() {
     let machine = Machine::new();
     let real = install(&machine.path().join("real"), &Script::default());
-    let marker = machine.path().join("tried");
+    let tried = machine.path().join("tried");
+    // The first try holds its port in vain: a listener of the test's takes the part of whoever was
+    // quicker, so that the port cannot be chosen again by chance.
     let engine = script_engine(
         machine.path(),
         &format!(
-            "if [ ! -e {0} ]; then touch {0}; echo \"couldn't bind HTTP server socket\" >&2; exit 1; fi\nexec {1} \"$@\"",
-            marker.display(),
+            "if [ ! -e {0} ]; then echo \"$@\" > {0}; while [ ! -e {0}.taken ]; do sleep 0.01; done; \
+             echo \"couldn't bind HTTP server socket\" >&2; exit 1; fi\nexec {1} \"$@\"",
+            tried.display(),
             real.display()
         ),
     );
-    let running = machine
-        .provisioner()
-        .start(&installation(&engine), machine.spec())
-        .await
-        .unwrap();
-    assert!(
-        machine
-            .recorder
-            .notes()
-            .iter()
-            .any(|note| note.contains("port"))
+    let take_port = async {
+        let first_port = || {
+            let words = std::fs::read_to_string(&tried).ok()?;
+            let (_, rest) = words.trim_end().split_once("--port ")?;
+            rest.split_once(' ')?.0.parse::<u16>().ok()
+        };
+        until("the first try is made", || first_port().is_some()).await;
+        let taken = std::net::TcpListener::bind(("127.0.0.1", first_port().unwrap())).unwrap();
+        std::fs::write(tried.with_extension("taken"), "").unwrap();
+        taken
+    };
+    let provisioner = machine.provisioner();
+    let installation = installation(&engine);
+    let (running, taken) =
+        tokio::join!(provisioner.start(&installation, machine.spec()), take_port);
+    let running = running.unwrap();
+    let notes = machine.recorder.notes();
+    assert!(notes.iter().any(|note| note.contains("port")), "{notes:?}");
+    assert_ne!(
+        port_of(&running.context().url),
+        taken.local_addr().unwrap().port()
     );
     running.stop().await;
 }
@@ -377,6 +395,40 @@ async fn a_stranger_on_the_port_is_not_taken_for_the_engine() {
         "the stranger was left alone"
     );
     running.stop().await;
+}
+
+#[tokio::test]
+async fn a_stranger_on_the_port_is_told_of_when_the_engine_is_given_up() {
+    let machine = Machine::new();
+    let real = install(&machine.path().join("real"), &Script::default());
+    let stranger = Stranger(machine.path().join("stranger.pid"));
+    let engine = script_engine(
+        machine.path(),
+        &format!(
+            "setsid {1} \"$@\" >/dev/null 2>&1 & echo $! > {0}; sleep 600",
+            stranger.0.display(),
+            real.display()
+        ),
+    );
+    let spec = LaunchSpec {
+        load_timeout: Duration::from_secs(3),
+        ..machine.spec()
+    };
+    let error = machine
+        .provisioner()
+        .start(&installation(&engine), spec)
+        .await
+        .unwrap_err();
+    let EngineError::LoadTimeout {
+        stranger: Some(port),
+        ..
+    } = &error
+    else {
+        panic!("{error}");
+    };
+    let text = error.to_string();
+    let told = format!("another program answers on its port {port}");
+    assert!(text.contains(&told), "{text}");
 }
 
 /// A process in a group of its own, killed at the end of its test.
@@ -427,6 +479,49 @@ async fn an_engine_left_by_a_crash_is_ended_first() {
         .unwrap();
     gone(left).await;
     running.stop().await;
+}
+
+#[tokio::test]
+async fn an_engine_that_outlives_its_script_is_ended_first() {
+    let machine = Machine::new();
+    let engine = install(&machine.path().join("engine"), &Script::default());
+    let other = Other::start(Command::new("sleep").arg("600"));
+    let left = identity(other.0.id());
+    // The script that led the group is gone, and what it ran listens still.
+    other.write_pid_file(&machine, |file| {
+        file["listener"] = serde_json::to_value(&left).unwrap();
+        file["pid"] = 4_194_306.into();
+    });
+    let running = machine
+        .provisioner()
+        .start(&installation(&engine), machine.spec())
+        .await
+        .unwrap();
+    gone(left).await;
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_script_and_the_engine_it_runs_are_both_written_down() {
+    let machine = Machine::new();
+    let real = install(&machine.path().join("real"), &Script::default());
+    let engine = script_engine(
+        machine.path(),
+        &format!("{} \"$@\"\nexit $?", real.display()),
+    );
+    let running = machine
+        .provisioner()
+        .start(&installation(&engine), machine.spec())
+        .await
+        .unwrap();
+    let file: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(machine.pid_file()).unwrap()).unwrap();
+    assert_eq!(file["pid"], running.context().pid.unwrap());
+    let listener: ProcessIdentity = serde_json::from_value(file["listener"].clone()).unwrap();
+    assert_ne!(Some(listener.pid), running.context().pid);
+    assert_eq!(listener.exe, std::fs::canonicalize(&real).unwrap());
+    running.stop().await;
+    gone(listener).await;
 }
 
 #[tokio::test]

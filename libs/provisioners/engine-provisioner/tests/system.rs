@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use llama_orch_types::{Hinted as _, ProvisioningMode};
 use provisioners_engine_provisioner::{EngineConfig, EngineError, Mode};
-use support::Machine;
+use support::{Machine, refusing};
 use test_harness_fake_engine::{Script, install};
 
 fn config(path: PathBuf) -> EngineConfig {
@@ -84,10 +84,7 @@ async fn a_gpu_that_is_required_must_be_listed() {
 #[tokio::test]
 async fn every_failed_mode_is_noted_and_listed() {
     let machine = Machine::new();
-    let address = std::net::TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap();
+    let (_socket, address) = refusing();
     let mut config = EngineConfig {
         version: "b3".into(),
         ..EngineConfig::default()

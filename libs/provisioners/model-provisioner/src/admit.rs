@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use llama_orch_types::Digest;
+use provision_kit::chain::one_line;
 use provision_kit::download::Fetched;
 use provision_kit::fs::{remove_file_if_there, sha256_file};
 
@@ -52,6 +53,7 @@ impl Gate {
     }
 
     fn publish(&self, claim: &Claim, fetched: &Fetched) -> Result<ModelRecord, ModelError> {
+        let stamp = FileStamp::of(&fetched.path)?;
         self.check_digest(claim, &fetched.path, fetched.digest)?;
         let facts = read_facts(&fetched.path, &claim.source)?;
         if facts.split_count > 1 {
@@ -61,8 +63,14 @@ impl Gate {
             });
         }
         self.check_signature(claim, &fetched.path, fetched.digest, fetched.size)?;
+        check_unchanged(&fetched.path, stamp)?;
         let path = self.store.publish(&fetched.path, fetched.digest)?;
-        self.record(claim, path, fetched.digest, facts)
+        let published = FileStamp::of(&path)?;
+        if published.size_bytes != fetched.size || !published.is_renamed(stamp) {
+            remove_file_if_there(&path)?;
+            return Err(ModelError::ChangedMeanwhile { path });
+        }
+        Ok(self.record(claim, path, published, fetched.digest, facts))
     }
 
     /// The stored file of this digest, if it is there and still what it was.
@@ -75,11 +83,12 @@ impl Gate {
         if !path.exists() {
             return Ok(None);
         }
+        let stamp = FileStamp::of(&path)?;
         let known = self.store.record(Place::Stored(digest));
         if let Some(record) = known.as_ref()
-            && record.stamp == FileStamp::of(&path)?
+            && record.stamp == stamp
         {
-            return self.used_again(claim, record.clone()).map(Some);
+            return Ok(Some(self.used_again(claim, record.clone())));
         }
         let (actual, size) = sha256_file(&path)?;
         if actual != digest {
@@ -97,10 +106,14 @@ impl Gate {
             ..claim.clone()
         };
         self.check_signature(&claim, &path, actual, size)?;
-        self.record(&claim, path, digest, facts).map(Some)
+        check_unchanged(&path, stamp)?;
+        Ok(Some(self.record(&claim, path, stamp, digest, facts)))
     }
 
     /// A file that lies elsewhere.
+    ///
+    /// Of a split model this is the first part, and digest and signature speak
+    /// of that part alone: the engine finds the others beside it, unverified.
     pub(crate) fn admit_in_place(
         &self,
         claim: &Claim,
@@ -112,39 +125,41 @@ impl Gate {
             && record.stamp == stamp
         {
             self.check_digest(claim, path, record.digest)?;
-            return self.used_again(claim, record.clone());
+            return Ok(self.used_again(claim, record.clone()));
         }
         // The header first: it is quick, and hashing a useless file is not.
         let facts = read_facts(path, &path.display().to_string())?;
         let (digest, size) = sha256_file(path)?;
         self.check_digest(claim, path, digest)?;
         self.check_signature(claim, path, digest, size)?;
+        check_unchanged(path, stamp)?;
+        if facts.split_count > 1 {
+            tracing::warn!(path = %path.display(), parts = facts.split_count, "only the first part of this split model is verified");
+        }
         if let Some(before) = known.filter(|record| record.digest != digest) {
             tracing::warn!(path = %path.display(), before = %before.digest, now = %digest, "the model file has changed");
         }
-        self.record(claim, path.to_owned(), digest, facts)
+        Ok(self.record(claim, path.to_owned(), stamp, digest, facts))
     }
 
-    fn used_again(
-        &self,
-        claim: &Claim,
-        mut record: ModelRecord,
-    ) -> Result<ModelRecord, ModelError> {
+    fn used_again(&self, claim: &Claim, mut record: ModelRecord) -> ModelRecord {
         record.last_used = Timestamp::now();
         record.references.insert(claim.id.clone());
-        Ok(self.store.save(record)?)
+        self.save(record)
     }
 
+    /// `stamp` is from before the file was read.
     fn record(
         &self,
         claim: &Claim,
         path: PathBuf,
+        stamp: FileStamp,
         digest: Digest,
         facts: GgufFacts,
-    ) -> Result<ModelRecord, ModelError> {
+    ) -> ModelRecord {
         let now = Timestamp::now();
-        Ok(self.store.save(ModelRecord {
-            stamp: FileStamp::of(&path)?,
+        self.save(ModelRecord {
+            stamp,
             path,
             digest,
             references: BTreeSet::from([claim.id.clone(), claim.source.clone()]),
@@ -152,7 +167,18 @@ impl Gate {
             verified_at: now,
             last_used: now,
             facts,
-        })?)
+        })
+    }
+
+    /// A verified file is as good without its record: that only saves work.
+    fn save(&self, record: ModelRecord) -> ModelRecord {
+        match self.store.save(record.clone()) {
+            Ok(saved) => saved,
+            Err(error) => {
+                tracing::warn!(path = %record.path.display(), error = %one_line(&error), "a model is used, but its record was not written");
+                record
+            }
+        }
     }
 
     fn check_digest(&self, claim: &Claim, path: &Path, actual: Digest) -> Result<(), ModelError> {
@@ -196,6 +222,17 @@ impl Gate {
                 file: claim.source.clone(),
                 source,
             })
+    }
+}
+
+/// What was read is what is there: nobody wrote to the file meanwhile.
+fn check_unchanged(path: &Path, before: FileStamp) -> Result<(), ModelError> {
+    if FileStamp::of(path)? == before {
+        Ok(())
+    } else {
+        Err(ModelError::ChangedMeanwhile {
+            path: path.to_owned(),
+        })
     }
 }
 

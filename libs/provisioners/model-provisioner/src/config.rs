@@ -43,7 +43,8 @@ impl Default for ModelProvisionerConfig {
     }
 }
 
-/// When a model's digest must be known and right.
+/// When a model's digest must be known and right. Of a split model that lies
+/// on this machine, the digest is that of its first part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum VerifyPolicy {

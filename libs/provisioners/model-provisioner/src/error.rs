@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use llama_orch_types::{Digest, Hinted};
 use provision_kit::chain::one_line;
 use provision_kit::config::nearest;
-use provision_kit::download::DownloadError;
 use provision_kit::fs::FsError;
 use provision_kit::lock::LockError;
 
@@ -53,6 +52,8 @@ pub enum ModelError {
         expected: Digest,
         actual: Digest,
     },
+    #[error("{} was changed while it was being verified", path.display())]
+    ChangedMeanwhile { path: PathBuf },
     /// `file` is where it came from, or where it lies.
     #[error("{file} is no usable GGUF file")]
     Gguf {
@@ -72,8 +73,6 @@ pub enum ModelError {
     },
     #[error("the model {id} is being removed by another process")]
     BeingRemoved { id: String },
-    #[error("cannot set up downloads")]
-    Client(#[source] DownloadError),
     #[error(transparent)]
     File(#[from] FsError),
     #[error(transparent)]
@@ -101,7 +100,8 @@ impl ModelError {
                 attempts.iter().any(|(_, error)| error.retriable())
             }
             Self::Lock(error) => error.retriable(),
-            Self::BeingRemoved { .. } => true,
+            Self::File(error) => error.retriable(),
+            Self::BeingRemoved { .. } | Self::ChangedMeanwhile { .. } => true,
             _ => false,
         }
     }
@@ -132,6 +132,9 @@ impl Hinted for ModelError {
                 "if nobody meant to change it, the disk may be failing; `rm {}` and start again to fetch it anew",
                 path.display()
             ),
+            Self::ChangedMeanwhile { .. } => {
+                "wait until whoever writes the file is done, then try again".to_owned()
+            }
             Self::Gguf { source, .. } if source.is_truncated() => {
                 "the file is cut off: fetch or copy it again".to_owned()
             }
@@ -142,7 +145,6 @@ impl Hinted for ModelError {
             }
             Self::Signature { .. } => "use a model whose signature the configured verifier accepts".to_owned(),
             Self::BeingRemoved { .. } => "try again in a moment".to_owned(),
-            Self::Client(error) => return error.hint(),
             Self::File(error) => return error.hint(),
             Self::Lock(error) => return error.hint(),
             Self::Profile(_) | Self::GivenUp => return None,

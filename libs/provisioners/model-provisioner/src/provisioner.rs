@@ -75,7 +75,7 @@ impl ModelProvisioner {
                 verifier: None,
             },
             leases: Arc::new(Leases::new(cache.locks())),
-            fetcher: Fetcher::new(&config, cache.downloads()).map_err(ModelError::Client)?,
+            fetcher: Fetcher::new(&config, cache.downloads()),
             locks: cache.locks(),
             downloads: cache.downloads(),
             provenance: runtime.provenance(),
@@ -190,7 +190,13 @@ impl ModelProvisioner {
             None => self.fetch_new(wanted, step).await?,
         };
         drop(held);
-        self.write_provenance(wanted, &provided).await?;
+        // The model is verified: a record that cannot be written does not change that.
+        if let Err(error) = self.write_provenance(wanted, &provided).await {
+            step.note(format!(
+                "the model is fine, but no record of it was written: {}",
+                one_line(&error)
+            ));
+        }
         if provided.how == How::Fetched {
             self.enforce_limit(step).await;
         }

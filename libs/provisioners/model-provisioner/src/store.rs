@@ -41,6 +41,13 @@ pub struct FileStamp {
     pub size_bytes: u64,
     pub mtime_seconds: i64,
     pub mtime_nanoseconds: i64,
+    /// Of the last change of content, name or permissions. Unlike the time of
+    /// modification nobody can set it. Absent in old records, which then match
+    /// no file.
+    #[serde(default)]
+    pub ctime_seconds: i64,
+    #[serde(default)]
+    pub ctime_nanoseconds: i64,
     pub inode: u64,
 }
 
@@ -58,8 +65,19 @@ impl FileStamp {
             size_bytes: metadata.size(),
             mtime_seconds: metadata.mtime(),
             mtime_nanoseconds: metadata.mtime_nsec(),
+            ctime_seconds: metadata.ctime(),
+            ctime_nanoseconds: metadata.ctime_nsec(),
             inode: metadata.ino(),
         })
+    }
+
+    /// The same but for a new name, which changes the ctime alone.
+    pub(crate) fn is_renamed(self, before: Self) -> bool {
+        self == Self {
+            ctime_seconds: self.ctime_seconds,
+            ctime_nanoseconds: self.ctime_nanoseconds,
+            ..before
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use crate::reference::ModelRef;
 /// A reference, resolved.
 #[derive(Debug)]
 pub(crate) struct Wanted {
-    /// What the user asked for.
+    /// What the user asked for, without what may be secret in it.
     pub(crate) id: String,
     pub(crate) expected: Expected,
     /// Never empty, never a profile.
@@ -29,7 +29,10 @@ impl Wanted {
         policy: VerifyPolicy,
     ) -> Result<Self, ModelError> {
         let parsed: ModelRef = reference.parse()?;
-        let id = reference.trim().to_owned();
+        let id = match &parsed {
+            ModelRef::Http { .. } => parsed.to_string(),
+            _ => reference.trim().to_owned(),
+        };
         let wanted = if let ModelRef::Profile { name } = &parsed {
             let profile = profiles
                 .get(name)
@@ -51,7 +54,7 @@ impl Wanted {
             Self {
                 id,
                 expected: Expected::default(),
-                key: sha256_bytes(parsed.to_string().as_bytes()).hex(),
+                key: sha256_bytes(String::from(parsed.clone()).as_bytes()).hex(),
                 sources: vec![parsed],
             }
         };

@@ -67,6 +67,34 @@ fn ensure_list_and_evict() {
     assert!(path.is_file());
 }
 
+/// As on a small container image.
+fn run_without_certificates(dir: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_model-provisioner"))
+        .args(arguments)
+        .current_dir(dir)
+        .env("XDG_CACHE_HOME", dir.join("cache"))
+        .env("SSL_CERT_FILE", dir.join("none"))
+        .env("SSL_CERT_DIR", dir.join("none"))
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn without_certificates_what_is_here_works_and_the_rest_says_what_is_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("own.gguf"), Gguf::tiny().bytes()).unwrap();
+    let output = run_without_certificates(dir.path(), &["ensure", "./own.gguf"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let output = run_without_certificates(dir.path(), &["ensure", "http://127.0.0.1:1/m.gguf"]);
+    let error = text(&output.stderr);
+    assert!(!output.status.success());
+    assert!(error.contains("cannot make an HTTP client"), "{error}");
+    assert!(
+        error.contains("hint: install") && error.contains("ca-certificates"),
+        "{error}"
+    );
+}
+
 #[test]
 fn an_error_says_what_why_and_what_to_try() {
     let dir = tempfile::tempdir().unwrap();

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use provision_kit::process::{self, CommandSpec};
 
+use crate::run::environment::is_unwanted;
+
 /// Longest that a program may take to say its version.
 pub(crate) const VERSION_LIMIT: Duration = Duration::from_secs(20);
 
@@ -85,11 +87,96 @@ pub async fn compiler() -> Option<Program> {
     None
 }
 
-/// The CPU's architecture and instruction sets, in one line. A build for the native CPU runs only
-/// where these are the same.
+/// The CPU's architecture and the instruction sets that a compiler uses by itself, in one line. A
+/// build for the native CPU runs only where all of these are there.
 pub fn cpu_features() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    format!("{} {}", env::consts::ARCH, parse_cpu_features(&info))
+    let line = format!("{} {}", env::consts::ARCH, parse_cpu_features(&info));
+    instruction_sets(&line)
+        .into_iter()
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+/// The words of a line of features that say what code may run, the architecture first. x86's flags
+/// also speak of virtual machines, mitigations and power: a new kernel or microcode changes those,
+/// and no engine is worse for it.
+pub(crate) fn instruction_sets(line: &str) -> Vec<&str> {
+    let mut words = line.split_whitespace();
+    let architecture = words.next();
+    let x86 = matches!(architecture, Some("x86_64" | "x86"));
+    architecture
+        .into_iter()
+        .chain(words.filter(|word| !x86 || is_x86_instruction_set(word)))
+        .collect()
+}
+
+fn is_x86_instruction_set(flag: &str) -> bool {
+    const FAMILIES: [&str; 6] = ["sse", "avx", "amx_", "bmi", "fma", "movdir"];
+    const OTHERS: [&str; 17] = [
+        "pni",
+        "ssse3",
+        "cx16",
+        "popcnt",
+        "abm",
+        "movbe",
+        "lahf_lm",
+        "f16c",
+        "aes",
+        "vaes",
+        "pclmulqdq",
+        "vpclmulqdq",
+        "gfni",
+        "adx",
+        "xop",
+        "tbm",
+        "3dnowprefetch",
+    ];
+    FAMILIES.iter().any(|family| flag.starts_with(family)) || OTHERS.contains(&flag)
+}
+
+/// Whether code for the first line's CPU runs on the second line's.
+pub(crate) fn runs_on(built_for: &str, here: &str) -> bool {
+    let (built_for, here) = (instruction_sets(built_for), instruction_sets(here));
+    built_for.first() == here.first() && built_for.iter().all(|word| here.contains(word))
+}
+
+/// Our environment's variables that change what CMake and a compiler make, as `NAME=value`, sorted.
+/// What is kept from them is none of these: it may be a secret, and this goes into manifests.
+pub(crate) fn build_environment() -> Vec<String> {
+    let mut set: Vec<String> = env::vars_os()
+        .filter_map(|(name, value)| {
+            let name = name.into_string().ok()?;
+            let value = value.to_string_lossy();
+            (changes_builds(&name) && !is_unwanted(&name) && !value.is_empty())
+                .then(|| format!("{name}={value}"))
+        })
+        .collect();
+    set.sort();
+    set
+}
+
+/// `CXX` is not among them: what it names is asked for its version.
+fn changes_builds(name: &str) -> bool {
+    const NAMES: [&str; 9] = [
+        "CC",
+        "CFLAGS",
+        "CPPFLAGS",
+        "CXXFLAGS",
+        "LDFLAGS",
+        "CUDACXX",
+        "CUDAFLAGS",
+        "CUDAARCHS",
+        "CUDAHOSTCXX",
+    ];
+    // How many compile at once, and how much is said, changes nothing that is made.
+    const HARMLESS: [&str; 4] = [
+        "CMAKE_BUILD_PARALLEL_LEVEL",
+        "CMAKE_COLOR_DIAGNOSTICS",
+        "CMAKE_EXPORT_COMPILE_COMMANDS",
+        "CMAKE_GENERATOR",
+    ];
+    NAMES.contains(&name) || (name.starts_with("CMAKE_") && !HARMLESS.contains(&name))
 }
 
 /// The first CPU's features, sorted. x86 calls them `flags`, ARM `Features`, RISC-V `isa`.
@@ -194,6 +281,32 @@ mod tests {
         assert_eq!(parse_cpu_features(x86), "avx fpu sse");
         assert_eq!(parse_cpu_features("Features\t: fp asimd\n"), "asimd fp");
         assert_eq!(parse_cpu_features(""), "");
+    }
+
+    #[test]
+    fn code_runs_where_its_instruction_sets_are() {
+        let built_for = "x86_64 aes avx avx2 hypervisor fma rtm sse4_2 md_clear";
+        // A new kernel says more, new microcode takes a mitigation's flags away.
+        assert!(runs_on(
+            built_for,
+            "x86_64 aes avx avx2 avx512f fma sse4_2 ibrs_enhanced"
+        ));
+        assert!(!runs_on(built_for, "x86_64 aes avx fma sse4_2"));
+        assert!(!runs_on("x86_64 avx", "aarch64 avx"));
+        assert!(!runs_on("aarch64 asimd sve", "aarch64 asimd"));
+        let here = cpu_features();
+        assert!(runs_on(&here, &here));
+        assert!(here.starts_with(env::consts::ARCH), "{here}");
+    }
+
+    #[test]
+    fn what_changes_a_build_is_told_from_what_does_not() {
+        for name in ["CXXFLAGS", "CC", "CMAKE_TOOLCHAIN_FILE", "LDFLAGS"] {
+            assert!(changes_builds(name), "{name}");
+        }
+        for name in ["CXX", "PATH", "CMAKE_BUILD_PARALLEL_LEVEL", "CMAKEX"] {
+            assert!(!changes_builds(name), "{name}");
+        }
     }
 
     #[test]

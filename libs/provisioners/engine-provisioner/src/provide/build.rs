@@ -27,6 +27,9 @@ const CONFIGURE_LIMIT: Duration = Duration::from_mins(15);
 /// Longest that a build may take. CUDA's takes an hour on a small machine.
 const BUILD_LIMIT: Duration = Duration::from_hours(4);
 
+/// How long the end of a tool's streams is waited for once the tool is gone.
+const DRAIN: Duration = Duration::from_secs(1);
+
 /// How many of the last lines go into an error.
 const TAIL_LINES: usize = 15;
 
@@ -77,6 +80,12 @@ pub(super) fn options(
     options
 }
 
+/// Whether an option is there for the compiler's sake, and changes nothing else about the engine.
+pub(super) fn is_for_compiler(option: &str) -> bool {
+    option.starts_with("-DCMAKE_C_FLAGS=-mno-amx")
+        || option.starts_with("-DCMAKE_CXX_FLAGS=-mno-amx")
+}
+
 /// Whether this compiler is a GCC that drops the stores to the tile configuration before the
 /// instruction that loads it: it takes 64 bytes for 8 (GCC's bug 114098, mended in 11.5, 12.4, 13.3
 /// and 14). An engine built by one for a CPU with AMX crashes on its first matrix.
@@ -95,8 +104,8 @@ fn miscompiles_amx(compiler: &str) -> bool {
         Some((11, minor)) => minor < 5,
         Some((12, minor)) => minor < 4,
         Some((13, minor)) => minor < 3,
-        Some((major, _)) => major < 11,
-        None => false,
+        // Older ones know neither AMX nor the options that leave it out.
+        _ => false,
     }
 }
 
@@ -230,14 +239,25 @@ async fn follow(
     let mut stdout = Lines::new(group.take_stdout());
     let mut stderr = Lines::new(group.take_stderr());
     let mut status = None;
+    let mut deadline = None;
     loop {
+        let drained = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline).await,
+                None => std::future::pending().await,
+            }
+        };
         let line = tokio::select! {
             line = stdout.next(), if !stdout.ended => line,
             line = stderr.next(), if !stderr.ended => line,
             ended = group.wait(), if status.is_none() => {
                 status = Some(ended.map_err(Followed::Process)?);
+                // A daemon that the tool started (a compiler cache does) may hold the streams open
+                // for ever.
+                deadline = Some(tokio::time::Instant::now() + DRAIN);
                 continue;
             }
+            () = drained => break,
             else => break,
         };
         if let Some(line) = line {
@@ -369,6 +389,34 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn a_daemon_that_holds_the_streams_holds_up_no_build() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut log = BuildLog::create(&directory.path().join("log"))
+            .await
+            .unwrap();
+        let reporter: Arc<dyn Reporter> = Arc::new(provision_kit::progress::Silent);
+        let mut step = Step::start(
+            &reporter,
+            StepKind::EngineProvision,
+            "test",
+            Unit::BuildSteps,
+            None,
+        );
+        let spec = CommandSpec::new("sh").arg("-c").arg(format!(
+            // The tool ends once the daemon has left its group.
+            "setsid sh -c 'echo $$ > {0}; exec sleep 600' & \
+             while [ ! -s {0} ]; do sleep 0.01; done; cat {0}",
+            directory.path().join("daemon").display()
+        ));
+        let limit = Duration::from_secs(30);
+        let status = run_tool("sh", spec, &mut log, &mut step, limit).await;
+        let daemon = log.tail.pop_back().unwrap();
+        let kill = CommandSpec::new("kill").args(["-KILL", &daemon]);
+        assert!(process::output(kill, limit).await.unwrap().status.success());
+        assert!(status.unwrap().success());
+    }
+
     #[test]
     fn the_build_says_its_number() {
         let of = |version, accelerator| options(version, accelerator, "", "").join(" ");
@@ -386,6 +434,8 @@ mod tests {
             ("c++ (GCC) 13.2.1 20230801", true),
             ("c++ (Ubuntu 13.3.0-6ubuntu2~24.04) 13.3.0", false),
             ("c++ (GCC) 15.2.1 20250813 (Red Hat 15.2.1-1)", false),
+            ("g++ (Ubuntu 9.4.0-1ubuntu1~20.04) 9.4.0", false),
+            ("c++ (Debian 10.2.1-6) 10.2.1 20210110", false),
             ("Debian clang version 14.0.6", false),
             ("something else", false),
         ] {

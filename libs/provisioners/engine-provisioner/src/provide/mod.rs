@@ -11,6 +11,7 @@
 
 mod build;
 mod cache;
+mod git;
 pub(crate) mod plan;
 mod provenance;
 mod release;
@@ -24,7 +25,7 @@ use std::time::Duration;
 
 use llama_orch_types::{Digest, ProvisioningMode};
 use provision_kit::dirs::{CacheDirs, RuntimeDirs};
-use provision_kit::fs::{create_dir_all, rename_durably};
+use provision_kit::fs::{create_dir_all, free_space, rename_durably};
 use provision_kit::lock::FileLock;
 use provision_kit::progress::{Reporter, Step, StepKind, Unit};
 use serde::Serialize;
@@ -132,12 +133,18 @@ impl EngineProvisioner {
         config: &EngineConfig,
         step: &Step,
     ) -> Result<EngineInstallation, EngineError> {
-        match mode {
+        let installation = match mode {
             Mode::System => system::provide(self, config).await,
             Mode::Cache => cache::provide(self, config).await,
             Mode::Release => release::provide(self, config, step).await,
             Mode::Source => source::provide(self, config, step).await,
+        }?;
+        if config.require_gpu {
+            // What an engine was made for is one thing, and what it finds here another: a driver
+            // may be missing or too old.
+            system::require_gpu(&installation.binary).await?;
         }
+        Ok(installation)
     }
 
     /// Where an engine made by this recipe lies.
@@ -161,6 +168,15 @@ impl EngineProvisioner {
         Ok(FileLock::acquire(&lock, MAKE_WAIT, on_wait).await?)
     }
 
+    /// The lock under which a file of this digest is fetched, used and removed. Engines of several
+    /// recipes may come from one file.
+    async fn lock_download(&self, digest: Digest, step: &Step) -> Result<FileLock, EngineError> {
+        let name = format!("download-{}.lock", digest.hex());
+        let lock = self.cache.locks().join(name);
+        let on_wait = |_| step.note("another process uses the same download: waiting for it");
+        Ok(FileLock::acquire(&lock, MAKE_WAIT, on_wait).await?)
+    }
+
     /// The engine of this recipe, if it is here and whole. One whose binary was changed is removed,
     /// to be made again. To be called under the recipe's lock.
     async fn installed(
@@ -171,6 +187,8 @@ impl EngineProvisioner {
         let directory = self.directory_of(recipe);
         match cache::open(directory.clone()).await {
             Ok(found) => Ok(found.map(|(installation, _)| installation)),
+            // An engine that could not be looked at may be whole.
+            Err(error) if !is_spoilt(&error) => Err(error),
             Err(error) => {
                 step.note(format!("{}: it will be made again", chain(&error)));
                 blocking(move || tools::remove_tree(&directory)).await?;
@@ -217,6 +235,28 @@ impl EngineProvisioner {
         provenance::record_provided(&self.runtime, &installation, Some(&manifest)).await;
         Ok(installation)
     }
+}
+
+/// Whether what was found out about an installed engine means that it is none any more.
+fn is_spoilt(error: &EngineError) -> bool {
+    match error {
+        EngineError::BinaryChanged { .. } | EngineError::Manifest { .. } => true,
+        EngineError::File(error) => error.source.kind() == std::io::ErrorKind::NotFound,
+        _ => false,
+    }
+}
+
+/// Fails if the disk of `path` has less than this many bytes left. Blocking.
+fn require_space(path: &Path, needed: u64) -> Result<(), EngineError> {
+    let free = free_space(path)?;
+    if free >= needed {
+        return Ok(());
+    }
+    Err(EngineError::NoSpace {
+        path: path.to_owned(),
+        needed,
+        free,
+    })
 }
 
 /// The engine's file name.
@@ -312,6 +352,15 @@ mod tests {
             ..EngineConfig::default()
         };
         choose_accelerator(&config, Mode::Source, gpu).ok()
+    }
+
+    #[test]
+    fn a_full_disk_is_said_before_it_is_filled() {
+        let directory = tempfile::tempdir().unwrap();
+        require_space(directory.path(), 1).unwrap();
+        let error = require_space(directory.path(), u64::MAX).unwrap_err();
+        assert!(matches!(error, EngineError::NoSpace { .. }), "{error}");
+        assert!(error.retriable());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use provision_kit::download::display_url;
 use serde::Serialize;
 
 use super::{EngineProvisioner, cache, choose_accelerator, release, system, tools};
@@ -71,10 +72,9 @@ pub(crate) fn plan(config: &EngineConfig, facts: &Facts) -> Plan {
             },
             Mode::Release => release::choose(config, &facts.gpu)
                 .map(|(archive, _)| {
-                    format!(
-                        "fetch {}/{}/{archive}",
-                        config.release.base_url, config.version
-                    )
+                    let base = config.release.base_url.trim_end_matches('/');
+                    let url = format!("{base}/{}/{archive}", config.version);
+                    format!("fetch {}", display_url(&url))
                 })
                 .map_err(|error| chain(&error)),
             Mode::Source => plan_source(config, facts),

@@ -1,20 +1,21 @@
 //! Mode `release`: llama.cpp's published archive for this platform and accelerator.
 
 use std::env::consts::{ARCH, OS};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use llama_orch_types::Digest;
 use provision_kit::download::{self, Download, DownloadError};
-use provision_kit::fs::{create_dir_all, remove_file_if_there};
+use provision_kit::fs::{FsError, create_dir_all, remove_file_if_there};
 use provision_kit::progress::{Step, StepKind, Unit};
 use serde::Deserialize;
 
 use super::{
     BINARY, EngineInstallation, EngineProvisioner, blocking, choose_accelerator, fresh_staging,
+    require_space,
 };
 use crate::config::{Accelerator, AcceleratorChoice, EngineConfig, Mode};
-use crate::error::EngineError;
+use crate::error::{EngineError, chain};
 use crate::machine::Gpu;
 use crate::manifest::Recipe;
 use crate::unpack::{directory_holding, unpack};
@@ -40,10 +41,33 @@ pub(super) async fn provide(
         Some(digest) => digest,
         None => published_digest(&client, config, &archive).await?,
     };
+    let download_lock = provisioner.lock_download(digest, step).await?;
     let file = fetch(provisioner, config, &client, &archive, digest).await?;
     let staging = fresh_staging(&provisioner.cache.engines(), &recipe).await?;
-    let (from, to) = (file.clone(), staging.clone());
+    let result = unpack_and_install(provisioner, &file, &staging, recipe, digest).await;
+    // Nothing stays of an archive that was installed, and nothing of one that could not be.
+    let removed = blocking(move || {
+        let removed = super::tools::remove_tree(&staging).and(remove_file_if_there(&file));
+        drop(download_lock);
+        removed
+    })
+    .await;
+    if let Err(error) = removed {
+        tracing::warn!(error = %chain(&error), "something of a fetched archive stays");
+    }
+    result
+}
+
+async fn unpack_and_install(
+    provisioner: &EngineProvisioner,
+    file: &Path,
+    staging: &Path,
+    recipe: Recipe,
+    digest: Digest,
+) -> Result<EngineInstallation, EngineError> {
+    let (from, to) = (file.to_owned(), staging.to_owned());
     let inner = blocking(move || {
+        require_space(&to, space_to_unpack(&from)?)?;
         unpack(&from, &to)?;
         let found = directory_holding(&to, BINARY).map_err(|source| EngineError::Unpack {
             archive: from.clone(),
@@ -56,13 +80,13 @@ pub(super) async fn provide(
     })
     .await?;
     // The libraries lie beside the binary, which finds them there.
-    let installation = provisioner.install(inner, recipe, Some(digest)).await?;
-    blocking(move || -> Result<(), EngineError> {
-        super::tools::remove_tree(&staging)?;
-        Ok(remove_file_if_there(&file)?)
-    })
-    .await?;
-    Ok(installation)
+    provisioner.install(inner, recipe, Some(digest)).await
+}
+
+/// What an archive may take when it is unpacked, in bytes. Programs are packed to a third or so.
+fn space_to_unpack(archive: &Path) -> Result<u64, FsError> {
+    let facts = std::fs::metadata(archive).map_err(FsError::at("look at", archive))?;
+    Ok(facts.len().saturating_mul(5))
 }
 
 /// The archive's name and the recipe of the engine in it.
@@ -87,6 +111,7 @@ pub(super) fn choose(config: &EngineConfig, gpu: &Gpu) -> Result<(String, Recipe
         options: Vec::new(),
         compiler: None,
         cpu_features: None,
+        environment: Vec::new(),
     };
     Ok((archive, recipe))
 }
@@ -189,7 +214,7 @@ async fn published_digest(
     };
     let release = list.await.map_err(|source| EngineError::ReleaseList {
         version: version.clone(),
-        url,
+        url: download::display_url(&url),
         source: source.without_url(),
     })?;
     let asset = release

@@ -9,32 +9,26 @@
 //! All of it is removed once the engine is installed. None of it looks like an engine.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use llama_orch_types::Digest;
 use provision_kit::download::{self, Download, DownloadError};
-use provision_kit::fs::{
-    create_dir_all, free_space, remove_file_if_there, rename_durably, sha256_file,
-};
+use provision_kit::fs::{create_dir_all, remove_file_if_there, rename_durably, sha256_file};
+use provision_kit::lock::FileLock;
 use provision_kit::pip::{Pip, PipArtifact};
-use provision_kit::process::{self, CommandSpec, DeathSignal};
 use provision_kit::progress::{Step, StepKind, Unit};
 
 use super::build::{self, BuildPlan};
 use super::{
-    BINARY, BUILD_SPACE, EngineInstallation, EngineProvisioner, blocking, choose_accelerator,
-    fresh_staging, tools,
+    BINARY, BUILD_SPACE, EngineInstallation, EngineProvisioner, blocking, cache,
+    choose_accelerator, fresh_staging, git, require_space, tools,
 };
-use crate::config::{Accelerator, ArchiveSource, EngineConfig, GitSource, Mode, PipSource, Source};
-use crate::error::{EngineError, chain};
+use crate::config::{Accelerator, ArchiveSource, EngineConfig, Mode, PipSource, Source};
+use crate::error::{EngineError, SourceFailure, chain};
 use crate::machine::distribution::{Distribution, Need};
 use crate::machine::{self, Gpu};
 use crate::manifest::Recipe;
 use crate::unpack::{directory_holding, unpack};
 use crate::version;
-
-/// Longest that git may take to fetch one commit's tree.
-const GIT_LIMIT: Duration = Duration::from_mins(30);
 
 /// The file that tells a CMake project's top directory.
 const PROJECT_FILE: &str = "CMakeLists.txt";
@@ -46,6 +40,7 @@ pub(super) fn recipe(
     accelerator: Accelerator,
     compiler: Option<String>,
     cpu_features: &str,
+    environment: &[String],
 ) -> Recipe {
     Recipe {
         version: config.version.clone(),
@@ -60,6 +55,7 @@ pub(super) fn recipe(
         ),
         compiler,
         cpu_features: Some(cpu_features.to_owned()),
+        environment: environment.to_vec(),
     }
 }
 
@@ -74,7 +70,8 @@ pub(super) async fn provide(
         install: Distribution::here().install_command(Need::Compiler),
     })?;
     let features = machine::cpu_features();
-    let mut reasons = Vec::new();
+    let environment = machine::build_environment();
+    let mut failures = Vec::new();
     for source in &config.source.sources {
         let recipe = recipe(
             config,
@@ -82,6 +79,7 @@ pub(super) async fn provide(
             accelerator,
             Some(compiler.version.clone()),
             &features,
+            &environment,
         );
         let job = Job {
             provisioner,
@@ -100,12 +98,15 @@ pub(super) async fn provide(
             Err(error) => {
                 let line = format!("{source}: {}", chain(&error));
                 tracing::warn!("{line}");
-                step.note(line.clone());
-                reasons.push(line);
+                step.note(line);
+                failures.push(SourceFailure {
+                    source: source.to_string(),
+                    error: Box::new(error),
+                });
             }
         }
     }
-    Err(EngineError::NoSource { reasons })
+    Err(EngineError::NoSource { failures })
 }
 
 fn is_about_source(error: &EngineError) -> bool {
@@ -113,7 +114,10 @@ fn is_about_source(error: &EngineError) -> bool {
         error,
         EngineError::SourcePip { .. }
             | EngineError::SourceDigest { .. }
+            | EngineError::NoGit { .. }
+            | EngineError::GitCommand { .. }
             | EngineError::SourceGit { .. }
+            | EngineError::SourceCommit { .. }
             | EngineError::SourceFile { .. }
             | EngineError::Download { .. }
             | EngineError::Unpack { .. }
@@ -138,19 +142,15 @@ impl Job<'_> {
         if let Some(installation) = self.provisioner.installed(&self.recipe, step).await? {
             return Ok(installation);
         }
+        if let Some(installation) = cache::equal(self.provisioner, &self.recipe).await {
+            return Ok(installation);
+        }
         let cache = &self.provisioner.cache;
         let root = cache
             .engines()
             .join(format!("build-{}", self.recipe.directory_name()));
         create_dir_all(&root)?;
-        let free = free_space(&root)?;
-        if free < BUILD_SPACE {
-            return Err(EngineError::NoSpace {
-                path: root,
-                needed: BUILD_SPACE,
-                free,
-            });
-        }
+        require_space(&root, BUILD_SPACE)?;
         let allow = self.config.allow_package_installs;
         let cmake = tools::ensure(cache, &tools::CMAKE, allow, step).await?;
         let ninja = tools::ensure(cache, &tools::NINJA, allow, step).await?;
@@ -242,15 +242,26 @@ impl Job<'_> {
 
     async fn fetch_into(&self, target: &Path, step: &Step) -> Result<(), EngineError> {
         match self.source {
-            Source::Git(source) => self.clone_tag(source, target).await,
+            Source::Git(source) => git::clone_tag(source, self.source.to_string(), target).await,
             Source::Pip(source) => {
+                let lock = self.provisioner.lock_download(source.digest, step).await?;
                 let file = self.fetch_package(source, step).await?;
                 self.check_digest(&file, source.digest).await?;
-                unpack_and_remove(file, target.to_owned(), true).await
+                unpack_and_remove(file, target.to_owned(), Some(lock)).await
             }
             Source::Archive(source) => {
-                let (file, ours) = self.fetch_archive(source).await?;
-                unpack_and_remove(file, target.to_owned(), ours).await
+                if let Some(path) = source.url.strip_prefix("file:") {
+                    // `file:///a` and `file:/a` are the same file.
+                    let path = PathBuf::from(format!("/{}", path.trim_start_matches('/')));
+                    if !path.is_file() {
+                        return Err(EngineError::SourceFile { path });
+                    }
+                    self.check_digest(&path, source.digest).await?;
+                    return unpack_and_remove(path, target.to_owned(), None).await;
+                }
+                let lock = self.provisioner.lock_download(source.digest, step).await?;
+                let file = self.fetch_archive(source).await?;
+                unpack_and_remove(file, target.to_owned(), Some(lock)).await
             }
         }
     }
@@ -263,10 +274,12 @@ impl Job<'_> {
         step.note(format!("fetching the source: {}", self.source));
         let pip = Pip::find().await.map_err(failed)?;
         let downloads = self.provisioner.cache.downloads();
-        pip.download(
+        // pip compares the digest before it runs anything of the package; ours is compared after.
+        pip.download_pinned(
             &source.package,
             &source.version,
             PipArtifact::Sdist,
+            source.digest,
             &downloads,
         )
         .await
@@ -290,17 +303,8 @@ impl Job<'_> {
         })
     }
 
-    /// The archive's file, checked, and whether it is ours to remove.
-    async fn fetch_archive(&self, source: &ArchiveSource) -> Result<(PathBuf, bool), EngineError> {
-        if let Some(path) = source.url.strip_prefix("file:") {
-            // `file:///a` and `file:/a` are the same file.
-            let path = PathBuf::from(format!("/{}", path.trim_start_matches('/')));
-            if !path.is_file() {
-                return Err(EngineError::SourceFile { path });
-            }
-            self.check_digest(&path, source.digest).await?;
-            return Ok((path, false));
-        }
+    /// Fetches an archive and checks it. To be called under the download's lock.
+    async fn fetch_archive(&self, source: &ArchiveSource) -> Result<PathBuf, EngineError> {
         let downloads = self.provisioner.cache.downloads();
         create_dir_all(&downloads)?;
         let part = downloads.join(format!("{}.part", source.digest.hex()));
@@ -320,66 +324,23 @@ impl Job<'_> {
             .await
             .map_err(failed)?;
         step.finish();
-        Ok((fetched.path, true))
-    }
-
-    async fn clone_tag(&self, source: &GitSource, target: &Path) -> Result<(), EngineError> {
-        let git = |arguments: &[&str]| {
-            let spec = CommandSpec::new("git")
-                .args(["-c", "advice.detachedHead=false"])
-                .args(arguments)
-                // Never ask anybody for a password.
-                .env("GIT_TERMINAL_PROMPT", "0")
-                .death_signal(DeathSignal::Terminate);
-            process::output(spec, GIT_LIMIT)
-        };
-        let failed = |reason: String| EngineError::SourceGit {
-            what: self.source.to_string(),
-            reason,
-        };
-        let place = target.join("tree");
-        let place = place.to_string_lossy();
-        let clone = [
-            "clone",
-            "--quiet",
-            "--depth",
-            "1",
-            "--branch",
-            &source.tag,
-            "--",
-            &source.url,
-            &place,
-        ];
-        let output = git(&clone).await.map_err(|error| failed(chain(&error)))?;
-        if !output.status.success() {
-            return Err(failed(output.stderr.trim().to_owned()));
-        }
-        let Some(commit) = &source.commit else {
-            return Ok(());
-        };
-        let output = git(&["-C", &place, "rev-parse", "HEAD"])
-            .await
-            .map_err(|error| failed(chain(&error)))?;
-        match output.stdout.trim() {
-            found if found == commit => Ok(()),
-            found => Err(failed(format!(
-                "the tag names the commit {found}, not {commit}"
-            ))),
-        }
+        Ok(fetched.path)
     }
 }
 
+/// Unpacks a file. One that was downloaded comes with its lock, and is removed: whatever became of
+/// it, it is of no further use.
 async fn unpack_and_remove(
     file: PathBuf,
     target: PathBuf,
-    remove: bool,
+    downloaded: Option<FileLock>,
 ) -> Result<(), EngineError> {
     blocking(move || {
-        unpack(&file, &target)?;
-        if remove {
+        let unpacked = unpack(&file, &target);
+        if downloaded.is_some() {
             remove_file_if_there(&file)?;
         }
-        Ok(())
+        unpacked
     })
     .await
 }
@@ -399,6 +360,7 @@ fn source_version(source: &Source) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::GitSource;
 
     #[test]
     fn a_source_says_its_version() {

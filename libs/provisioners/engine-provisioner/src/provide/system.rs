@@ -31,11 +31,6 @@ pub(super) async fn provide(
         });
     }
     let accelerator = ask_accelerator(&binary).await;
-    if config.require_gpu && accelerator == Accelerator::Cpu {
-        return Err(EngineError::NoGpu {
-            reason: format!("{} lists no GPU", binary.display()),
-        });
-    }
     let path = binary.clone();
     let (digest, _) = blocking(move || sha256_file(&path)).await?;
     let installation = EngineInstallation {
@@ -57,6 +52,16 @@ pub(super) fn locate(config: &EngineConfig) -> Result<PathBuf, EngineError> {
             _ => Err(EngineError::NotExecutable { path: path.clone() }),
         },
         None => find_on_path(BINARY).ok_or(EngineError::NotOnPath),
+    }
+}
+
+/// Fails if the engine finds no GPU here.
+pub(super) async fn require_gpu(binary: &Path) -> Result<(), EngineError> {
+    match ask_accelerator(binary).await {
+        Accelerator::Cpu => Err(EngineError::NoGpu {
+            reason: format!("{} lists no GPU", binary.display()),
+        }),
+        Accelerator::Cuda | Accelerator::Vulkan => Ok(()),
     }
 }
 

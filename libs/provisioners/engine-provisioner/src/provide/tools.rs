@@ -27,6 +27,8 @@ pub(crate) struct Tool {
     /// whose first line names the place where it was installed, and that place changes here.
     path_inside: &'static str,
     need: Need,
+    /// Major and minor version below which the tool is of no use.
+    oldest: (u32, u32),
 }
 
 pub(crate) const CMAKE: Tool = Tool {
@@ -34,6 +36,8 @@ pub(crate) const CMAKE: Tool = Tool {
     package: "cmake",
     path_inside: "cmake/data/bin/cmake",
     need: Need::Cmake,
+    // What llama.cpp's build asks for.
+    oldest: (3, 14),
 };
 
 pub(crate) const NINJA: Tool = Tool {
@@ -41,11 +45,14 @@ pub(crate) const NINJA: Tool = Tool {
     package: "ninja",
     path_inside: "bin/ninja",
     need: Need::Ninja,
+    oldest: (1, 3),
 };
 
 /// Finds a tool without installing anything.
 pub(crate) async fn find(cache: &CacheDirs, tool: &Tool) -> Option<Program> {
-    if let Some(program) = machine::probe(tool.name).await {
+    if let Some(program) = machine::probe(tool.name).await
+        && is_new_enough(&program.version, tool.oldest)
+    {
         return Some(program);
     }
     let path = installed(cache, tool);
@@ -92,6 +99,18 @@ pub(crate) async fn ensure(
     Ok(path)
 }
 
+/// Whether a line such as `cmake version 3.25.1` names a version that is not too old. One that
+/// cannot be read is given a try.
+fn is_new_enough(line: &str, oldest: (u32, u32)) -> bool {
+    let version = |word: &str| -> Option<(u32, u32)> {
+        let mut parts = word.split('.');
+        Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+    };
+    line.split_whitespace()
+        .find_map(version)
+        .is_none_or(|found| found >= oldest)
+}
+
 fn installed(cache: &CacheDirs, tool: &Tool) -> PathBuf {
     cache.tools().join(tool.package).join(tool.path_inside)
 }
@@ -133,5 +152,28 @@ pub(crate) fn remove_tree(path: &Path) -> Result<(), FsError> {
             Err(FsError::at("remove", path)(error))
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_cmake_is_as_good_as_none() {
+        for (line, good) in [
+            ("cmake version 3.25.1", true),
+            ("cmake version 3.14.0-rc1", true),
+            ("cmake version 4.1.2", true),
+            ("cmake version 3.13.4", false),
+            ("cmake version 2.8.12.2", false),
+            ("cmake3 of some vendor", true),
+        ] {
+            assert_eq!(is_new_enough(line, CMAKE.oldest), good, "{line}");
+        }
+        assert!(is_new_enough(
+            "1.11.1.git.kitware.jobserver-1",
+            NINJA.oldest
+        ));
     }
 }

@@ -87,6 +87,10 @@ const OURS: &[(&str, &str)] = &[
     ("--completion-bash", "the engine would print and end"),
 ];
 
+/// Flags that begin with `no-` and turn over no other: `--no-host` is about the memory that weights
+/// are kept in, and `--host` about where to listen.
+const NO_NEGATIONS: [&str; 1] = ["--no-host"];
+
 /// A flag that cannot stand.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FlagError {
@@ -158,8 +162,8 @@ impl Flag {
     /// What the flag sets: its name without the `no-`.
     fn setting(&self) -> String {
         match self.name.strip_prefix("--no-") {
-            Some(rest) => format!("--{rest}"),
-            None => self.name.clone(),
+            Some(rest) if !NO_NEGATIONS.contains(&self.name.as_str()) => format!("--{rest}"),
+            _ => self.name.clone(),
         }
     }
 
@@ -177,7 +181,7 @@ pub fn render_argv(spec: &LaunchSpec, port: u16) -> Result<Vec<String>, FlagErro
     flags.extend(field_flags(spec));
     let user = user_flags(&spec.flags)?;
     for (index, flag) in user.iter().enumerate() {
-        if let Some((_, reason)) = OURS.iter().find(|(name, _)| *name == flag.setting()) {
+        if let Some((_, reason)) = OURS.iter().find(|(name, _)| *name == flag.name) {
             return Err(FlagError::NotYours {
                 flag: flag.name.clone(),
                 place: flag.place.clone(),

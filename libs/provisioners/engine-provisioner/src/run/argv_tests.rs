@@ -133,6 +133,13 @@ fn a_contradiction_names_both_places() {
 }
 
 #[test]
+fn no_host_is_not_about_the_host() {
+    let argv = render_argv(&spec(&["--no-host"]), 1).unwrap();
+    assert!(argv.contains(&"--no-host".to_owned()), "{argv:?}");
+    assert!(render_argv(&spec(&["--no-host", "--no-host"]), 1).is_err());
+}
+
+#[test]
 fn what_is_ours_stays_ours() {
     for flag in [
         "--port 1",

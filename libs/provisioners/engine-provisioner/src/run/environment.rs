@@ -11,7 +11,8 @@ pub(crate) fn scrub(spec: CommandSpec) -> CommandSpec {
         .fold(spec, CommandSpec::env_remove)
 }
 
-fn is_unwanted(name: &str) -> bool {
+/// Whether a variable is kept from every program that we start.
+pub(crate) fn is_unwanted(name: &str) -> bool {
     const SECRET_ENDINGS: [&str; 5] = ["_API_KEY", "_TOKEN", "_SECRET", "_PASSWORD", "_ACCESS_KEY"];
     // Besides LLAMA_ARG_… the engine reads LLAMA_API_KEY, LLAMA_SERVER_… and others, and in the
     // mode that AIP_MODE turns on it listens elsewhere.

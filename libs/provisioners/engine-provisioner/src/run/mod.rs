@@ -29,11 +29,12 @@ use provision_kit::process::{self, ChildGroup, CommandSpec, ProcessError, Proces
 use provision_kit::progress::{Step, StepKind, Unit};
 
 use crate::error::{EngineError, brief, chain};
-use crate::provide::{EngineInstallation, EngineProvisioner, record_start};
+use crate::provide::{EngineInstallation, EngineProvisioner, blocking, record_start};
 use crate::version;
 use environment::scrub;
 use log::LogPump;
 use pid_file::{PidFile, RunFiles};
+use port::Listener;
 use ready::{Readiness, Waited};
 use spec::LaunchSpec;
 
@@ -224,7 +225,7 @@ impl EngineProvisioner {
         let mut process = spawn(installation, spec, &flags, &log_path).await?;
         let mut files = RunFiles::default();
         files.add(pid_path.to_owned());
-        if write_pid_file(&process.group, port, pid_path)?.is_none() {
+        if write_pid_file(&process.group, None, port, pid_path)?.is_none() {
             // Gone already; the wait below says why.
             tracing::debug!("the engine ended before it could be looked at");
         }
@@ -253,17 +254,24 @@ impl EngineProvisioner {
                     tail,
                 });
             }
-            Readiness::TimedOut => {
+            Readiness::TimedOut { stranger } => {
                 return Err(EngineError::LoadTimeout {
                     pool: spec.pool_id.clone(),
                     seconds: spec.load_timeout.as_secs(),
+                    stranger: stranger.then_some(port),
                     log: log_path,
                     tail: process.log.tail(),
                 });
             }
         }
-        // A wrapper script has become the engine by now: the file must name what runs.
-        write_pid_file(&process.group, port, pid_path)?;
+        // A wrapper script has become the engine by now, or runs it as its child: the file must
+        // name what runs.
+        let group = process.group.pid();
+        let listener = match blocking(move || port::listener(group, port)).await {
+            Listener::Member(pid) if pid != group => Some(pid),
+            _ => None,
+        };
+        write_pid_file(&process.group, listener, port, pid_path)?;
         if let Some(warning) = ready::probe_metrics(&client, &waited).await {
             step.note(warning);
         }
@@ -306,8 +314,14 @@ async fn spawn(
     Ok(EngineProcess { group, log })
 }
 
-/// Writes down who the engine and its owner are; `None` if the engine is gone already.
-fn write_pid_file(group: &ChildGroup, port: u16, path: &Path) -> Result<Option<()>, EngineError> {
+/// Writes down who the engine and its owner are, and who listens, if that is another process;
+/// `None` if the engine is gone already.
+fn write_pid_file(
+    group: &ChildGroup,
+    listener: Option<u32>,
+    port: u16,
+    path: &Path,
+) -> Result<Option<()>, EngineError> {
     let identity =
         |pid: u32| ProcessIdentity::of(pid).map_err(|source| EngineError::Identity { pid, source });
     let own = std::process::id();
@@ -316,6 +330,10 @@ fn write_pid_file(group: &ChildGroup, port: u16, path: &Path) -> Result<Option<(
     };
     let file = PidFile {
         engine,
+        listener: match listener {
+            Some(pid) => identity(pid)?,
+            None => None,
+        },
         port,
         owner_pid: own,
         owner,

@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 
 use llama_orch_types::PoolId;
 use nix::errno::Errno;
-use nix::sys::signal::{Signal, killpg};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use provision_kit::fs::{FsError, remove_file_if_there, write_atomic};
 use provision_kit::process::ProcessIdentity;
 use serde::{Deserialize, Serialize};
 
+use super::port;
 use crate::error::EngineError;
+use crate::provide::blocking;
 
 /// How long a killed engine may take to vanish.
 const KILL_WAIT: Duration = Duration::from_secs(5);
@@ -25,6 +27,10 @@ const POLL: Duration = Duration::from_millis(20);
 pub(super) struct PidFile {
     #[serde(flatten)]
     pub engine: ProcessIdentity,
+    /// The process that listens on the port, where that is another one: a script that runs the
+    /// engine as its child leads the group, and may end without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listener: Option<ProcessIdentity>,
     pub port: u16,
     /// The process that started the engine and ends it.
     pub owner_pid: u32,
@@ -59,47 +65,82 @@ pub(super) async fn clear_leftovers(
     path: &Path,
     grace: Duration,
 ) -> Result<(), EngineError> {
-    if let Some(left) = PidFile::read(path)?
-        && left.engine.matches()
-    {
-        // Our own earlier engine of this pool is not running if the lock was free.
-        if left.owner.matches() && left.owner.pid != std::process::id() {
-            return Err(EngineError::PoolBusy {
-                pool: pool.clone(),
-                holder: left.owner.pid.to_string(),
-            });
+    if let Some(left) = PidFile::read(path)? {
+        let mut live: Vec<ProcessIdentity> = std::iter::once(&left.engine)
+            .chain(&left.listener)
+            .filter(|process| process.matches())
+            .cloned()
+            .collect();
+        if !live.is_empty() {
+            // Our own earlier engine of this pool is not running if the lock was free.
+            if left.owner.matches() && left.owner.pid != std::process::id() {
+                return Err(EngineError::PoolBusy {
+                    pool: pool.clone(),
+                    holder: left.owner.pid.to_string(),
+                });
+            }
+            let pid = live[0].pid;
+            tracing::warn!(%pool, pid, "an engine that a crash left behind is ended");
+            live.extend(rest_of_group(&left).await);
+            end_strangers(&live, grace).await?;
         }
-        let pid = left.engine.pid;
-        tracing::warn!(%pool, pid, "an engine that a crash left behind is ended");
-        end_stranger(&left.engine, grace).await?;
     }
     Ok(remove_file_if_there(path)?)
 }
 
-/// Ends the process group of an engine that is not our child: TERM, a bounded wait, KILL.
-async fn end_stranger(engine: &ProcessIdentity, grace: Duration) -> Result<(), EngineError> {
+/// The other processes of the group that a left engine led. One of them lives, so the group's id
+/// means the same group still.
+async fn rest_of_group(left: &PidFile) -> Vec<ProcessIdentity> {
+    let group = left.engine.pid;
+    let known = [
+        Some(left.engine.pid),
+        left.listener.as_ref().map(|one| one.pid),
+    ];
+    let lives = left.engine.matches();
+    let listener = left.listener.clone();
+    blocking(move || {
+        let of_group = |pid| port::group_of(pid) == Some(group);
+        let same_group = lives || listener.is_some_and(|one| one.matches() && of_group(one.pid));
+        if !same_group {
+            return Vec::new();
+        }
+        port::members(group)
+            .filter(|pid| !known.contains(&Some(*pid)))
+            .filter_map(|pid| ProcessIdentity::of(pid).ok().flatten())
+            .collect()
+    })
+    .await
+}
+
+/// Ends processes that are no children of ours: TERM, a bounded wait, KILL.
+async fn end_strangers(processes: &[ProcessIdentity], grace: Duration) -> Result<(), EngineError> {
     for (signal, patience) in [(Signal::SIGTERM, grace), (Signal::SIGKILL, KILL_WAIT)] {
-        signal_group(engine, signal)?;
+        // Each by its identity: once a leader is gone its group's id may come to mean another.
+        for process in processes.iter().filter(|process| process.is_alive()) {
+            send(process, signal)?;
+        }
         let deadline = Instant::now() + patience;
         while Instant::now() < deadline {
-            if !engine.matches() {
+            if !processes.iter().any(ProcessIdentity::is_alive) {
                 return Ok(());
             }
             tokio::time::sleep(POLL).await;
         }
     }
-    Err(EngineError::Identity {
-        pid: engine.pid,
-        source: std::io::Error::new(std::io::ErrorKind::TimedOut, "it outlives KILL"),
-    })
+    match processes.iter().find(|process| process.is_alive()) {
+        None => Ok(()),
+        Some(process) => Err(EngineError::Identity {
+            pid: process.pid,
+            source: std::io::Error::new(std::io::ErrorKind::TimedOut, "it outlives KILL"),
+        }),
+    }
 }
 
-fn signal_group(engine: &ProcessIdentity, signal: Signal) -> Result<(), EngineError> {
-    // Every engine leads its own group.
-    match killpg(Pid::from_raw(engine.pid.cast_signed()), signal) {
+fn send(process: &ProcessIdentity, signal: Signal) -> Result<(), EngineError> {
+    match kill(Pid::from_raw(process.pid.cast_signed()), signal) {
         Ok(()) | Err(Errno::ESRCH) => Ok(()),
         Err(errno) => Err(EngineError::Identity {
-            pid: engine.pid,
+            pid: process.pid,
             source: errno.into(),
         }),
     }
@@ -139,6 +180,7 @@ mod tests {
                 pid: 4242,
                 ..own.clone()
             },
+            listener: None,
             port: 40123,
             owner_pid: own.pid,
             owner: own,

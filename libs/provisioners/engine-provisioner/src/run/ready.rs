@@ -8,7 +8,7 @@ use provision_kit::process::ChildGroup;
 use reqwest::{Client, StatusCode};
 use serde::Deserialize;
 
-use super::port;
+use super::port::{self, Listener};
 use crate::error::EngineError;
 use crate::provide::blocking;
 
@@ -26,7 +26,10 @@ pub(super) enum Readiness {
     Ready,
     /// The engine ended.
     Ended(std::process::ExitStatus),
-    TimedOut,
+    TimedOut {
+        /// Somebody who is not the engine answers on its port.
+        stranger: bool,
+    },
 }
 
 /// What `/props` says.
@@ -64,6 +67,8 @@ pub(super) fn loopback_client() -> Result<Client, EngineError> {
     Client::builder()
         // A proxy of the user's environment has no business between us and the loopback address.
         .no_proxy()
+        // What is said in plain HTTP needs no certificates, and a machine without any must do.
+        .tls_certs_only([])
         .connect_timeout(ANSWER_LIMIT)
         .timeout(ANSWER_LIMIT)
         .build()
@@ -81,7 +86,7 @@ pub(super) async fn wait_ready(
     let mut poll = FIRST_POLL;
     loop {
         let answer = client.get(&health).send();
-        tokio::select! {
+        let stranger = tokio::select! {
             // An engine that has died is told from a slow one at once.
             biased;
             status = group.wait() => return Ok(Readiness::Ended(status.map_err(|source| engine.process_error(source))?)),
@@ -90,10 +95,11 @@ pub(super) async fn wait_ready(
                 if ready && is_ours(client, group, engine).await {
                     return Ok(Readiness::Ready);
                 }
+                ready
             }
-        }
+        };
         if Instant::now() >= deadline {
-            return Ok(Readiness::TimedOut);
+            return Ok(Readiness::TimedOut { stranger });
         }
         tokio::select! {
             biased;
@@ -126,9 +132,10 @@ impl Waited<'_> {
 /// engine could: the kernel knows, and where it does not say, the answer's model path does.
 async fn is_ours(client: &Client, group: &ChildGroup, engine: &Waited<'_>) -> bool {
     let (pid, number) = (group.pid(), engine.port);
-    let ours = match blocking(move || port::group_listens(pid, number)).await {
-        Some(ours) => ours,
-        None => props(client, engine.url)
+    let ours = match blocking(move || port::listener(pid, number)).await {
+        Listener::Member(_) => true,
+        Listener::NotOurs => false,
+        Listener::Unknown => props(client, engine.url)
             .await
             .is_ok_and(|props| props.serves(engine.model)),
     };

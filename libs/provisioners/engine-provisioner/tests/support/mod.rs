@@ -126,6 +126,14 @@ pub(crate) fn installation(binary: &Path) -> EngineInstallation {
     }
 }
 
+/// An address that refuses whoever comes, and that nobody else is given while the socket is kept.
+pub(crate) fn refusing() -> (tokio::net::TcpSocket, std::net::SocketAddr) {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = socket.local_addr().unwrap();
+    (socket, address)
+}
+
 /// Waits until something holds.
 pub(crate) async fn until(what: &str, holds: impl Fn() -> bool) {
     let deadline = Instant::now() + LONG;

@@ -106,8 +106,18 @@ impl FetchError {
                 matches!(problem, HubProblem::Unavailable | HubProblem::Stalled)
             }
             Self::Pip(error) => error.retriable(),
+            // Somebody may free some space.
+            Self::NoSpace { .. } => true,
+            Self::File(error) => error.retriable(),
             _ => false,
         }
+    }
+
+    /// Whether another request within the same fetch is worth it: not for
+    /// what is wrong on this machine.
+    #[cfg(feature = "hf")]
+    pub(crate) fn is_worth_another_request(&self) -> bool {
+        matches!(self, Self::Hub { .. }) && self.retriable()
     }
 }
 

@@ -13,9 +13,9 @@ use futures::StreamExt;
 use hf_hub::repository::download::HFByteStream;
 use hf_hub::{HFClient, HFError};
 use provision_kit::chain::one_line;
-use provision_kit::download::Fetched;
+use provision_kit::download::{Fetched, display_url};
 use provision_kit::fs::{free_space, remove_file_if_there, write_atomic};
-use provision_kit::part::PartFile;
+use provision_kit::part::{PartFile, Sidecar, remove_sidecars, sidecar};
 use provision_kit::progress::Step;
 
 use crate::fetch::{Expected, FetchError, Fetcher, HubProblem};
@@ -37,7 +37,7 @@ pub(super) async fn fetch(
     let mut resumed = false;
     loop {
         let (digest, size) = transfer.run(step, &mut resumed).await?;
-        remove_file_if_there(&transfer.total_path())?;
+        remove_sidecars(part)?;
         let problem = match (expected.size, expected.digest) {
             (Some(expected), _) if expected != size => FetchError::WrongSize {
                 file: transfer.name.clone(),
@@ -102,7 +102,7 @@ impl<'a> Transfer<'a> {
         };
         let name = source.to_string();
         let mut builder = HFClient::builder()
-            .client(fetcher.client.clone())
+            .client(fetcher.client()?.clone())
             .cache_enabled(false)
             .retry_max_attempts(2);
         if let Some(endpoint) = &fetcher.hub.endpoint {
@@ -112,7 +112,7 @@ impl<'a> Transfer<'a> {
             builder = builder.token(token.reveal());
         }
         let client = builder.build().map_err(|error| FetchError::Hub {
-            endpoint: fetcher.hub.endpoint.clone().unwrap_or_default(),
+            endpoint: display_url(fetcher.hub.endpoint.as_deref().unwrap_or_default()),
             problem: HubProblem::Other,
             source: error.into(),
         })?;
@@ -159,7 +159,9 @@ impl<'a> Transfer<'a> {
             } else {
                 failures += 1;
             }
-            if !error.retriable() || failures >= self.fetcher.attempts_at(self.expected) {
+            if !error.is_worth_another_request()
+                || failures >= self.fetcher.attempts_at(self.expected)
+            {
                 return Err(error);
             }
             let wait = self
@@ -295,9 +297,7 @@ impl<'a> Transfer<'a> {
     /// The whole file's length lies beside the part file: to go on, the Hub
     /// must be asked for a range with an end.
     fn total_path(&self) -> PathBuf {
-        let mut name = self.part.as_os_str().to_owned();
-        name.push(".total");
-        name.into()
+        sidecar(self.part, Sidecar::Total)
     }
 
     fn stored_total(&self) -> Option<u64> {
@@ -318,7 +318,7 @@ impl<'a> Transfer<'a> {
 
     fn problem(&self, problem: HubProblem, what: String) -> FetchError {
         FetchError::Hub {
-            endpoint: self.client.endpoint().to_owned(),
+            endpoint: display_url(self.client.endpoint()),
             problem,
             source: what.into(),
         }
@@ -327,7 +327,7 @@ impl<'a> Transfer<'a> {
     fn hub_error(&self, error: HFError) -> FetchError {
         let (problem, source) = explain(error);
         FetchError::Hub {
-            endpoint: self.client.endpoint().to_owned(),
+            endpoint: display_url(self.client.endpoint()),
             problem,
             source,
         }
@@ -368,6 +368,10 @@ fn explain(error: HFError) -> (HubProblem, Box<dyn std::error::Error + Send + Sy
             (HubProblem::Unavailable, answered!(context))
         }
         HFError::Http { context } => (HubProblem::Other, answered!(context)),
+        // The client refuses to follow to where it leads.
+        HFError::Request { source, .. } if source.is_redirect() => {
+            (HubProblem::Other, source.without_url().into())
+        }
         HFError::Request { source, .. } => (HubProblem::Unavailable, source.without_url().into()),
         error @ HFError::Xet { .. } => (HubProblem::Unavailable, error.into()),
         error => (HubProblem::Other, error.into()),

@@ -22,5 +22,5 @@ pub(super) async fn fetch(
         backoff: fetcher.backoff,
         ..Download::new(url, part)
     };
-    Ok(download::fetch(&fetcher.client, download, step).await?)
+    Ok(download::fetch(fetcher.client()?, download, step).await?)
 }

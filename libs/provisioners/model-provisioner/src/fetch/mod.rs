@@ -12,10 +12,11 @@ mod http;
 mod pip;
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use llama_orch_types::Digest;
-use provision_kit::download::{DownloadError, Fetched, http_client};
+use provision_kit::download::{Fetched, http_client};
 use provision_kit::pip::Pip;
 use provision_kit::progress::Step;
 
@@ -50,7 +51,9 @@ pub(crate) enum Obtained {
 /// What all fetches share.
 #[derive(Debug)]
 pub(crate) struct Fetcher {
-    pub(crate) client: reqwest::Client,
+    /// Made when something is downloaded: it fails on a machine without
+    /// certificates, which may have all it needs.
+    client: OnceLock<reqwest::Client>,
     pub(crate) hub: HubSettings,
     /// The machine's own pip is looked for where absent.
     pub(crate) pip: Option<Pip>,
@@ -61,19 +64,25 @@ pub(crate) struct Fetcher {
 }
 
 impl Fetcher {
-    pub(crate) fn new(
-        config: &ModelProvisionerConfig,
-        downloads: PathBuf,
-    ) -> Result<Self, DownloadError> {
-        Ok(Self {
-            client: http_client()?,
+    pub(crate) fn new(config: &ModelProvisionerConfig, downloads: PathBuf) -> Self {
+        Self {
+            client: OnceLock::new(),
             hub: HubSettings::from_env(),
             pip: None,
             downloads,
             stall_timeout: Duration::from_secs(config.stall_timeout_seconds.max(1)),
             attempts: config.attempts.max(1),
             backoff: BACKOFF,
-        })
+        }
+    }
+
+    fn client(&self) -> Result<&reqwest::Client, FetchError> {
+        if let Some(client) = self.client.get() {
+            return Ok(client);
+        }
+        let client = http_client()?;
+        // Whoever was first: all of them are the same.
+        Ok(self.client.get_or_init(|| client))
     }
 
     /// Attempts in a row that may bring nothing.

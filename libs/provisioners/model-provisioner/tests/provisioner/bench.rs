@@ -156,6 +156,8 @@ pub(crate) enum Behaviour {
     CutAfter(usize),
     IgnoreRange,
     Status(u16),
+    /// Sends the client back to where it came from.
+    Circle,
     /// Announces more bytes than any disk has room for.
     Huge,
 }
@@ -245,6 +247,13 @@ async fn answer(State(server): State<Arc<Server>>, request: Request) -> Response
     let behaviour = server.script[gets.min(server.script.len() - 1)];
     if let Behaviour::Status(code) = behaviour {
         return status(code);
+    }
+    if behaviour == Behaviour::Circle && request.method() == Method::GET {
+        return Response::builder()
+            .status(302)
+            .header("location", request.uri().path())
+            .body(Body::empty())
+            .unwrap();
     }
     let total = server.content.len();
     let mut response = Response::builder()

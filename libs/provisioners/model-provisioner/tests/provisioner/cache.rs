@@ -1,12 +1,16 @@
 //! The store over time: reuse, damage, several at once, eviction.
 
 use std::os::unix::fs::MetadataExt;
-use std::time::{Duration, SystemTime};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
 
 use llama_orch_types::Hinted;
 use provision_kit::fs::sha256_bytes;
 use provisioners_model_provisioner::ModelError;
 use provisioners_model_provisioner::provenance::How;
+use provisioners_model_provisioner::store::{FileStamp, Place, Store};
+use provisioners_model_provisioner::verify::{SignatureRejected, SignatureVerifier, SignedModel};
 
 use crate::bench::{Behaviour, Bench, Server, model};
 use crate::gguf::{Gguf, text};
@@ -18,7 +22,8 @@ async fn a_verified_file_is_not_read_again_while_it_stands() {
     let bench = Bench::new();
     let reference = format!("{address}/m.gguf");
     let model = bench.ensure(&reference).await.unwrap();
-    // Other bytes of the same size, time and inode: only hashing would tell.
+    // Other bytes of the same size, time and inode, and a record that knows
+    // the new ctime, which nobody can set: only hashing would tell.
     let before = std::fs::metadata(&model.path).unwrap();
     let mut other = bytes.clone();
     *other.last_mut().unwrap() ^= 1;
@@ -29,10 +34,13 @@ async fn a_verified_file_is_not_read_again_while_it_stands() {
     std::io::Write::write_all(&mut &file, &other).unwrap();
     file.set_modified(before.modified().unwrap()).unwrap();
     assert_eq!(std::fs::metadata(&model.path).unwrap().ino(), before.ino());
+    let store = Store::new(bench.cache().models(), &bench.cache().locks());
+    let mut record = store.record(Place::Stored(model.digest)).unwrap();
+    record.stamp = FileStamp::of(&model.path).unwrap();
+    store.save(record).unwrap();
     assert_eq!(bench.ensure(&reference).await.unwrap().digest, model.digest);
-    // Once its time tells of a change, it is hashed and refused.
-    file.set_modified(SystemTime::now() + Duration::from_secs(5))
-        .unwrap();
+    // Once its ctime tells of a change, it is hashed and refused.
+    file.set_modified(before.modified().unwrap()).unwrap();
     let error = bench.ensure(&reference).await.unwrap_err();
     assert!(
         matches!(&error, ModelError::Changed { expected, actual, .. }
@@ -45,6 +53,92 @@ async fn a_verified_file_is_not_read_again_while_it_stands() {
             .unwrap()
             .contains(&model.path.display().to_string())
     );
+}
+
+/// Writes other bytes of the same length to each file that it is asked about,
+/// which is after the file was hashed.
+#[derive(Debug)]
+struct Meddler;
+
+impl SignatureVerifier for Meddler {
+    fn verify(&self, model: SignedModel<'_>) -> Result<(), SignatureRejected> {
+        flip_last_bit(model.path);
+        Ok(())
+    }
+}
+
+fn flip_last_bit(path: &Path) {
+    let mut bytes = std::fs::read(path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[tokio::test]
+async fn a_file_that_changes_while_it_is_verified_is_not_taken() {
+    let (bytes, digest) = model();
+    let bench = Bench::new();
+    let path = bench.write("own.gguf", &bytes);
+    let local = path.display().to_string();
+    let (address, _) = Server::start(&bytes, &[Behaviour::Honest]).await;
+    for reference in [&local, &format!("{address}/m.gguf")] {
+        let provisioner = bench
+            .provisioner()
+            .with_signature_verifier(Arc::new(Meddler));
+        let error = provisioner.ensure(reference).await.unwrap_err();
+        assert!(
+            matches!(error, ModelError::ChangedMeanwhile { .. }),
+            "{error}"
+        );
+        assert!(error.retriable() && error.hint().is_some());
+        assert!(bench.provisioner().list().await.unwrap().is_empty());
+        assert!(bench.stored().is_empty() && bench.downloads().is_empty());
+    }
+    // Once it stands still it is taken as it is now.
+    flip_last_bit(&path);
+    assert_eq!(bench.ensure(&local).await.unwrap().digest, digest);
+}
+
+#[tokio::test]
+async fn a_record_that_cannot_be_written_is_no_reason_to_refuse() {
+    let (bytes, digest) = model();
+    let (address, server) = Server::start(&bytes, &[Behaviour::Honest]).await;
+    let mut bench = Bench::new();
+    bench.profile(digest, None, &[&format!("{address}/m.gguf")]);
+    bench.ensure("tiny").await.unwrap();
+    let lines = bench.provenance().len();
+    // Nobody can lock a directory, and nobody can write below a file.
+    let lock = bench.cache().locks().join("model-records.lock");
+    std::fs::remove_file(&lock).unwrap();
+    std::fs::create_dir(&lock).unwrap();
+    let provenance = bench.dir.path().join("runtime/provenance");
+    std::fs::rename(&provenance, bench.dir.path().join("aside")).unwrap();
+    std::fs::write(&provenance, "").unwrap();
+    let model = bench.ensure("tiny").await.unwrap();
+    assert_eq!(model.digest, digest);
+    assert_eq!(server.gets(), 1);
+    assert!(
+        bench
+            .recorder
+            .notes()
+            .iter()
+            .any(|note| note.contains("no record"))
+    );
+    // A file that must be hashed again, and one that is fetched, too.
+    let file = std::fs::File::options()
+        .write(true)
+        .open(&model.path)
+        .unwrap();
+    file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+    assert_eq!(bench.ensure("tiny").await.unwrap().digest, digest);
+    std::fs::remove_file(&model.path).unwrap();
+    assert_eq!(bench.ensure("tiny").await.unwrap().digest, digest);
+    assert_eq!(server.gets(), 2);
+    // With the way free again, records go on.
+    std::fs::remove_dir(&lock).unwrap();
+    std::fs::remove_file(&provenance).unwrap();
+    std::fs::rename(bench.dir.path().join("aside"), &provenance).unwrap();
+    bench.ensure("tiny").await.unwrap();
+    assert_eq!(bench.provenance().len(), lines + 1);
 }
 
 #[tokio::test]

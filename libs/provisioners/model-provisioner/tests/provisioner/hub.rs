@@ -109,6 +109,15 @@ async fn an_error_page_is_never_taken_for_a_model() {
 }
 
 #[tokio::test]
+async fn a_redirect_that_is_not_followed_is_final() {
+    let (bytes, _) = model();
+    let (bench, _) = bench_with(&bytes, &[Behaviour::Circle]).await;
+    let error = bench.ensure(PINNED).await.unwrap_err();
+    assert_eq!(problem(&error), HubProblem::Other, "{error:?}");
+    assert!(!error.retriable());
+}
+
+#[tokio::test]
 async fn the_token_opens_and_is_never_shown() {
     let (bytes, digest) = model();
     let (address, _) = Server::start_for(&bytes, &[Behaviour::Honest], Some("hf_right")).await;
@@ -154,7 +163,7 @@ async fn a_wrong_digest_or_length_leaves_nothing() {
 #[tokio::test]
 async fn a_file_too_large_for_the_disk_is_not_begun() {
     let (bytes, _) = model();
-    let (bench, _) = bench_with(&bytes, &[Behaviour::Huge]).await;
+    let (bench, server) = bench_with(&bytes, &[Behaviour::Huge]).await;
     let error = bench.ensure(PINNED).await.unwrap_err();
     assert!(
         matches!(
@@ -166,7 +175,9 @@ async fn a_file_too_large_for_the_disk_is_not_begun() {
         ),
         "{error:?}"
     );
-    assert!(!error.retriable());
+    // Worth another start once somebody has freed space, not another request now.
+    assert!(error.retriable());
+    assert_eq!(server.gets(), 1);
     assert!(error.hint().unwrap().contains("free at least"));
 }
 

@@ -225,6 +225,64 @@ async fn a_local_source_that_served_once_needs_no_network() {
 }
 
 #[tokio::test]
+async fn a_signed_address_is_recorded_and_shown_without_its_signature() {
+    let (bytes, _) = model();
+    let (address, server) =
+        Server::start(&bytes, &[Behaviour::Status(503), Behaviour::Honest]).await;
+    let bench = Bench::new();
+    let reference = format!("{address}/m.gguf?sig=hidden");
+    let model = bench.ensure(&reference).await.unwrap();
+    assert!(
+        model.id.starts_with(&format!("{address}/m.gguf?…")),
+        "{}",
+        model.id
+    );
+    // The same address finds it again, another one of the same path does not.
+    bench.ensure(&reference).await.unwrap();
+    assert_eq!(server.gets(), 2);
+    bench
+        .ensure(&format!("{address}/m.gguf?sig=hidden2"))
+        .await
+        .unwrap();
+    assert_eq!(server.gets(), 3);
+    let missing = format!("{address}x/m.gguf?sig=hidden");
+    let error = bench.ensure(&missing).await.unwrap_err();
+    let shown = format!("{model:?} {error} {error:?} {:?}", bench.recorder.events());
+    assert!(!shown.contains("hidden"), "{shown}");
+    let mut read = 0;
+    let mut directories = vec![bench.dir.path().to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                directories.push(path);
+                continue;
+            }
+            let content = String::from_utf8_lossy(&std::fs::read(&path).unwrap()).into_owned();
+            assert!(!content.contains("hidden"), "{}: {content}", path.display());
+            read += 1;
+        }
+    }
+    assert!(read > 3);
+}
+
+#[cfg(feature = "hf")]
+#[tokio::test]
+async fn what_one_source_noted_goes_with_its_bytes() {
+    let (bytes, digest) = model();
+    let (web, _) = Server::start(&bytes, &[Behaviour::CutAfter(1_000_000)]).await;
+    let (hub, _) = Server::start(&bytes, &[Behaviour::Honest]).await;
+    for verify in [VerifyPolicy::Off, VerifyPolicy::WhenKnown] {
+        let mut bench = Bench::new();
+        bench.config.verify = verify;
+        bench.hub.clone_from(&hub);
+        bench.profile(digest, None, &[&format!("{web}/m.gguf"), "hf:o/r/m.gguf"]);
+        assert_eq!(bench.ensure("tiny").await.unwrap().digest, digest);
+        assert!(bench.downloads().is_empty(), "{:?}", bench.downloads());
+    }
+}
+
+#[tokio::test]
 async fn nobody_there_is_a_network_problem_with_a_way_out() {
     let bench = Bench::new();
     let error = bench.ensure("http://127.0.0.1:1/m.gguf").await.unwrap_err();

@@ -177,7 +177,7 @@ async fn ensure(provisioner: &ModelProvisioner, references: &[String]) -> Result
     }
     for reference in references {
         let model = provisioner.ensure(reference).await?;
-        writeln!(io::stdout(), "{reference} → {}", model.path.display())?;
+        writeln!(io::stdout(), "{} → {}", model.id, model.path.display())?;
     }
     Ok(())
 }
