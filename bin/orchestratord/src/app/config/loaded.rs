@@ -1,0 +1,278 @@
+//! A configuration with the text it came from: what only shows when settings
+//! are seen together, and where in the file they stand.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use llama_orch_types::{EngineKind, PoolId};
+use provision_kit::config::{ConfigError, parse_strict};
+#[cfg(feature = "provisioning")]
+use provisioners_engine_provisioner::Profile;
+#[cfg(feature = "provisioning")]
+use provisioners_model_provisioner::{ModelError, ModelProvisionerConfig, ModelRef, Profiles};
+
+use super::{Config, PoolConfig};
+
+/// The file that is read when it is there and none is named.
+pub const DEFAULT_FILE: &str = "orchestratord.yaml";
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    #[error("could not read the configuration")]
+    Read(#[source] ConfigError),
+    #[error("could not read the configuration file {}", .path.display())]
+    File {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{place}: {problem}")]
+    Rule {
+        place: Place,
+        problem: String,
+        hint: String,
+    },
+    #[error("{}", match .named { Some(name) => format!("there is no pool `{name}`"), None => "there are several pools and none is named".to_owned() })]
+    NoPool {
+        named: Option<String>,
+        known: String,
+    },
+    #[error("could not read the token file {}", .path.display())]
+    TokenFile {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{} holds no usable token: {problem}", .origin)]
+    Token {
+        origin: String,
+        problem: &'static str,
+    },
+}
+
+impl llama_orch_types::Hinted for SetupError {
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Read(error) => error.hint(),
+            Self::File { .. } => {
+                Some("name an existing file with --config, or leave the option out".to_owned())
+            }
+            Self::Rule { hint, .. } => Some(hint.clone()),
+            Self::NoPool { known, .. } => {
+                Some(format!("name one with --pool; the pools are: {known}"))
+            }
+            Self::TokenFile { .. } | Self::Token { .. } => Some(
+                "put one random word into the file, for example from `openssl rand -hex 32`"
+                    .to_owned(),
+            ),
+        }
+    }
+}
+
+/// Where a setting stands: file, line where it is known, and key.
+#[derive(Debug, Clone)]
+pub struct Place {
+    file: Option<PathBuf>,
+    line: Option<usize>,
+    key: String,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(file) = &self.file {
+            write!(f, "{}:", file.display())?;
+            if let Some(line) = self.line {
+                write!(f, "{line}:")?;
+            }
+            f.write_str(" ")?;
+        }
+        write!(f, "`{}`", self.key)
+    }
+}
+
+/// A configuration and the text it was read from.
+#[derive(Debug, Clone, Default)]
+pub struct Loaded {
+    pub config: Config,
+    /// The file and its text; none if everything is at its default.
+    pub origin: Option<(PathBuf, String)>,
+}
+
+impl Loaded {
+    /// Reads the named file, or `orchestratord.yaml` if it is there.
+    pub fn read(named: Option<&Path>) -> Result<Self, SetupError> {
+        let path = match named {
+            Some(path) => path.to_owned(),
+            None if Path::new(DEFAULT_FILE).exists() => PathBuf::from(DEFAULT_FILE),
+            None => return Ok(Self::default()),
+        };
+        let text = std::fs::read_to_string(&path).map_err(|source| SetupError::File {
+            path: path.clone(),
+            source,
+        })?;
+        let config = parse_strict::<Config>(&text, &path).map_err(SetupError::Read)?;
+        Ok(Self {
+            config,
+            origin: Some((path, text)),
+        })
+    }
+
+    /// Names a setting, with its line if the file holds it.
+    pub fn place(&self, keys: &[&str]) -> Place {
+        let origin = self.origin.as_ref();
+        let line = origin.and_then(|(_, text)| line_of(text, keys));
+        Place {
+            // A setting that the file does not hold came from elsewhere.
+            file: origin
+                .filter(|_| line.is_some())
+                .map(|(path, _)| path.clone()),
+            line,
+            key: keys.join("."),
+        }
+    }
+
+    fn rule(
+        &self,
+        keys: &[&str],
+        problem: impl Into<String>,
+        hint: impl Into<String>,
+    ) -> SetupError {
+        SetupError::Rule {
+            place: self.place(keys),
+            problem: problem.into(),
+            hint: hint.into(),
+        }
+    }
+
+    /// Checks what only shows when settings are seen together.
+    pub fn check(&self, has_token: bool, real_only: bool) -> Result<(), SetupError> {
+        let config = &self.config;
+        if !config.listen.ip().is_loopback() && !has_token {
+            return Err(self.rule(
+                &["listen"],
+                format!(
+                    "{} can be reached from other machines, and no token is set",
+                    config.listen
+                ),
+                "set `auth.token_file` (or ORCHD_TOKEN), or listen on 127.0.0.1",
+            ));
+        }
+        if config.pools.is_empty() {
+            return Err(self.rule(
+                &["pools"],
+                "there must be at least one pool",
+                "leave `pools` out for the default",
+            ));
+        }
+        for (id, pool) in &config.pools {
+            self.check_pool(id, pool, real_only)?;
+        }
+        Ok(())
+    }
+
+    fn check_pool(
+        &self,
+        id: &PoolId,
+        pool: &PoolConfig,
+        real_only: bool,
+    ) -> Result<(), SetupError> {
+        let at = |key| ["pools", id.as_str(), key];
+        if pool.engine == EngineKind::Mock && real_only {
+            return Err(self.rule(
+                &at("engine"),
+                "a scripted engine is refused while REQUIRE_REAL_LLAMA is set",
+                "use `engine: llamacpp`, or unset REQUIRE_REAL_LLAMA",
+            ));
+        }
+        if pool.engine == EngineKind::Mock && !cfg!(feature = "mock-adapter") {
+            return Err(self.rule(
+                &at("engine"),
+                "this build has no scripted engine",
+                "use `engine: llamacpp`; the scripted one exists only in builds with the feature mock-adapter",
+            ));
+        }
+        #[cfg(feature = "provisioning")]
+        self.check_provisioning(id, pool)?;
+        Ok(())
+    }
+}
+
+#[cfg(feature = "provisioning")]
+impl Loaded {
+    /// What would only fail when the engine and the model have been provided.
+    fn check_provisioning(&self, id: &PoolId, pool: &PoolConfig) -> Result<(), SetupError> {
+        use llama_orch_types::Hinted;
+        use provision_kit::chain::one_line;
+
+        let at = |key| ["pools", id.as_str(), key];
+        if pool.profile == Some(Profile::Deterministic) && pool.slots > 1 {
+            return Err(self.rule(
+                &at("slots"),
+                format!(
+                    "the profile `deterministic` has one slot, not {}",
+                    pool.slots
+                ),
+                "set `slots: 1`, or `profile: throughput`",
+            ));
+        }
+        if pool.engine != EngineKind::Llamacpp {
+            return Ok(());
+        }
+        if let Err(error) = check_model(&self.config.models, &pool.model) {
+            let hint = error.hint().unwrap_or_default();
+            return Err(self.rule(&at("model"), one_line(&error), hint));
+        }
+        if let Err(error) = provisioners_engine_provisioner::render_argv(&pool.trial_launch(id), 1)
+        {
+            let hint = error.hint().unwrap_or_default();
+            return Err(self.rule(&at("flags"), one_line(&error), hint));
+        }
+        Ok(())
+    }
+}
+
+/// Whether a model can be meant by this: a reference, or a profile that exists.
+#[cfg(feature = "provisioning")]
+fn check_model(config: &ModelProvisionerConfig, reference: &str) -> Result<(), ModelError> {
+    let parsed: ModelRef = reference.parse()?;
+    let profiles = Profiles::new(&config.profiles)?;
+    match parsed {
+        ModelRef::Profile { name } if profiles.get(&name).is_none() => {
+            Err(ModelError::UnknownProfile {
+                name,
+                known: profiles.names().map(str::to_owned).collect(),
+            })
+        }
+        _ => Ok(()),
+    }
+}
+/// The line (from 1) of a key in block-style YAML, by indentation; `None`
+/// where the text is written otherwise.
+pub(super) fn line_of(text: &str, keys: &[&str]) -> Option<usize> {
+    // The keys found so far, by their indentation: one is left when a line
+    // stands no deeper.
+    let mut found: Vec<usize> = Vec::new();
+    for (index, line) in text.lines().enumerate() {
+        let content = line.trim_start();
+        if content.is_empty() || content.starts_with('#') {
+            continue;
+        }
+        let indent = line.len() - content.len();
+        while found.last().is_some_and(|parent| indent <= *parent) {
+            found.pop();
+        }
+        let name = content
+            .split(':')
+            .next()
+            .unwrap_or_default()
+            .trim_matches(['"', '\'']);
+        if keys.get(found.len()).is_some_and(|key| name == *key) {
+            if found.len() + 1 == keys.len() {
+                return Some(index + 1);
+            }
+            found.push(indent);
+        }
+    }
+    None
+}
