@@ -399,13 +399,14 @@ impl Actor {
             tracing::warn!(pool = %self.settings.id, reason, "the engine is not trusted any more");
             self.distrust = Some(reason);
         }
-        // One that was cancelled in the meantime is over.
-        if let Some(submission) = finished.returned
-            && !submission.record.log.is_closed()
-        {
-            return self.take_back(*submission, finished.outcome);
+        let mut outcome = finished.outcome.label();
+        if let Some(submission) = finished.returned {
+            if !submission.record.log.is_closed() {
+                return self.take_back(*submission, finished.outcome);
+            }
+            // Cancelled in the meantime, and so over.
+            outcome = Outcome::Cancelled.label();
         }
-        let outcome = finished.outcome.label();
         self.count_outcome(outcome);
         if finished.outcome.tells_service_time() {
             self.times.record(finished.took);
