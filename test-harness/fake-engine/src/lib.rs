@@ -49,7 +49,9 @@ pub fn binary() -> PathBuf {
 
 fn build() -> PathBuf {
     escargot::CargoBuild::new()
-        .manifest_path(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
+        // By name, from the running test's own directory: a path from the time
+        // of compilation is wrong once the checkout has been moved.
+        .package(env!("CARGO_PKG_NAME"))
         .bin("fake-engine")
         .current_release()
         .run()
