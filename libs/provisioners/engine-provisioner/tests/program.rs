@@ -40,6 +40,18 @@ fn write_config(machine: &Machine, rest: &str) -> PathBuf {
     path
 }
 
+/// A config that runs this engine with a model of the machine's own.
+fn write_config_with_model(machine: &Machine, engine: &Path) -> PathBuf {
+    let model = machine.path().join("model.gguf");
+    write_model(&model);
+    let text = format!(
+        "provision:\n  path: {}\nmodel: {}",
+        engine.display(),
+        model.display()
+    );
+    write_config(machine, &text)
+}
+
 /// A running program, killed at the end of its test.
 struct Running(Child);
 
@@ -242,16 +254,7 @@ async fn with_a_model_the_engine_runs_until_it_is_told_to_stop() {
 async fn a_program_that_is_killed_takes_its_engine_along() {
     let machine = Machine::new();
     let engine = install(&machine.path().join("engine"), &Script::default());
-    let model = machine.path().join("model.gguf");
-    write_model(&model);
-    let config = write_config(
-        &machine,
-        &format!(
-            "provision:\n  path: {}\nmodel: {}",
-            engine.display(),
-            model.display()
-        ),
-    );
+    let config = write_config_with_model(&machine, &engine);
     let mut running = Running::start(&config);
     until("the handoff is there", || machine.handoff().exists()).await;
     let handoff: serde_json::Value =
@@ -279,16 +282,7 @@ async fn a_program_that_is_killed_takes_its_engine_along() {
 async fn a_machine_without_certificates_runs_what_it_has() {
     let machine = Machine::new();
     let engine = install(&machine.path().join("engine"), &Script::default());
-    let model = machine.path().join("model.gguf");
-    write_model(&model);
-    let config = write_config(
-        &machine,
-        &format!(
-            "provision:\n  path: {}\nmodel: {}",
-            engine.display(),
-            model.display()
-        ),
-    );
+    let config = write_config_with_model(&machine, &engine);
     let mut command = program();
     command
         .env("SSL_CERT_FILE", machine.path().join("none"))
@@ -313,16 +307,7 @@ async fn an_engine_behind_a_script_is_ended_by_the_next_start() {
     let text = format!("#!/bin/sh\n{} \"$@\"\nexit $?\n", real.display());
     std::fs::write(&engine, text).unwrap();
     std::fs::set_permissions(&engine, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let model = machine.path().join("model.gguf");
-    write_model(&model);
-    let config = write_config(
-        &machine,
-        &format!(
-            "provision:\n  path: {}\nmodel: {}",
-            engine.display(),
-            model.display()
-        ),
-    );
+    let config = write_config_with_model(&machine, &engine);
     let mut running = Running::start(&config);
     until("the handoff is there", || machine.handoff().exists()).await;
     let file: serde_json::Value =

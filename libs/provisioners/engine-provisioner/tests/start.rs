@@ -12,7 +12,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use provision_kit::process::ProcessIdentity;
-use provisioners_engine_provisioner::{EngineError, LaunchSpec, Profile};
+use provisioners_engine_provisioner::{EngineError, LaunchSpec, Profile, RunningEngine};
 use support::{LONG, Machine, installation, somebody_runs, until};
 use test_harness_fake_engine::{LoadFailure, Script, grandchild, install, starts};
 
@@ -20,6 +20,15 @@ fn identity(pid: u32) -> ProcessIdentity {
     ProcessIdentity::of(pid)
         .unwrap()
         .expect("the process is there")
+}
+
+/// An engine that starts, as the machine's own pool.
+async fn start(machine: &Machine, engine: &Path) -> RunningEngine {
+    machine
+        .provisioner()
+        .start(&installation(engine), machine.spec())
+        .await
+        .unwrap()
 }
 
 async fn gone(identity: ProcessIdentity) {
@@ -218,11 +227,7 @@ async fn an_engine_that_ignores_term_is_killed_with_its_children() {
 async fn a_dropped_engine_is_killed_and_its_files_go() {
     let machine = Machine::new();
     let engine = install(&machine.path().join("engine"), &Script::default());
-    let running = machine
-        .provisioner()
-        .start(&installation(&engine), machine.spec())
-        .await
-        .unwrap();
+    let running = start(&machine, &engine).await;
     let engine_process = identity(running.context().pid.unwrap());
     drop(running);
     gone(engine_process).await;
@@ -238,11 +243,7 @@ async fn a_crash_is_noticed_with_the_last_lines() {
         ..Script::default()
     };
     let engine = install(&machine.path().join("engine"), &script);
-    let mut running = machine
-        .provisioner()
-        .start(&installation(&engine), machine.spec())
-        .await
-        .unwrap();
+    let mut running = start(&machine, &engine).await;
     let pid = running.context().pid.unwrap();
     Command::new("kill")
         .args(["-ABRT", &pid.to_string()])
@@ -379,11 +380,7 @@ async fn a_stranger_on_the_port_is_not_taken_for_the_engine() {
             real.display()
         ),
     );
-    let running = machine
-        .provisioner()
-        .start(&installation(&engine), machine.spec())
-        .await
-        .unwrap();
+    let running = start(&machine, &engine).await;
     let stranger_pid: u32 = std::fs::read_to_string(&stranger.0)
         .unwrap()
         .trim()
@@ -472,11 +469,7 @@ async fn an_engine_left_by_a_crash_is_ended_first() {
     let engine = install(&machine.path().join("engine"), &Script::default());
     let other = Other::start(Command::new("sleep").arg("600"));
     let left = other.write_pid_file(&machine, |_| {});
-    let running = machine
-        .provisioner()
-        .start(&installation(&engine), machine.spec())
-        .await
-        .unwrap();
+    let running = start(&machine, &engine).await;
     gone(left).await;
     running.stop().await;
 }
@@ -492,11 +485,7 @@ async fn an_engine_that_outlives_its_script_is_ended_first() {
         file["listener"] = serde_json::to_value(&left).unwrap();
         file["pid"] = 4_194_306.into();
     });
-    let running = machine
-        .provisioner()
-        .start(&installation(&engine), machine.spec())
-        .await
-        .unwrap();
+    let running = start(&machine, &engine).await;
     gone(left).await;
     running.stop().await;
 }
@@ -509,11 +498,7 @@ async fn a_script_and_the_engine_it_runs_are_both_written_down() {
         machine.path(),
         &format!("{} \"$@\"\nexit $?", real.display()),
     );
-    let running = machine
-        .provisioner()
-        .start(&installation(&engine), machine.spec())
-        .await
-        .unwrap();
+    let running = start(&machine, &engine).await;
     let file: serde_json::Value =
         serde_json::from_slice(&std::fs::read(machine.pid_file()).unwrap()).unwrap();
     assert_eq!(file["pid"], running.context().pid.unwrap());
@@ -578,11 +563,7 @@ async fn missing_metrics_are_a_warning() {
         ..Script::default()
     };
     let engine = install(&machine.path().join("engine"), &script);
-    let running = machine
-        .provisioner()
-        .start(&installation(&engine), machine.spec())
-        .await
-        .unwrap();
+    let running = start(&machine, &engine).await;
     assert!(
         machine
             .recorder
