@@ -20,6 +20,7 @@
 mod actor;
 #[cfg(test)]
 mod tests;
+mod work;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
