@@ -7,10 +7,13 @@
 //!   moves its own children to other groups (ninja does) is ended with TERM first, so that it can
 //!   end them itself: see [`DeathSignal`].
 //! - Dropping a [`ChildGroup`] ends the group.
+//! - When this process is killed, the kernel tells its direct children, and a watcher ends what
+//!   those had started, whatever groups it is in: see [`leash`].
 
 mod bury;
 mod command;
 mod identity;
+mod leash;
 mod output;
 
 use std::path::PathBuf;
@@ -291,7 +294,9 @@ fn spawner() -> Result<mpsc::SyncSender<SpawnRequest>, ProcessError> {
     thread::Builder::new()
         .name("spawner".into())
         .spawn(move || {
+            let mut leash = leash::Leash::default();
             for request in requests {
+                leash.hold();
                 let result = spawn_here(&request.spec, &request.runtime);
                 // If nobody waits any more the group is dropped, and with it the child.
                 let _ = request.reply.send(result);

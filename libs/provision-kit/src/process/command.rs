@@ -92,6 +92,7 @@ impl CommandSpec {
         command
             .args(&self.arguments)
             .envs(self.set_environment.iter().cloned())
+            .env(super::leash::NAME, super::leash::owner())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
