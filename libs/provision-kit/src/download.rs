@@ -8,7 +8,8 @@
 //!               │ other 4xx             ──► give up
 //!               └ 5xx, 429, cut, stall  ──► wait, next attempt
 //! whole ──► length and digest as expected? ──► the part file, complete
-//!               └ no ──► part file removed; once more from zero if it was resumed
+//!               ├ wrong length ──► part file removed; once more from zero if it was resumed
+//!               └ wrong digest ──► mended ([`crate::repair`]), or removed
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -20,11 +21,15 @@ use reqwest::redirect::{Action, Attempt as Attempted, Policy};
 use reqwest::{Client, Response, StatusCode};
 
 use crate::chain::one_line;
+use crate::chunks::CHUNK;
 use crate::fs::{free_space, remove_file_if_there, write_atomic};
 use crate::part::{PartFile, Sidecar, remove_sidecars, sidecar};
 use crate::progress::Step;
+use crate::rate::RateLimit;
+use crate::repair::{self, Outcome, Patience};
 use crate::secret::Secret;
 
+use crate::download_again::Again;
 use crate::download_headers::{content_range, retry_after, stored_etag};
 
 pub use crate::download_error::DownloadError;
@@ -55,6 +60,13 @@ pub struct Download<'a> {
     pub attempts: u32,
     /// Wait after the first failed attempt; doubled for each further one.
     pub backoff: Duration,
+    /// Whether a file of a wrong digest is read a second time. Without it the
+    /// file is refused at once, for a caller who knows another source.
+    pub second_look: bool,
+    /// Shared by all downloads that are to keep to one rate.
+    pub rate: RateLimit,
+    /// Bytes in one of the chunks whose digests are kept; 8 MiB.
+    pub chunk_bytes: u64,
 }
 
 impl<'a> Download<'a> {
@@ -69,6 +81,9 @@ impl<'a> Download<'a> {
             stall_timeout: Duration::from_secs(30),
             attempts: 5,
             backoff: Duration::from_millis(500),
+            second_look: true,
+            rate: RateLimit::default(),
+            chunk_bytes: CHUNK,
         }
     }
 }
@@ -115,10 +130,20 @@ pub async fn fetch(
     download: Download<'_>,
     step: &mut Step,
 ) -> Result<Fetched, DownloadError> {
-    let mut transfer = Transfer::open(client, &download).await?;
+    fetch_and_mend(client, &download, step)
+        .await
+        .map_err(|error| error.with_free_space(download.part))
+}
+
+async fn fetch_and_mend(
+    client: &Client,
+    download: &Download<'_>,
+    step: &mut Step,
+) -> Result<Fetched, DownloadError> {
+    let mut transfer = Transfer::open(client, download, step).await?;
     let mut resumed = transfer.part.size() > 0;
     loop {
-        let whole = transfer.run(step).await?;
+        let (whole, total) = transfer.run(step).await?;
         let (digest, size) = whole.complete().await?;
         let problem = match (download.expected_size, download.expected_digest) {
             (Some(expected), _) if expected != size => DownloadError::WrongSize {
@@ -126,12 +151,26 @@ pub async fn fetch(
                 expected,
                 actual: size,
             },
-            (_, Some(expected)) if expected != digest => DownloadError::WrongDigest {
-                url: display_url(download.url),
-                expected,
-                actual: digest,
-                size,
-            },
+            (_, Some(expected)) if expected != digest => {
+                let wrong = DownloadError::WrongDigest {
+                    url: display_url(download.url),
+                    expected,
+                    actual: digest,
+                    size,
+                };
+                // What an earlier transfer left may be another file's.
+                let sure = !resumed && total == Some(size);
+                let result = look_again(client, download, wrong, (size, sure), step).await;
+                if result.as_ref().is_err_and(DownloadError::retriable) {
+                    // What is here may still be mended by the next start.
+                    return result;
+                }
+                remove_sidecars(download.part)?;
+                if result.is_err() {
+                    remove_file_if_there(download.part)?;
+                }
+                return result;
+            }
             _ => {
                 remove_sidecars(download.part)?;
                 return Ok(Fetched {
@@ -149,7 +188,49 @@ pub async fn fetch(
         // The bytes left by an earlier transfer may be the wrong ones.
         step.note(format!("{problem}; fetching it again from the start"));
         resumed = false;
-        transfer = Transfer::open(client, &download).await?;
+        transfer = Transfer::open(client, download, step).await?;
+    }
+}
+
+/// Mends a complete file of a wrong digest, or says what is wrong with it.
+async fn look_again(
+    client: &Client,
+    download: &Download<'_>,
+    wrong: DownloadError,
+    (size, sure): (u64, bool),
+    step: &mut Step,
+) -> Result<Fetched, DownloadError> {
+    let Some(expected) = download.expected_digest.filter(|_| download.second_look) else {
+        return Err(wrong);
+    };
+    step.note(format!("{wrong}; looking for what is wrong with it"));
+    let patience = Patience {
+        attempts: download.attempts,
+        pause: download.backoff,
+    };
+    let mut again = Again::new(client, download);
+    let length = if sure {
+        size
+    } else {
+        again.length(size).await?
+    };
+    let measure = (download.chunk_bytes, length);
+    match repair::second_look(download.part, measure, expected, patience, &mut again, step).await? {
+        Outcome::Mended { size } => {
+            step.note("mended: it has the digest that was expected");
+            Ok(Fetched {
+                path: download.part.to_owned(),
+                digest: expected,
+                size,
+            })
+        }
+        Outcome::Same => Err(wrong),
+        Outcome::Differs { chunks } => Err(DownloadError::Unstable {
+            url: display_url(download.url),
+            expected,
+            chunks,
+            chunk_bytes: download.chunk_bytes,
+        }),
     }
 }
 
@@ -173,8 +254,13 @@ enum Attempt {
 }
 
 impl<'a> Transfer<'a> {
-    async fn open(client: &'a Client, download: &'a Download<'a>) -> Result<Self, DownloadError> {
-        let mut part = PartFile::open(download.part).await?;
+    async fn open(
+        client: &'a Client,
+        download: &'a Download<'a>,
+        step: &Step,
+    ) -> Result<Self, DownloadError> {
+        let mut again = Again::new(client, download);
+        let mut part = repair::open(download.part, download.chunk_bytes, &mut again, step).await?;
         let etag = stored_etag(download.part);
         // Without a digest or the server's name for the version, nothing would
         // notice that the file changed between two transfers.
@@ -195,17 +281,18 @@ impl<'a> Transfer<'a> {
         })
     }
 
-    /// Attempts until the file is whole or hope is gone.
-    async fn run(mut self, step: &mut Step) -> Result<PartFile, DownloadError> {
+    /// Attempts until the file is whole or hope is gone. The length that the
+    /// server gives goes with it, where it gives one.
+    async fn run(mut self, step: &mut Step) -> Result<(PartFile, Option<u64>), DownloadError> {
         step.set(self.part.size(), self.total);
         if self.part.size() > 0 && Some(self.part.size()) == self.download.expected_size {
-            return Ok(self.part);
+            return Ok((self.part, self.total));
         }
         let mut restarts = 0;
         loop {
             let before = self.part.size();
             let error = match self.attempt(step).await {
-                Ok(Attempt::Whole) => return Ok(self.part),
+                Ok(Attempt::Whole) => return Ok((self.part, self.total)),
                 Ok(Attempt::Restart(why)) => {
                     restarts += 1;
                     if restarts > 2 {
@@ -346,6 +433,7 @@ impl<'a> Transfer<'a> {
                     Err(_) => return Err(self.stalled()),
                 };
             self.part.write(&chunk).await?;
+            self.download.rate.pace(chunk.len() as u64).await;
             step.set(self.part.size(), self.total);
             if let Some(total) = self.total
                 && self.part.size() > total

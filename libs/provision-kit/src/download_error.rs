@@ -1,13 +1,13 @@
 //! Why a download failed, and whether trying again may help.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use llama_orch_types::{Digest, Hinted};
 use reqwest::StatusCode;
 
 use crate::download::display_url;
-use crate::fs::FsError;
+use crate::fs::{FsError, free_space};
 
 /// Why a file was not fetched.
 #[derive(Debug, thiserror::Error)]
@@ -78,14 +78,48 @@ pub enum DownloadError {
         actual: Digest,
         size: u64,
     },
+    /// Read twice, and different each time.
+    #[error(
+        "{url} came differently in two transfers ({}) and never with the digest {expected}",
+        places(chunks, *chunk_bytes)
+    )]
+    Unstable {
+        url: String,
+        expected: Digest,
+        /// Numbers of the chunks that differed.
+        chunks: Vec<u64>,
+        chunk_bytes: u64,
+    },
     #[error("{} needs {needed} more bytes and the disk has {free} left", path.display())]
     NoSpace {
         path: PathBuf,
         needed: u64,
         free: u64,
     },
+    /// What has arrived is kept.
+    #[error("the disk became full while {} was written ({free} bytes are free)", path.display())]
+    DiskFull {
+        path: PathBuf,
+        free: u64,
+        #[source]
+        source: std::io::Error,
+    },
     #[error(transparent)]
     File(#[from] FsError),
+}
+
+/// Which bytes, of the first few chunks.
+fn places(chunks: &[u64], size: u64) -> String {
+    let shown: Vec<String> = chunks
+        .iter()
+        .take(4)
+        .map(|index| {
+            let start = index.saturating_mul(size);
+            format!("{start}–{}", start.saturating_add(size).saturating_sub(1))
+        })
+        .collect();
+    let more = if chunks.len() > 4 { ", …" } else { "" };
+    format!("bytes {}{more}", shown.join(", "))
 }
 
 impl DownloadError {
@@ -123,7 +157,8 @@ impl DownloadError {
             | Self::Short { .. }
             | Self::Stalled { .. }
             // Somebody may free some space.
-            | Self::NoSpace { .. } => true,
+            | Self::NoSpace { .. }
+            | Self::DiskFull { .. } => true,
             Self::Status { status, .. } => {
                 status.is_server_error()
                     || matches!(
@@ -137,14 +172,33 @@ impl DownloadError {
             | Self::Redirect { .. }
             | Self::Confused { .. }
             | Self::WrongSize { .. }
-            | Self::WrongDigest { .. } => false,
+            | Self::WrongDigest { .. }
+            | Self::Unstable { .. } => false,
         }
     }
 
     /// Whether another request within the same download is worth it: not for
     /// what is wrong on this machine.
     pub(crate) fn is_worth_another_request(&self) -> bool {
-        !matches!(self, Self::NoSpace { .. } | Self::File(_)) && self.retriable()
+        !matches!(
+            self,
+            Self::NoSpace { .. } | Self::DiskFull { .. } | Self::File(_)
+        ) && self.retriable()
+    }
+
+    /// A disk that became full while bytes were written to it, in figures.
+    pub(crate) fn with_free_space(self, part: &Path) -> Self {
+        match self {
+            Self::File(error) if error.is_no_space() => {
+                let free = free_space(part).unwrap_or(0);
+                Self::DiskFull {
+                    path: error.path,
+                    free,
+                    source: error.source,
+                }
+            }
+            other => other,
+        }
     }
 
     /// How long the server asked us to wait.
@@ -178,9 +232,18 @@ impl Hinted for DownloadError {
                 "the file is not the pinned one: name a source that holds the same bytes, or correct the digest if the new file is meant"
                     .to_owned()
             }
+            Self::Unstable { .. } => {
+                "something on the way changes the bytes (a proxy, the network, this machine's memory or disk): \
+                 fetch the file another way and name it as `file:/…`"
+                    .to_owned()
+            }
             Self::NoSpace { needed, .. } => format!(
                 "free at least {} MB, or set `cache_dir` to a larger disk",
                 needed.div_ceil(1_000_000)
+            ),
+            Self::DiskFull { path, .. } => format!(
+                "free some space on the disk that holds {}, or set `cache_dir` to a larger one; what has arrived is kept",
+                path.parent().unwrap_or(path).display()
             ),
             Self::File(error) => return error.hint(),
             Self::BadUrl { .. } => "an address starts with https:// and names a host".to_owned(),

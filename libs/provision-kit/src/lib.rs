@@ -12,12 +12,16 @@
 //! - [`pip`]: the machine's own pip
 //! - [`process`]: child processes that never outlive their owner
 //! - [`progress`]: progress, reported and never printed
+//! - [`rate`]: how fast downloads may be
+//! - [`repair`]: mending a part file instead of fetching all of it again
 //! - [`secret`]: a secret that does not get into logs
 
 pub mod chain;
+mod chunks;
 pub mod config;
 pub mod dirs;
 pub mod download;
+mod download_again;
 mod download_error;
 mod download_headers;
 pub mod fs;
@@ -26,4 +30,6 @@ pub mod part;
 pub mod pip;
 pub mod process;
 pub mod progress;
+pub mod rate;
+pub mod repair;
 pub mod secret;

@@ -2,16 +2,21 @@
 //!
 //! What has arrived stays when a transfer is cut, and a later one goes on
 //! where it ended. A part file has a name of its own; only a complete and
-//! checked one is renamed to its final name.
+//! checked one is renamed to its final name. Beside it lie the digests of its
+//! chunks ([`crate::chunks`]): bytes that are not those that arrived, or that
+//! nothing is known about, are found out when a later transfer opens it.
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{Read as _, Seek as _, SeekFrom, Write};
+use std::ops::Range;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use llama_orch_types::Digest;
 use sha2::{Digest as _, Sha256};
 
-use crate::fs::{FsError, create_dir_all, finish, hash_into, remove_file_if_there};
+use crate::chunks::{CHUNK, ChunkRecord};
+use crate::fs::{FsError, create_dir_all, finish, remove_file_if_there};
 
 /// Bytes are handed to the disk in pieces of about this size.
 const PIECE: usize = 1024 * 1024;
@@ -20,29 +25,46 @@ const PIECE: usize = 1024 * 1024;
 #[derive(Debug)]
 pub struct PartFile {
     path: PathBuf,
+    /// Bytes in one chunk.
+    chunk: u64,
     /// Away only while a blocking thread writes.
     on_disk: Option<OnDisk>,
     /// Arrived, not yet handed to the disk.
     buffer: Vec<u8>,
 }
 
-#[derive(Debug)]
-struct OnDisk {
-    file: File,
-    hasher: Sha256,
-    size: u64,
-}
-
 impl PartFile {
     /// Opens the part file, and hashes what an earlier transfer left in it.
+    /// What arrived without its digest having been written down is dropped.
     pub async fn open(path: &Path) -> Result<Self, FsError> {
+        Self::open_in_chunks(path, CHUNK).await
+    }
+
+    /// As [`PartFile::open`], with chunks of this many bytes.
+    pub async fn open_in_chunks(path: &Path, chunk: u64) -> Result<Self, FsError> {
         let owned = path.to_owned();
-        let on_disk = blocking(move || OnDisk::open(&owned)).await?;
+        let on_disk = blocking(move || OnDisk::open(&owned, chunk)).await?;
         Ok(Self {
             path: path.to_owned(),
+            chunk,
             on_disk: Some(on_disk),
             buffer: Vec::with_capacity(PIECE),
         })
+    }
+
+    /// Chunks, by number, that are on disk otherwise than they arrived. Until
+    /// they are mended the digest of the whole cannot be right.
+    pub(crate) fn damaged(&self) -> Vec<u64> {
+        self.on_disk
+            .as_ref()
+            .map(|on_disk| on_disk.damaged.clone())
+            .unwrap_or_default()
+    }
+
+    /// Where a chunk lies, and what it was when it arrived.
+    pub(crate) fn chunk(&self, index: u64) -> Option<(Range<u64>, Digest)> {
+        let record = &self.on_disk.as_ref()?.record;
+        Some((record.range(index), record.get(index)?.1))
     }
 
     pub fn path(&self) -> &Path {
@@ -74,11 +96,8 @@ impl PartFile {
         let path = self.path.clone();
         let (on_disk, buffer) = blocking(move || {
             on_disk
-                .file
-                .write_all(&buffer)
+                .append(&buffer)
                 .map_err(FsError::at("write", &path))?;
-            on_disk.hasher.update(&buffer);
-            on_disk.size += buffer.len() as u64;
             buffer.clear();
             Ok((on_disk, buffer))
         })
@@ -91,12 +110,14 @@ impl PartFile {
     /// Forgets what has arrived, and what was noted about it, and begins again.
     pub async fn restart(&mut self) -> Result<(), FsError> {
         self.buffer.clear();
-        self.on_disk = None;
-        let path = self.path.clone();
+        let old = self.on_disk.take();
+        let (path, chunk) = (self.path.clone(), self.chunk);
         let on_disk = blocking(move || {
+            // It writes down what it knows when it goes.
+            drop(old);
             remove_sidecars(&path)?;
             File::create(&path).map_err(FsError::at("empty", &path))?;
-            OnDisk::open(&path)
+            OnDisk::open(&path, chunk)
         })
         .await?;
         self.on_disk = Some(on_disk);
@@ -113,7 +134,7 @@ impl PartFile {
                 .file
                 .sync_all()
                 .map_err(FsError::at("flush", &path))?;
-            Ok((finish(on_disk.hasher), on_disk.size))
+            Ok((finish(on_disk.hasher.clone()), on_disk.size))
         })
         .await
     }
@@ -133,6 +154,7 @@ pub fn sidecar(part: &Path, kind: Sidecar) -> PathBuf {
     name.push(match kind {
         Sidecar::Etag => ".etag",
         Sidecar::Total => ".total",
+        Sidecar::Chunks => ".chunks",
     });
     name.into()
 }
@@ -144,35 +166,226 @@ pub enum Sidecar {
     Etag,
     /// The whole file's length in bytes.
     Total,
+    /// The digests of its chunks.
+    Chunks,
+}
+
+impl Sidecar {
+    /// All that may lie beside a part file.
+    pub const ALL: [Self; 3] = [Self::Etag, Self::Total, Self::Chunks];
 }
 
 /// Removes all notes about a part file. Blocks.
 pub fn remove_sidecars(part: &Path) -> Result<(), FsError> {
-    remove_file_if_there(&sidecar(part, Sidecar::Etag))?;
-    remove_file_if_there(&sidecar(part, Sidecar::Total))
+    Sidecar::ALL
+        .into_iter()
+        .try_for_each(|kind| remove_file_if_there(&sidecar(part, kind)))
+}
+
+/// The file, and what is known about what is in it.
+#[derive(Debug)]
+struct OnDisk {
+    file: File,
+    hasher: Sha256,
+    size: u64,
+    record: ChunkRecord,
+    /// Where the record is written down; made with its first line.
+    notes: Option<File>,
+    notes_path: PathBuf,
+    /// The chunk that is growing: its digest so far, and its bytes.
+    growing: (Sha256, u64),
+    damaged: Vec<u64>,
 }
 
 impl OnDisk {
-    fn open(path: &Path) -> Result<Self, FsError> {
+    fn open(path: &Path, chunk: u64) -> Result<Self, FsError> {
         if let Some(parent) = path.parent() {
             create_dir_all(parent)?;
         }
-        let mut file = OpenOptions::new()
+        let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
+            // Nobody's other file is written through a link.
+            .custom_flags(nix::libc::O_NOFOLLOW)
             .open(path)
             .map_err(FsError::at("open", path))?;
-        let mut hasher = Sha256::new();
-        // Reading to the end leaves the position where writing goes on.
-        let size = hash_into(&mut file, &mut hasher).map_err(FsError::at("read", path))?;
-        Ok(Self { file, hasher, size })
+        let notes_path = sidecar(path, Sidecar::Chunks);
+        let known = std::fs::read_to_string(&notes_path)
+            .ok()
+            .and_then(|text| ChunkRecord::parse(&text, chunk));
+        let mut on_disk = Self {
+            file,
+            hasher: Sha256::new(),
+            size: 0,
+            record: ChunkRecord::new(chunk),
+            notes: None,
+            notes_path,
+            growing: (Sha256::new(), 0),
+            damaged: Vec::new(),
+        };
+        on_disk
+            .take_stock(known)
+            .map_err(FsError::at("read", path))?;
+        Ok(on_disk)
+    }
+
+    /// Reads what is there and compares it with what is known. Without any
+    /// knowledge all of it is taken; the whole file's digest will tell.
+    fn take_stock(&mut self, known: Option<ChunkRecord>) -> std::io::Result<()> {
+        let chunk = self.record.size();
+        let mut bytes = Vec::new();
+        for index in 0.. {
+            let expected = match &known {
+                Some(known) => match known.get(index) {
+                    Some(expected) => Some(expected),
+                    None => break,
+                },
+                None => None,
+            };
+            let length = expected.map_or(chunk, |(length, _)| length);
+            bytes.clear();
+            (&mut self.file).take(length).read_to_end(&mut bytes)?;
+            let digest = crate::fs::sha256_bytes(&bytes);
+            let cut = expected.is_some_and(|_| (bytes.len() as u64) < length);
+            let other = expected.is_some_and(|(_, expected)| expected != digest);
+            // Of a chunk that was still growing nothing is worth a repair.
+            if bytes.is_empty() || cut || other && length < chunk {
+                break;
+            }
+            if other {
+                self.damaged.push(index);
+            }
+            self.hasher.update(&bytes);
+            self.size += bytes.len() as u64;
+            let true_digest = expected.map_or(digest, |(_, expected)| expected);
+            self.record.add(index, bytes.len() as u64, true_digest);
+            if (bytes.len() as u64) < chunk {
+                self.growing = (Sha256::new_with_prefix(&bytes), bytes.len() as u64);
+                break;
+            }
+        }
+        self.file.set_len(self.size)?;
+        self.file.seek(SeekFrom::Start(self.size))?;
+        // What was dropped must not come back as known.
+        if self.size > 0 {
+            crate::fs::write_atomic(&self.notes_path, self.record.text().as_bytes())
+                .map_err(|error| error.source)?;
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, mut bytes: &[u8]) -> std::io::Result<()> {
+        let chunk = self.record.size();
+        while !bytes.is_empty() {
+            let room = usize::try_from(chunk - self.growing.1).unwrap_or(usize::MAX);
+            let (piece, rest) = bytes.split_at(room.min(bytes.len()));
+            self.file.write_all(piece)?;
+            self.hasher.update(piece);
+            self.growing.0.update(piece);
+            self.growing.1 += piece.len() as u64;
+            self.size += piece.len() as u64;
+            if self.growing.1 == chunk {
+                self.note()?;
+            }
+            bytes = rest;
+        }
+        Ok(())
+    }
+
+    /// Writes down the digest of the chunk that is growing, and begins the
+    /// next one if it is whole.
+    fn note(&mut self) -> std::io::Result<()> {
+        let (hasher, length) = self.growing.clone();
+        if length == 0 {
+            return Ok(());
+        }
+        let chunk = self.record.size();
+        let index = (self.size - length) / chunk;
+        let digest = finish(hasher);
+        if self.record.get(index) == Some((length, digest)) {
+            return Ok(());
+        }
+        let line = self.record.add(index, length, digest);
+        if length == chunk {
+            self.growing = (Sha256::new(), 0);
+        }
+        if let Some(notes) = &mut self.notes {
+            return notes.write_all(line.as_bytes());
+        }
+        let mut notes = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(&self.notes_path)?;
+        if notes.metadata()?.len() == 0 {
+            notes.write_all(self.record.text().as_bytes())?;
+        } else {
+            notes.write_all(line.as_bytes())?;
+        }
+        self.notes = Some(notes);
+        Ok(())
     }
 }
 
+impl Drop for OnDisk {
+    /// So that a transfer that is given up keeps its last bytes, too.
+    fn drop(&mut self) {
+        if let Err(error) = self.note() {
+            tracing::debug!(path = %self.notes_path.display(), %error, "the last bytes of a download will be fetched again");
+        }
+    }
+}
+
+/// Writes bytes into the middle of a part file. Blocks.
+fn write_at(path: &Path, start: u64, bytes: &[u8]) -> Result<(), FsError> {
+    OpenOptions::new()
+        .write(true)
+        .custom_flags(nix::libc::O_NOFOLLOW)
+        .open(path)
+        .and_then(|file| std::os::unix::fs::FileExt::write_all_at(&file, bytes, start))
+        .map_err(FsError::at("mend", path))
+}
+
+/// Writes bytes into the middle of a part file, and notes that they are now
+/// what the chunk is.
+pub(crate) async fn replace_chunk(
+    path: &Path,
+    record: &ChunkRecord,
+    start: u64,
+    bytes: Vec<u8>,
+) -> Result<(), FsError> {
+    let (path, text) = (path.to_owned(), record.text());
+    blocking(move || {
+        write_at(&path, start, &bytes)?;
+        crate::fs::write_atomic(&sidecar(&path, Sidecar::Chunks), text.as_bytes())
+    })
+    .await
+}
+
+/// Cuts a part file off, and what is known about it.
+pub(crate) async fn truncate(path: &Path, length: u64) -> Result<(), FsError> {
+    let path = path.to_owned();
+    blocking(move || {
+        OpenOptions::new()
+            .write(true)
+            .custom_flags(nix::libc::O_NOFOLLOW)
+            .open(&path)
+            .and_then(|file| file.set_len(length))
+            .map_err(FsError::at("shorten", &path))
+    })
+    .await
+}
+
+/// What is known about a part file's chunks.
+pub(crate) async fn record_of(path: &Path, chunk: u64) -> ChunkRecord {
+    let path = sidecar(path, Sidecar::Chunks);
+    let text = tokio::fs::read_to_string(&path).await.unwrap_or_default();
+    ChunkRecord::parse(&text, chunk).unwrap_or_else(|| ChunkRecord::new(chunk))
+}
+
 /// Runs disk work off the runtime's threads.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, FsError> + Send + 'static,
 ) -> Result<T, FsError> {
     match tokio::task::spawn_blocking(work).await {
@@ -201,6 +414,7 @@ mod tests {
         part.write(b"hello ").await.unwrap();
         part.flush().await.unwrap();
         drop(part);
+        assert!(sidecar(&path, Sidecar::Chunks).exists());
         let mut part = PartFile::open(&path).await.unwrap();
         assert_eq!(part.size(), 6);
         part.write(b"world").await.unwrap();
@@ -219,7 +433,7 @@ mod tests {
         let mut part = PartFile::open(&path).await.unwrap();
         part.write(&vec![1; 3 * PIECE]).await.unwrap();
         part.write(b"rest").await.unwrap();
-        for kind in [Sidecar::Etag, Sidecar::Total] {
+        for kind in Sidecar::ALL {
             std::fs::write(sidecar(&path, kind), "of the old bytes").unwrap();
         }
         part.restart().await.unwrap();
@@ -231,5 +445,56 @@ mod tests {
             part.complete().await.unwrap(),
             (sha256_bytes(&bytes), bytes.len() as u64)
         );
+    }
+
+    /// 25 bytes in chunks of ten, as a transfer that was given up leaves them.
+    async fn left(path: &Path) {
+        let mut part = PartFile::open_in_chunks(path, 10).await.unwrap();
+        part.write(b"0123456789abcdefghijABCDE").await.unwrap();
+        part.flush().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn bytes_that_are_not_those_that_arrived_are_found_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.part");
+        for (at, damaged, size) in [(3, vec![0], 25), (19, vec![1], 25), (20, vec![], 20)] {
+            let _ = std::fs::remove_file(&path);
+            remove_sidecars(&path).unwrap();
+            left(&path).await;
+            let mut bytes = std::fs::read(&path).unwrap();
+            bytes[at] ^= 1;
+            std::fs::write(&path, bytes).unwrap();
+            let part = PartFile::open_in_chunks(&path, 10).await.unwrap();
+            // Of the chunk that was growing nothing is kept.
+            assert_eq!((part.damaged(), part.size()), (damaged, size), "{at}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_nothing_is_known_about_is_not_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.part");
+        left(&path).await;
+        let whole = std::fs::read(&path).unwrap();
+        std::fs::write(&path, [&whole[..], b"torn"].concat()).unwrap();
+        let part = PartFile::open_in_chunks(&path, 10).await.unwrap();
+        assert_eq!((part.size(), part.damaged()), (25, vec![]));
+        drop(part);
+        // Shorter than what is known: as after a crash of the machine.
+        std::fs::write(&path, &whole[..17]).unwrap();
+        let part = PartFile::open_in_chunks(&path, 10).await.unwrap();
+        assert_eq!(part.size(), 10);
+        assert_eq!(part.complete().await.unwrap().0, sha256_bytes(&whole[..10]));
+    }
+
+    #[tokio::test]
+    async fn a_link_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, other) = (dir.path().join("x.part"), dir.path().join("other"));
+        std::fs::write(&other, "somebody's").unwrap();
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+        assert!(PartFile::open(&path).await.is_err());
+        assert_eq!(std::fs::read(&other).unwrap(), b"somebody's");
     }
 }
