@@ -4,8 +4,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, StatusCode, Uri};
 use axum::http::header::{AUTHORIZATION, HOST, ORIGIN};
+use axum::http::{HeaderMap, StatusCode, Uri};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use llama_orch_types::ErrorCode;
@@ -24,7 +24,9 @@ pub async fn require_token(
     let open = request.uri().path() == "/health";
     match &state.token {
         Some(token) if !open && !carries(request.headers(), token) => refused().into_response(),
-        None if !open && !from_this_machine(request.uri(), request.headers()) => foreign().into_response(),
+        None if !open && !from_this_machine(request.uri(), request.headers()) => {
+            foreign().into_response()
+        }
         _ => next.run(request).await,
     }
 }

@@ -46,7 +46,9 @@ fn take_or_make(headers: &HeaderMap, token: Option<&Token>) -> Arc<str> {
             && id.bytes().all(|byte| byte.is_ascii_graphic())
             && matches!(without_token(id, token), Cow::Borrowed(_))
     };
-    given.filter(usable).map_or_else(|| new_id().into(), Into::into)
+    given
+        .filter(usable)
+        .map_or_else(|| new_id().into(), Into::into)
 }
 
 /// The text with the token blotted out.
@@ -154,10 +156,7 @@ mod tests {
     fn the_token_is_blotted_out() {
         let token = Token::try_from("s3cret-word".to_owned()).unwrap();
         let text = "no route `/a/s3cret-word/b`";
-        assert_eq!(
-            without_token(text, Some(&token)),
-            "no route `/a/(token)/b`"
-        );
+        assert_eq!(without_token(text, Some(&token)), "no route `/a/(token)/b`");
         assert_eq!(without_token(text, None), text);
         let short = Token::try_from("a".to_owned()).unwrap();
         assert_eq!(without_token(text, Some(&short)), text);

@@ -288,7 +288,8 @@ mod tests {
         let request = TaskRequest::parse(br#"{"prompt":"12345678"}"#).unwrap();
         request.check_length(8).unwrap();
         assert!(request.check_length(7).is_err());
-        let body = br#"{"messages":[{"role":"user","content":"1234"},{"role":"user","content":""}]}"#;
+        let body =
+            br#"{"messages":[{"role":"user","content":"1234"},{"role":"user","content":""}]}"#;
         let request = TaskRequest::parse(body).unwrap();
         request.check_length(12).unwrap();
         assert!(request.check_length(11).is_err());

@@ -71,7 +71,10 @@ pub fn router(state: Arc<AppState>) -> Router {
         .layer(DefaultBodyLimit::max(state.max_body_bytes))
         .layer(from_fn_with_state(Arc::clone(&state), auth::require_token))
         .layer(from_fn(panics::caught))
-        .layer(from_fn_with_state(Arc::clone(&state), correlation::correlate))
+        .layer(from_fn_with_state(
+            Arc::clone(&state),
+            correlation::correlate,
+        ))
         .with_state(state)
 }
 

@@ -155,11 +155,7 @@ impl Guard {
     }
 
     /// Sends our refusal in place of the `whole` bytes of hyper's.
-    fn poll_refusal(
-        &mut self,
-        context: &mut Context<'_>,
-        whole: usize,
-    ) -> Poll<io::Result<usize>> {
+    fn poll_refusal(&mut self, context: &mut Context<'_>, whole: usize) -> Poll<io::Result<usize>> {
         while let Some((bytes, sent)) = &mut self.refusal {
             let rest = &bytes[*sent..];
             let written = Pin::new(&mut self.stream).poll_write(context, rest);
@@ -233,17 +229,11 @@ impl AsyncWrite for Guard {
         self.stream.is_write_vectored()
     }
 
-    fn poll_flush(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<io::Result<()>> {
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_flush(context)
     }
 
-    fn poll_shutdown(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<io::Result<()>> {
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }

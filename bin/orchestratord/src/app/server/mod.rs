@@ -151,12 +151,7 @@ struct Front {
 }
 
 impl Front {
-    fn admit(
-        self: &Arc<Self>,
-        connections: &mut JoinSet<()>,
-        stream: TcpStream,
-        peer: SocketAddr,
-    ) {
+    fn admit(self: &Arc<Self>, connections: &mut JoinSet<()>, stream: TcpStream, peer: SocketAddr) {
         if let Ok(permit) = Arc::clone(&self.open).try_acquire_owned() {
             connections.spawn(Arc::clone(self).converse(stream, peer, permit));
         } else if let Ok(permit) = Arc::clone(&self.refusals).try_acquire_owned() {
@@ -234,8 +229,8 @@ impl Service<Request<Incoming>> for Requests {
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         let busy = self.stage.begin_request();
         let limits = &self.front.limits;
-        let mut request = request
-            .map(|body| Body::new(TimedBody::new(body, limits.body_stall(), limits.body())));
+        let mut request =
+            request.map(|body| Body::new(TimedBody::new(body, limits.body_stall(), limits.body())));
         request.extensions_mut().insert(self.peer);
         let answer = self.front.service.call(request);
         Box::pin(async move { Ok(answer.await?.map(|body| Tracked::new(body, busy))) })

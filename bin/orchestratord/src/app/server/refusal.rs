@@ -155,7 +155,10 @@ mod tests {
     fn a_refusal_has_the_one_shape() {
         let text = String::from_utf8(slow_head(Duration::from_secs(3))).unwrap();
         let (head, body) = text.split_once("\r\n\r\n").unwrap();
-        assert!(head.starts_with("HTTP/1.1 408 Request Timeout\r\n"), "{head}");
+        assert!(
+            head.starts_with("HTTP/1.1 408 Request Timeout\r\n"),
+            "{head}"
+        );
         assert!(head.contains(&format!("content-length: {}", body.len())));
         let body: serde_json::Value = serde_json::from_str(body).unwrap();
         let id = body["error"]["correlation_id"].as_str().unwrap();
