@@ -4,9 +4,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::http::HeaderMap;
-use axum::http::StatusCode;
 use axum::http::header::{AUTHORIZATION, HOST, ORIGIN};
+use axum::http::{HeaderMap, StatusCode, Uri};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use llama_orch_types::ErrorCode;
@@ -25,7 +24,9 @@ pub async fn require_token(
     let open = request.uri().path() == "/health";
     match &state.token {
         Some(token) if !open && !carries(request.headers(), token) => refused().into_response(),
-        None if !open && !from_this_machine(request.headers()) => foreign().into_response(),
+        None if !open && !from_this_machine(request.uri(), request.headers()) => {
+            foreign().into_response()
+        }
         _ => next.run(request).await,
     }
 }
@@ -33,18 +34,19 @@ pub async fn require_token(
 /// Whether a request without a token can be trusted to come from a program of
 /// this machine. A web page in a browser here could also send one: its `Origin`
 /// gives it away, and under a name of its own that leads here, its `Host`.
-fn from_this_machine(headers: &HeaderMap) -> bool {
-    let text = |name| {
-        headers
-            .get(name)
-            .map(|value| value.to_str().unwrap_or_default())
+fn from_this_machine(target: &Uri, headers: &HeaderMap) -> bool {
+    let all = |name, fits: fn(&str) -> bool| {
+        let mut values = headers.get_all(name).iter();
+        values.all(|value| fits(value.to_str().unwrap_or_default()))
     };
-    let host = text(HOST).is_none_or(is_loopback);
-    let origin = text(ORIGIN).is_none_or(|origin| {
+    let named_origin = |origin: &str| {
         let authority = origin.split_once("://").map(|(_, authority)| authority);
         authority.is_some_and(is_loopback)
-    });
-    host && origin
+    };
+    let target = target
+        .authority()
+        .is_none_or(|authority| is_loopback(authority.as_str()));
+    target && all(HOST, is_loopback) && all(ORIGIN, named_origin)
 }
 
 /// Whether `host` or `host:port` names this machine.
@@ -72,9 +74,12 @@ fn foreign() -> ApiError {
 /// Compared in constant time, so that the time of the answer tells nothing
 /// about the token but its length.
 fn carries(headers: &HeaderMap, token: &Token) -> bool {
-    let given = headers
-        .get(AUTHORIZATION)
-        .map(axum::http::HeaderValue::as_bytes);
+    let mut all = headers.get_all(AUTHORIZATION).iter();
+    let given = all.next().map(axum::http::HeaderValue::as_bytes);
+    if all.next().is_some() {
+        // Whoever stands between may have looked at the other one.
+        return false;
+    }
     let Some((scheme, word)) = given.and_then(|value| value.split_at_checked(7)) else {
         return false;
     };
@@ -100,7 +105,11 @@ mod tests {
             let headers = pairs
                 .iter()
                 .map(|(name, value)| (name.clone(), value.parse().unwrap()));
-            from_this_machine(&headers.collect())
+            let mut all = HeaderMap::new();
+            for (name, value) in headers {
+                all.append(name, value);
+            }
+            from_this_machine(&Uri::from_static("/v2/pools"), &all)
         };
         assert!(with(&[]));
         for host in [
@@ -112,6 +121,9 @@ mod tests {
         ] {
             assert!(with(&[(HOST, host)]), "{host}");
         }
+        assert!(!with(&[(HOST, "localhost"), (HOST, "evil.example")]));
+        let target = Uri::from_static("http://evil.example/v2/pools");
+        assert!(!from_this_machine(&target, &HeaderMap::new()));
         assert!(with(&[
             (HOST, "localhost:1"),
             (ORIGIN, "http://localhost:3000")
@@ -155,5 +167,9 @@ mod tests {
             assert!(!with(wrong), "{wrong}");
         }
         assert!(!carries(&HeaderMap::new(), &token));
+        let mut two = HeaderMap::new();
+        two.append(AUTHORIZATION, "Bearer right".parse().unwrap());
+        two.append(AUTHORIZATION, "Bearer wrong".parse().unwrap());
+        assert!(!carries(&two, &token), "which of them counts?");
     }
 }

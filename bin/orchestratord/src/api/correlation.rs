@@ -1,10 +1,14 @@
 //! `X-Correlation-Id`: taken from the request or made, put on every answer,
 //! and written into every error body.
+//!
+//! Here is also where it is seen to that the token is never shown: not in the
+//! log, and not in an error that repeats what the client sent.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use axum::body::Body;
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use axum::http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::middleware::Next;
@@ -12,6 +16,8 @@ use axum::response::Response;
 use uuid::Uuid;
 
 use super::error::{ApiError, ErrorBody};
+use crate::app::config::Token;
+use crate::app::state::AppState;
 
 pub const CORRELATION_ID: HeaderName = HeaderName::from_static("x-correlation-id");
 pub const BACKOFF_MS: HeaderName = HeaderName::from_static("x-backoff-ms");
@@ -23,31 +29,64 @@ const MAX_LEN: usize = 128;
 #[derive(Debug, Clone)]
 pub struct CorrelationId(pub Arc<str>);
 
+/// A new id.
+pub fn new_id() -> String {
+    Uuid::new_v4().to_string()
+}
+
 /// The client's id if it is short and visible, else a new one: what a client
 /// sends ends up in logs, and must not be able to forge a line there.
-fn take_or_make(headers: &HeaderMap) -> Arc<str> {
+fn take_or_make(headers: &HeaderMap, token: Option<&Token>) -> Arc<str> {
     let given = headers
         .get(&CORRELATION_ID)
         .and_then(|value| value.to_str().ok());
     let usable = |id: &&str| {
-        !id.is_empty() && id.len() <= MAX_LEN && id.bytes().all(|byte| byte.is_ascii_graphic())
+        !id.is_empty()
+            && id.len() <= MAX_LEN
+            && id.bytes().all(|byte| byte.is_ascii_graphic())
+            && matches!(without_token(id, token), Cow::Borrowed(_))
     };
     given
         .filter(usable)
-        .map_or_else(|| Uuid::new_v4().to_string().into(), Into::into)
+        .map_or_else(|| new_id().into(), Into::into)
+}
+
+/// The text with the token blotted out.
+fn without_token<'a>(text: &'a str, token: Option<&Token>) -> Cow<'a, str> {
+    /// A shorter token is guessed anyway, and may be a part of any word.
+    const SHORTEST: usize = 6;
+    let token = token
+        .and_then(|token| std::str::from_utf8(token.as_bytes()).ok())
+        .filter(|token| token.len() >= SHORTEST && text.contains(token));
+    match token {
+        Some(token) => Cow::Owned(text.replace(token, "(token)")),
+        None => Cow::Borrowed(text),
+    }
 }
 
 /// Outermost layer: every answer passes through it, whoever made it.
-pub async fn correlate(mut request: Request, next: Next) -> Response {
-    let id = take_or_make(request.headers());
+pub async fn correlate(
+    State(state): State<Arc<AppState>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let token = state.token.as_ref();
+    let id = take_or_make(request.headers(), token);
     request
         .extensions_mut()
         .insert(CorrelationId(Arc::clone(&id)));
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let mut response = next.run(request).await;
-    if let Some(error) = response.extensions_mut().remove::<ApiError>() {
-        log_error(&method, &path, &id, &error);
-        response = with_body(response, error, &id);
+    if let Some(mut error) = response.extensions_mut().remove::<ApiError>() {
+        let failure = &mut error.failure;
+        failure.message = without_token(&failure.message, token).into_owned();
+        failure.hint = failure
+            .hint
+            .take()
+            .map(|hint| without_token(&hint, token).into_owned());
+        log_error(&method, &without_token(&path, token), &id, &error);
+        let body = error_parts(response.headers_mut(), error, &id);
+        *response.body_mut() = Body::from(body);
     }
     // Checked above to be visible ASCII, or made by us.
     if let Ok(value) = HeaderValue::from_str(&id) {
@@ -69,10 +108,10 @@ fn log_error(method: &axum::http::Method, path: &str, id: &str, error: &ApiError
     }
 }
 
-fn with_body(mut response: Response, error: ApiError, id: &str) -> Response {
+/// The body of an error's answer; sets the headers that belong to it.
+pub fn error_parts(headers: &mut HeaderMap, error: ApiError, id: &str) -> Vec<u8> {
     let mut failure = error.failure;
     failure.correlation_id = Some(id.to_owned());
-    let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     if let Some(after) = failure.retry_after_ms {
         // Retry-After counts whole seconds; rounded up, so that nobody comes
@@ -84,9 +123,7 @@ fn with_body(mut response: Response, error: ApiError, id: &str) -> Response {
         headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
     // A Failure is strings and numbers, which JSON always holds.
-    let body = serde_json::to_vec(&ErrorBody { error: failure }).unwrap_or_default();
-    *response.body_mut() = Body::from(body);
-    response
+    serde_json::to_vec(&ErrorBody { error: failure }).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -96,15 +133,32 @@ mod tests {
     fn id_for(given: &[u8]) -> String {
         let mut headers = HeaderMap::new();
         headers.insert(CORRELATION_ID, HeaderValue::from_bytes(given).unwrap());
-        take_or_make(&headers).to_string()
+        let token = Token::try_from("s3cret-word".to_owned()).unwrap();
+        take_or_make(&headers, Some(&token)).to_string()
     }
 
     #[test]
     fn a_plain_id_is_kept_and_any_other_replaced() {
         assert_eq!(id_for(b"abc-123"), "abc-123");
-        for bad in [&b""[..], b"a b", b"\xff", "x".repeat(129).as_bytes()] {
+        for bad in [
+            &b""[..],
+            b"a b",
+            b"\xff",
+            "x".repeat(129).as_bytes(),
+            b"my-s3cret-word",
+        ] {
             let made = id_for(bad);
             assert!(Uuid::parse_str(&made).is_ok(), "{made}");
         }
+    }
+
+    #[test]
+    fn the_token_is_blotted_out() {
+        let token = Token::try_from("s3cret-word".to_owned()).unwrap();
+        let text = "no route `/a/s3cret-word/b`";
+        assert_eq!(without_token(text, Some(&token)), "no route `/a/(token)/b`");
+        assert_eq!(without_token(text, None), text);
+        let short = Token::try_from("a".to_owned()).unwrap();
+        assert_eq!(without_token(text, Some(&short)), text);
     }
 }

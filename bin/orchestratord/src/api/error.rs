@@ -10,6 +10,7 @@ use llama_orch_types::ErrorCode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::app::server::BodyTimeout;
 use crate::services::event_log::Failure;
 
 /// The one shape of every error answer.
@@ -72,9 +73,26 @@ impl From<BytesRejection> for ApiError {
         if error.status == StatusCode::PAYLOAD_TOO_LARGE {
             "the body is larger than `tasks.max_body_bytes` allows"
                 .clone_into(&mut error.failure.message);
+        } else if let Some(timeout) = timeout_in(&rejection) {
+            error = Self::invalid(timeout.to_string()).with_status(StatusCode::REQUEST_TIMEOUT);
+            error.failure.retriable = true;
+            error.failure.hint =
+                Some("see `limits.body_stall_seconds` and `limits.body_seconds`".to_owned());
         }
         error
     }
+}
+
+/// The clock's word, if it was the clock that ended the body.
+fn timeout_in(rejection: &BytesRejection) -> Option<BodyTimeout> {
+    let mut cause = std::error::Error::source(rejection);
+    while let Some(error) = cause {
+        if let Some(timeout) = error.downcast_ref::<BodyTimeout>() {
+            return Some(*timeout);
+        }
+        cause = error.source();
+    }
+    None
 }
 
 impl From<PathRejection> for ApiError {

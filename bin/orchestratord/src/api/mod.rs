@@ -10,6 +10,8 @@ pub mod error;
 pub mod health;
 pub mod meta;
 pub mod metrics;
+pub mod panics;
 pub mod pools;
+pub mod streams;
 pub mod task_request;
 pub mod tasks;

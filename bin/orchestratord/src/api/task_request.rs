@@ -13,6 +13,8 @@ use crate::services::event_log::Failure;
 
 const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 256;
+/// A grammar, or a JSON schema written as JSON.
+const MAX_GRAMMAR_BYTES: usize = 64 * 1024;
 
 /// Body of `POST /v2/tasks`. Unknown keys are refused.
 #[derive(Debug, Clone, Default, Deserialize, ToSchema)]
@@ -80,6 +82,36 @@ impl TaskRequest {
         })
     }
 
+    /// Refuses a text that is too long before anything is tokenised.
+    pub fn check_length(&self, max_prompt_bytes: u64) -> Result<(), Failure> {
+        let prompt = self.prompt.iter().map(String::len);
+        let messages = self.messages.iter().flatten();
+        let bytes: usize = prompt
+            .chain(messages.map(|message| message.role.len() + message.content.len()))
+            .sum();
+        if bytes as u64 <= max_prompt_bytes {
+            return Ok(());
+        }
+        Err(invalid(format!(
+            "the prompt has {bytes} bytes; at most {max_prompt_bytes} are taken"
+        ))
+        .with_hint("shorten it, or raise `limits.max_prompt_bytes`"))
+    }
+
+    fn check_grammar(&self) -> Result<(), Failure> {
+        let grammar = self.grammar.as_ref().map_or(0, String::len);
+        let schema = self
+            .json_schema
+            .as_ref()
+            .map_or(0, |schema| schema.to_string().len());
+        if grammar.max(schema) > MAX_GRAMMAR_BYTES {
+            return Err(invalid(format!(
+                "`grammar` and `json_schema` may have {MAX_GRAMMAR_BYTES} bytes"
+            )));
+        }
+        Ok(())
+    }
+
     /// The text to work on.
     pub fn input(&self) -> Result<TaskInput, Failure> {
         match (&self.prompt, &self.messages) {
@@ -106,6 +138,7 @@ impl TaskRequest {
         if self.grammar.is_some() && self.json_schema.is_some() {
             return Err(invalid("`grammar` and `json_schema` exclude each other"));
         }
+        self.check_grammar()?;
         Ok(SamplingParams {
             seed: self.seed,
             temperature: self.temperature,
@@ -248,6 +281,23 @@ mod tests {
         check(r#"{"prompt":"a","stop":"\n"}"#).unwrap();
         check(r#"{"messages":[{"role":"user","content":""}],"json_schema":{"type":"object"}}"#)
             .unwrap();
+    }
+
+    #[test]
+    fn what_is_too_long_is_refused_before_it_is_tokenised() {
+        let request = TaskRequest::parse(br#"{"prompt":"12345678"}"#).unwrap();
+        request.check_length(8).unwrap();
+        assert!(request.check_length(7).is_err());
+        let body =
+            br#"{"messages":[{"role":"user","content":"1234"},{"role":"user","content":""}]}"#;
+        let request = TaskRequest::parse(body).unwrap();
+        request.check_length(12).unwrap();
+        assert!(request.check_length(11).is_err());
+        let long = "x".repeat(MAX_GRAMMAR_BYTES + 1);
+        assert!(check(&format!(r#"{{"prompt":"a","grammar":"{long}"}}"#)).is_err());
+        assert!(check(&format!(r#"{{"prompt":"a","json_schema":{{"{long}":1}}}}"#)).is_err());
+        let deep = "[".repeat(100_000);
+        assert!(check(&format!(r#"{{"prompt":"a","json_schema":{deep}"#)).is_err());
     }
 
     proptest! {

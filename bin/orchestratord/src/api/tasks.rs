@@ -189,6 +189,7 @@ pub async fn submit(
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<TaskAccepted>), ApiError> {
     let request = TaskRequest::parse(&body?)?;
+    request.check_length(state.limits.max_prompt_bytes)?;
     let pool = state.pool_for(request.pool_id.as_deref(), request.model.as_deref())?;
     let (record, admitted) = submit_to(&state, pool, &request, &correlation).await?;
     let accepted = TaskAccepted {

@@ -22,11 +22,12 @@ use provision_kit::progress::Reporter;
 use provision_kit::progress::Silent;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use super::config::{Config, Loaded, PoolConfig, SetupError, Token};
 use super::env;
 use super::router::router;
+use super::server;
 use super::shutdown::Shutdown;
 use super::state::AppState;
 use crate::services::pool::{PoolHandle, PoolSettings};
@@ -217,6 +218,7 @@ pub fn start(plan: Plan) -> Result<App, StartError> {
         metrics: telemetry_recorder(),
         token: plan.token,
         max_body_bytes: usize::try_from(config.tasks.max_body_bytes).unwrap_or(usize::MAX),
+        limits: config.limits.clone(),
         real_only: plan.real_only,
         started: Instant::now(),
         #[cfg(feature = "provisioning")]
@@ -347,20 +349,16 @@ impl App {
 pub async fn serve(app: App, listener: TcpListener, shutdown: Shutdown) -> Result<(), StartError> {
     let closing = CancellationToken::new();
     let server = {
-        let closing = closing.clone();
-        // Tokens are small and must not wait for each other.
-        let listener = axum::serve::ListenerExt::tap_io(listener, |stream| {
-            let _ = stream.set_nodelay(true);
-        });
-        let serve = axum::serve(listener, router(Arc::clone(&app.state)))
-            .with_graceful_shutdown(closing.cancelled_owned());
-        tokio::spawn(serve.into_future())
+        let (router, limits) = (router(Arc::clone(&app.state)), app.state.limits.clone());
+        let serving = server::serve(listener, router, limits, closing.clone());
+        AbortOnDropHandle::new(tokio::spawn(serving))
     };
     let mut server = std::pin::pin!(server);
     tokio::select! {
         ended = &mut server => {
-            let ended = ended.unwrap_or_else(|broken| Err(std::io::Error::other(broken)));
-            return ended.map_err(StartError::Serve);
+            // It ends by itself only by a fault of ours.
+            let fault = ended.err().map_or_else(|| "the server ended".to_owned(), |broken| broken.to_string());
+            return Err(StartError::Serve(std::io::Error::other(fault)));
         }
         () = shutdown.asked.cancelled() => {}
     }

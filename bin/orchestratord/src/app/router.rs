@@ -1,5 +1,6 @@
 //! The routes, and what every request passes through: the correlation id
-//! (outermost, so that every answer has one), then the token, then the route.
+//! (outermost, so that every answer has one), then the net for panics, then the
+//! token, then the route.
 
 use std::sync::Arc;
 
@@ -15,7 +16,8 @@ use utoipa_axum::routes;
 
 use super::state::AppState;
 use crate::api::error::ApiError;
-use crate::api::{auth, catalog, correlation, health, meta, metrics, pools, tasks};
+use crate::api::streams::{self, StreamCounts};
+use crate::api::{auth, catalog, correlation, health, meta, metrics, panics, pools, tasks};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -33,13 +35,16 @@ use crate::api::{auth, catalog, correlation, health, meta, metrics, pools, tasks
 )]
 struct Description;
 
-fn described_routes() -> OpenApiRouter<Arc<AppState>> {
+fn described_routes(streams: Arc<StreamCounts>) -> OpenApiRouter<Arc<AppState>> {
+    let streaming = OpenApiRouter::new()
+        .routes(routes!(tasks::events))
+        .route_layer(from_fn_with_state(streams, streams::bounded));
     OpenApiRouter::with_openapi(Description::openapi())
         .routes(routes!(health::health))
         .routes(routes!(metrics::metrics))
         .routes(routes!(tasks::submit))
         .routes(routes!(tasks::show))
-        .routes(routes!(tasks::events))
+        .merge(streaming)
         .routes(routes!(tasks::cancel))
         .routes(routes!(pools::list))
         .routes(routes!(pools::show))
@@ -50,11 +55,12 @@ fn described_routes() -> OpenApiRouter<Arc<AppState>> {
 
 /// The description that `/openapi.json` serves, made from the handlers.
 pub fn openapi() -> utoipa::openapi::OpenApi {
-    described_routes().split_for_parts().1
+    described_routes(StreamCounts::new(0)).split_for_parts().1
 }
 
 pub fn router(state: Arc<AppState>) -> Router {
-    let (routes, description) = described_routes().split_for_parts();
+    let streams = StreamCounts::new(state.limits.streams_per_client);
+    let (routes, description) = described_routes(streams).split_for_parts();
     routes
         .route(
             "/openapi.json",
@@ -64,7 +70,11 @@ pub fn router(state: Arc<AppState>) -> Router {
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(state.max_body_bytes))
         .layer(from_fn_with_state(Arc::clone(&state), auth::require_token))
-        .layer(from_fn(correlation::correlate))
+        .layer(from_fn(panics::caught))
+        .layer(from_fn_with_state(
+            Arc::clone(&state),
+            correlation::correlate,
+        ))
         .with_state(state)
 }
 

@@ -8,7 +8,7 @@ use adapter_host::AdapterHost;
 use llama_orch_types::{EngineKind, PoolId, TaskId};
 use metrics_exporter_prometheus::PrometheusHandle;
 
-use super::config::Token;
+use super::config::{Limits, Token};
 use crate::services::event_log::Failure;
 use crate::services::failure::shortened;
 use crate::services::pool::PoolHandle;
@@ -22,6 +22,7 @@ pub struct AppState {
     pub metrics: PrometheusHandle,
     pub token: Option<Token>,
     pub max_body_bytes: usize,
+    pub limits: Limits,
     /// `REQUIRE_REAL_LLAMA` is set.
     pub real_only: bool,
     pub started: Instant,

@@ -10,6 +10,7 @@
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -26,6 +27,8 @@ pub(crate) struct Setup {
     pool: Value,
     top: Value,
     env: Vec<(&'static str, String)>,
+    /// How many file descriptors the daemon may have.
+    descriptors: Option<u32>,
 }
 
 impl Setup {
@@ -44,7 +47,13 @@ impl Setup {
             pool,
             top: json!({}),
             env: Vec::new(),
+            descriptors: None,
         }
+    }
+
+    pub(crate) fn descriptors(mut self, at_most: u32) -> Self {
+        self.descriptors = Some(at_most);
+        self
     }
 
     /// Sets a key of the pool.
@@ -85,7 +94,16 @@ impl Setup {
     }
 
     pub(crate) fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_orchestratord"));
+        let program = env!("CARGO_BIN_EXE_orchestratord");
+        let mut command = match self.descriptors {
+            None => Command::new(program),
+            Some(at_most) => {
+                let mut shell = Command::new("sh");
+                let script = format!("ulimit -n {at_most} && exec \"$0\" \"$@\"");
+                shell.arg("-c").arg(script).arg(program);
+                shell
+            }
+        };
         command
             .args(args)
             .arg("--config")
@@ -108,14 +126,20 @@ impl Setup {
             .spawn()
             .unwrap();
         let stderr = child.stderr.take().unwrap();
+        let log = Arc::new(Mutex::new(String::new()));
+        let kept = Arc::clone(&log);
         // Ends when the daemon closes its end.
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
                 println!("[daemon] {line}");
+                let mut kept = kept.lock().unwrap();
+                kept.push_str(&line);
+                kept.push('\n');
             }
         });
         let mut daemon = Daemon {
             child,
+            log,
             url: String::new(),
             setup: self,
             client: reqwest::Client::new(),
@@ -134,6 +158,7 @@ impl Setup {
 
 pub(crate) struct Daemon {
     child: Child,
+    log: Arc<Mutex<String>>,
     pub(crate) url: String,
     setup: Setup,
     pub(crate) client: reqwest::Client,
@@ -154,6 +179,11 @@ impl Daemon {
             assert!(begun.elapsed() < DEADLINE, "the daemon never listened");
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// What the daemon has logged so far.
+    pub(crate) fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
     }
 
     pub(crate) fn runtime_dir(&self) -> PathBuf {

@@ -16,6 +16,10 @@ pub mod adapter;
 pub mod settings;
 pub mod sse;
 
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
+
 mod client;
 mod completion;
 mod live;

@@ -5,6 +5,7 @@
 //! while reading ([`read`]), so that an error names file, line and key. What
 //! only shows when settings are seen together is checked by [`Loaded::check`].
 
+mod limits;
 mod loaded;
 mod read;
 #[cfg(test)]
@@ -26,6 +27,7 @@ use provisioners_model_provisioner::ModelProvisionerConfig;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+pub use self::limits::Limits;
 pub use self::loaded::{DEFAULT_FILE, Loaded, Place, SetupError};
 use self::read::{address, engine_kind, ranged, ranged_option};
 
@@ -51,6 +53,8 @@ pub struct Config {
     /// The pools by name. Default: one pool `default` that serves `haiku`.
     pub pools: BTreeMap<PoolId, PoolConfig>,
     pub tasks: TasksConfig,
+    /// What clients may make the daemon hold, and for how long.
+    pub limits: Limits,
     /// How long running tasks may go on after a stop signal, in seconds (0 to 3600).
     #[serde(deserialize_with = "ranged::<_, u64, 0, 3600>")]
     #[schemars(range(min = 0, max = 3600))]
@@ -68,6 +72,7 @@ impl Default for Config {
             models: ModelProvisionerConfig::default(),
             pools: BTreeMap::from([(PoolId::default_pool(), PoolConfig::default())]),
             tasks: TasksConfig::default(),
+            limits: Limits::default(),
             drain_seconds: 10,
         }
     }

@@ -1,0 +1,149 @@
+//! How many event streams one client may hold open.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::{Body, Bytes, HttpBody};
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use hyper::body::{Frame, SizeHint};
+use llama_orch_types::ErrorCode;
+
+use super::error::ApiError;
+use crate::app::server::Peer;
+use crate::services::event_log::Failure;
+
+/// When a client with too many streams shall come back.
+const COME_BACK: Duration = Duration::from_secs(1);
+
+/// The open streams of every client. A client is the address it comes from: the
+/// token is the same for all.
+#[derive(Debug)]
+pub struct StreamCounts {
+    at_most: u64,
+    // Held for a look-up and an addition only, never across an await.
+    open: Mutex<HashMap<IpAddr, u64>>,
+}
+
+impl StreamCounts {
+    pub fn new(at_most: u64) -> Arc<Self> {
+        Arc::new(Self {
+            at_most,
+            open: Mutex::default(),
+        })
+    }
+
+    /// Room for one more, given back on drop; `None` if there is none.
+    fn take(self: &Arc<Self>, client: IpAddr) -> Option<OpenStream> {
+        let mut open = self.lock();
+        let count = open.entry(client).or_default();
+        if *count >= self.at_most {
+            return None;
+        }
+        *count += 1;
+        Some(OpenStream {
+            counts: Arc::clone(self),
+            client,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, u64>> {
+        // Nothing in between panics, so the counts are whole.
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[derive(Debug)]
+struct OpenStream {
+    counts: Arc<StreamCounts>,
+    client: IpAddr,
+}
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        let mut open = self.counts.lock();
+        if let Some(count) = open.get_mut(&self.client) {
+            *count -= 1;
+            if *count == 0 {
+                open.remove(&self.client);
+            }
+        }
+    }
+}
+
+/// Layer of the route that streams. The count goes down when the answer's body
+/// is dropped, whoever drops it.
+pub async fn bounded(
+    State(counts): State<Arc<StreamCounts>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let peer = request.extensions().get::<Peer>();
+    let client = peer.map_or(Ipv4Addr::UNSPECIFIED.into(), |peer| peer.0);
+    let Some(open) = counts.take(client) else {
+        return too_many(counts.at_most).into_response();
+    };
+    let answer = next.run(request).await;
+    answer.map(|body| Body::new(CountedBody { body, _open: open }))
+}
+
+fn too_many(at_most: u64) -> ApiError {
+    let mut failure = Failure::new(
+        ErrorCode::AdmissionReject,
+        format!("this client has {at_most} event streams open, as many as it may"),
+    )
+    .retry_after(COME_BACK)
+    .with_hint("close some, or raise `limits.streams_per_client`");
+    failure.policy_label = Some("streams_per_client".to_owned());
+    failure.into()
+}
+
+struct CountedBody {
+    body: Body,
+    _open: OpenStream,
+}
+
+impl HttpBody for CountedBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_client_has_its_own_count_and_none_is_kept_for_nothing() {
+        let counts = StreamCounts::new(2);
+        let (one, other): (IpAddr, IpAddr) =
+            (Ipv4Addr::LOCALHOST.into(), Ipv4Addr::BROADCAST.into());
+        let first = counts.take(one).unwrap();
+        let second = counts.take(one).unwrap();
+        assert!(counts.take(one).is_none());
+        let others = counts.take(other).unwrap();
+        drop(first);
+        assert!(counts.take(one).is_some());
+        drop((second, others));
+        assert!(counts.lock().is_empty());
+    }
+}

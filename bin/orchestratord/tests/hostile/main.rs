@@ -1,0 +1,54 @@
+//! What hostile and broken clients send, and what they cost. The daemon is a
+//! real process; clients speak over plain sockets, so that they can say
+//! anything.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod generate;
+mod limits;
+mod raw;
+mod readers;
+mod secrets;
+mod wild;
+
+use support::Daemon;
+
+/// What the daemon's process holds.
+#[derive(Debug, Clone, Copy)]
+struct Footprint {
+    resident_kib: u64,
+    descriptors: usize,
+}
+
+impl Footprint {
+    fn of(daemon: &Daemon) -> Self {
+        let proc = format!("/proc/{}", daemon.pid());
+        let status = std::fs::read_to_string(format!("{proc}/status")).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+        let resident = line.unwrap().split_whitespace().nth(1).unwrap();
+        Self {
+            resident_kib: resident.parse().unwrap(),
+            descriptors: std::fs::read_dir(format!("{proc}/fd")).unwrap().count(),
+        }
+    }
+}
+
+/// Waits until the daemon has closed what it had opened since `before`, but for
+/// a few connections to its engine.
+async fn until_descriptors_are_back(daemon: &Daemon, before: Footprint) {
+    daemon
+        .until("the descriptors are closed", async || {
+            let now = Footprint::of(daemon).descriptors;
+            (now <= before.descriptors + 8).then_some(())
+        })
+        .await;
+}
+
+/// The pool still serves.
+async fn a_task_completes(daemon: &Daemon) {
+    let body = serde_json::json!({ "prompt": "still there?", "max_tokens": 3 });
+    let accepted = daemon.submit(body).await;
+    let events = daemon.events(support::id(&accepted), None).await;
+    assert_eq!(support::shape(&events), ["started", "token", "end"]);
+}

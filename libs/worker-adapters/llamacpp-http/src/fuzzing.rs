@@ -1,0 +1,14 @@
+//! What fuzz targets need of the private parts. No part of the API.
+
+use crate::wire::{Chunk, ErrorAnswer};
+
+/// Reads one event of a completion's stream, and an error's body.
+pub fn chunk(data: &[u8]) {
+    if let Ok(chunk) = serde_json::from_slice::<Chunk<'_>>(data) {
+        let _ = chunk.summary();
+        if let Some(error) = chunk.error {
+            let _ = error.into_worker_error("http://127.0.0.1:1");
+        }
+    }
+    let _ = serde_json::from_slice::<ErrorAnswer>(data);
+}
