@@ -5,8 +5,10 @@
 //! while reading ([`read`]), so that an error names file, line and key. What
 //! only shows when settings are seen together is checked by [`Loaded::check`].
 
+pub mod difference;
 mod loaded;
 mod read;
+mod source;
 #[cfg(test)]
 mod tests;
 
@@ -24,13 +26,15 @@ use provisioners_engine_provisioner::{EngineConfig, LaunchSpec, Profile};
 #[cfg(feature = "provisioning")]
 use provisioners_model_provisioner::ModelProvisionerConfig;
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 pub use self::loaded::{DEFAULT_FILE, Loaded, Place, SetupError};
 use self::read::{address, engine_kind, ranged, ranged_option};
+pub use self::source::Source;
 
-/// The whole configuration.
-#[derive(Debug, Clone, Deserialize, JsonSchema)]
+/// The whole configuration. It is also written, as JSON, to see what differs
+/// between two ([`difference`]); what is secret is left out there.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// Address and port to listen on. An address that other machines can
@@ -38,6 +42,7 @@ pub struct Config {
     #[serde(deserialize_with = "address")]
     #[schemars(with = "String")]
     pub listen: SocketAddr,
+    #[serde(skip_serializing)]
     pub auth: Auth,
     /// Engines, models, PID files and engine logs. Default:
     /// `$XDG_CACHE_HOME/llama-orch`, that is `~/.cache/llama-orch`.
@@ -94,6 +99,11 @@ impl Token {
     pub fn as_bytes(&self) -> &[u8] {
         self.0.as_bytes()
     }
+
+    /// The text itself, to be sent.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
 }
 
 impl TryFrom<String> for Token {
@@ -115,7 +125,7 @@ impl fmt::Debug for Token {
 }
 
 /// Limits on tasks.
-#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TasksConfig {
     /// How long a finished task can still be read, in seconds (1 to 86400).
@@ -154,7 +164,7 @@ impl Default for TasksConfig {
 }
 
 /// One model served by one engine.
-#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PoolConfig {
     /// Which family of engine: `llamacpp`.
