@@ -22,7 +22,9 @@ pub async fn require_token(
     next: Next,
 ) -> Response {
     let open = request.uri().path() == "/health";
-    match &state.token {
+    // The one in force now: it can change by a reload.
+    let token = state.token.get();
+    match token.as_ref() {
         Some(token) if !open && !carries(request.headers(), token) => refused().into_response(),
         None if !open && !from_this_machine(request.uri(), request.headers()) => {
             foreign().into_response()

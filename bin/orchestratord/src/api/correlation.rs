@@ -70,7 +70,8 @@ pub async fn correlate(
     mut request: Request,
     next: Next,
 ) -> Response {
-    let token = state.token.as_ref();
+    let held = state.token.get();
+    let token = Option::as_ref(&held);
     let id = take_or_make(request.headers(), token);
     request
         .extensions_mut()

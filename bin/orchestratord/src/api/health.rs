@@ -39,8 +39,8 @@ pub struct PoolBrief {
 /// Always 200 while the daemon lives; the body tells about the pools.
 #[utoipa::path(get, path = "/health", tag = "health", responses((status = 200, body = Health)))]
 pub async fn health(State(state): State<Arc<AppState>>) -> Json<Health> {
-    let pools: BTreeMap<_, _> = state
-        .pools
+    let pools = state.pools.get();
+    let pools: BTreeMap<_, _> = pools
         .iter()
         .map(|(id, pool)| {
             let brief = PoolBrief {

@@ -3,6 +3,7 @@
 //! Handlers check input, ask the services, and shape answers. They decide
 //! nothing about queues or engines.
 
+pub mod admin;
 pub mod auth;
 pub mod catalog;
 pub mod correlation;

@@ -125,7 +125,7 @@ impl PoolView {
 #[utoipa::path(get, path = "/v2/pools", tag = "pools", responses((status = 200, body = PoolsView)))]
 pub async fn list(State(state): State<Arc<AppState>>) -> Json<PoolsView> {
     Json(PoolsView {
-        pools: state.pools.values().map(PoolView::of).collect(),
+        pools: state.pools.get().values().map(PoolView::of).collect(),
     })
 }
 
@@ -140,7 +140,7 @@ pub async fn show(
     path: Result<Path<String>, PathRejection>,
 ) -> Result<Json<PoolView>, ApiError> {
     let Path(id) = path?;
-    Ok(Json(PoolView::of(state.pool(&id)?)))
+    Ok(Json(PoolView::of(&state.pool(&id)?)))
 }
 
 /// Whether a pool is ready: 200 if it is, 503 with the same body if not.
@@ -162,7 +162,7 @@ pub async fn health(
         ready,
         state: snapshot.phase,
         last_error: snapshot.last_error,
-        preparation: Preparation::of(pool),
+        preparation: Preparation::of(&pool),
     });
     Ok(if ready {
         body.into_response()

@@ -10,7 +10,7 @@ use axum::extract::{Extension, Path, Query, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::http::{HeaderMap, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
-use llama_orch_types::TaskId;
+use llama_orch_types::{EngineKind, TaskId};
 use provision_kit::progress::StepKind;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -191,14 +191,14 @@ pub async fn submit(
     let request = TaskRequest::parse(&body?)?;
     request.check_length(state.limits.max_prompt_bytes)?;
     let pool = state.pool_for(request.pool_id.as_deref(), request.model.as_deref())?;
-    let (record, admitted) = submit_to(&state, pool, &request, &correlation).await?;
+    let (record, admitted) = submit_to(&state, &pool, &request, &correlation).await?;
     let accepted = TaskAccepted {
         task_id: record.id.to_string(),
         queue_position: admitted.queue_position as u64,
         predicted_start_ms: admitted.predicted_start.as_millis() as u64,
         backoff_ms: admitted.backoff.as_millis() as u64,
         streams: streams(record.id),
-        preparation: Preparation::of(pool),
+        preparation: Preparation::of(&pool),
     };
     Ok((StatusCode::ACCEPTED, Json(accepted)))
 }
@@ -214,6 +214,7 @@ pub async fn submit_to(
     let settings = pool.settings();
     let record = TaskRecord::new(NewTask {
         pool: settings.id.clone(),
+        fallback: settings.engine == EngineKind::Mock,
         priority: request.priority,
         correlation_id: correlation.to_owned(),
         cancel_on_disconnect: request.cancel_on_disconnect,
@@ -271,13 +272,12 @@ pub async fn show(
     let Path(id) = path?;
     let record = state.task(&id)?;
     // A task that is over needs no word from its pool, which may be gone.
-    let position = if record.log.is_closed() {
-        None
-    } else {
-        state
-            .pool(record.pool.as_str())?
-            .position(record.id)
-            .await?
+    let position = match state.pool_of(&record) {
+        Some(pool) if !record.log.is_closed() => match pool.position(record.id).await {
+            Err(failure) if !record.log.is_closed() => return Err(failure.into()),
+            answered => answered.ok().flatten(),
+        },
+        _ => None,
     };
     let (text, pieces) = record.log.text();
     let (status, end, error) = match record.log.last() {
@@ -338,7 +338,7 @@ pub async fn events(
     let view = View {
         after: last_event_id(&headers)?,
         verbose: query.verbose,
-        fallback: state.is_fallback(&record.pool),
+        fallback: record.fallback,
         keep_alive: KEEP_ALIVE,
     };
     let answer_headers = [
@@ -354,18 +354,18 @@ pub async fn events(
         // Somebody who only looks at the headers is no reader.
         return Ok(answer_headers.into_response());
     }
+    let pool = state.pool_of(&record);
     let presence = {
-        let (pool, task) = (state.pool(record.pool.as_str())?.clone(), record.id);
+        let (pool, task) = (pool.clone(), record.id);
         Presence::new(Arc::clone(&record), move || {
-            // Dropped by the server's own task, so there is a runtime; the
-            // cancel has a bound of its own.
-            tokio::spawn(async move { pool.cancel(task).await });
+            if let Some(pool) = pool {
+                // Dropped by the server's own task, so there is a runtime; the
+                // cancel has a bound of its own.
+                tokio::spawn(async move { pool.cancel(task).await });
+            }
         })
     };
-    let status = {
-        let pool = state.pool(record.pool.as_str())?.clone();
-        move || Preparation::of(&pool).in_words()
-    };
+    let status = move || Preparation::of(pool.as_ref()?).in_words();
     let cursor = record.log.cursor(view.after);
     let body = Body::from_stream(render_sse_for_task(cursor, view, presence, status));
     Ok((answer_headers, body).into_response())
@@ -394,10 +394,9 @@ pub async fn cancel(
 ) -> Result<Json<CancelAnswer>, ApiError> {
     let Path(id) = path?;
     let record = state.task(&id)?;
-    let cancelled = if record.log.is_closed() {
-        Cancelled::Over
-    } else {
-        state.pool(record.pool.as_str())?.cancel(record.id).await?
+    let cancelled = match state.pool_of(&record) {
+        Some(pool) if !record.log.is_closed() => pool.cancel(record.id).await?,
+        _ => Cancelled::Over,
     };
     let freed_ms = match cancelled {
         // The engine never had it, or had ended with it already.

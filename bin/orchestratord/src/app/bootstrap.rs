@@ -14,8 +14,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use adapter_host::{AdapterHost, HostSettings};
-use llama_orch_types::{EngineKind, Hinted, PoolId};
+use llama_orch_types::Hinted;
 use provision_kit::dirs::{CacheDirs, NoCacheDir, RuntimeDirs};
+use provision_kit::fs::{create_dir_all, remove_file_if_there, write_atomic};
 use provision_kit::process::all_ended;
 use provision_kit::progress::Reporter;
 #[cfg(feature = "provisioning")]
@@ -24,20 +25,23 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
-use super::config::{Config, Loaded, PoolConfig, SetupError, Token};
+use super::config::{Config, Loaded, SetupError, Source, Token};
+use super::current::Current;
 use super::env;
+use super::launch::Launcher;
+#[cfg(feature = "provisioning")]
+use super::launch::model_provisioner;
+use super::reload::{self, Reloader, RunningReloader};
 use super::router::router;
 use super::server;
 use super::shutdown::Shutdown;
 use super::state::AppState;
-use crate::services::pool::{PoolHandle, PoolSettings};
-use crate::services::preparation::PreparationBoard;
 use crate::services::tasks::{Retention, TaskRegistry};
 use crate::telemetry_recorder;
 
 /// How long supervisors may take to stop their engines, over and above the
 /// engines' own grace.
-const STOP_LIMIT: Duration = Duration::from_secs(30);
+pub(super) const STOP_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long open connections may take to notice that their streams ended.
 const CONNECTION_LIMIT: Duration = Duration::from_secs(5);
@@ -86,6 +90,13 @@ pub enum StartError {
         name: &'static str,
         problem: &'static str,
     },
+    #[error("`{key}`: nothing can be written to {}", .dir.display())]
+    Directory {
+        key: &'static str,
+        dir: std::path::PathBuf,
+        #[source]
+        source: provision_kit::fs::FsError,
+    },
     #[error("could not write {what}")]
     Write {
         what: String,
@@ -110,6 +121,12 @@ impl Hinted for StartError {
                 env::REQUIRE_REAL_LLAMA
             )),
             Self::Write { source, .. } => source.hint(),
+            Self::Directory { key, dir, .. } => Some(format!(
+                "make {} writable for this user, or choose another place with --{}{}",
+                dir.display(),
+                key.replace('_', "-"),
+                if *key == "cache_dir" { "; the rest of a cache that holds everything may be read-only" } else { "" }
+            )),
             Self::RuntimeDirTaken { .. } => Some(
                 "stop it first, or start this one with another --runtime-dir (and another pool or --cache-dir)".to_owned(),
             ),
@@ -125,6 +142,8 @@ impl Hinted for StartError {
 /// What the start needs to know.
 #[derive(Debug)]
 pub struct Plan {
+    /// Where the configuration comes from, to read it again.
+    pub source: Source,
     pub loaded: Loaded,
     pub token: Option<Token>,
     pub real_only: bool,
@@ -136,14 +155,26 @@ pub struct Plan {
 #[derive(Debug)]
 pub struct App {
     pub state: Arc<AppState>,
-    supervisors: TaskTracker,
+    reloader: RunningReloader,
+    /// The supervisors and the sweeper.
+    background: TaskTracker,
     stop: CancellationToken,
-    drain: Duration,
 }
 
 impl Plan {
-    /// Reads what the environment says and checks everything together.
-    pub fn new(loaded: Loaded, reporter: Arc<dyn Reporter>) -> Result<Self, StartError> {
+    /// Reads the configuration and what the environment says, and checks
+    /// everything together.
+    pub fn read(source: Source, reporter: Arc<dyn Reporter>) -> Result<Self, StartError> {
+        let loaded = source.load().map_err(StartError::Setup)?;
+        Self::new(source, loaded, reporter)
+    }
+
+    /// The same, of a configuration that has been read.
+    pub fn new(
+        source: Source,
+        loaded: Loaded,
+        reporter: Arc<dyn Reporter>,
+    ) -> Result<Self, StartError> {
         let real_only = env::real_engines_only(variable(env::REQUIRE_REAL_LLAMA)?.as_deref());
         if real_only && std::env::var_os(env::SHIM_URL).is_some_and(|url| !url.is_empty()) {
             return Err(StartError::ShimRefused);
@@ -161,6 +192,7 @@ impl Plan {
             .check(token.is_some(), real_only)
             .map_err(StartError::Setup)?;
         Ok(Self {
+            source,
             loaded,
             token,
             real_only,
@@ -195,141 +227,88 @@ pub fn directories(config: &Config) -> Result<(CacheDirs, RuntimeDirs), StartErr
     Ok((CacheDirs::new(cache), RuntimeDirs::new(runtime)))
 }
 
-/// Starts every pool's owner and supervisor.
+/// Sees whether files can be written where every start writes some, before any
+/// port is bound. The rest of the cache may be read-only: then it must hold
+/// what the pools need.
+pub fn check_directories(config: &Config) -> Result<(), StartError> {
+    let (cache, runtime) = directories(config)?;
+    for (key, dir) in [
+        ("runtime_dir", runtime.root().to_owned()),
+        ("cache_dir", cache.run()),
+    ] {
+        let probe = dir.join(format!(".probe-{}", std::process::id()));
+        let usable = create_dir_all(&dir)
+            .and_then(|()| write_atomic(&probe, b""))
+            .and_then(|()| remove_file_if_there(&probe));
+        usable.map_err(|source| StartError::Directory { key, dir, source })?;
+    }
+    Ok(())
+}
+
+/// Starts every pool's owner and supervisor, and the reloader, which owns them.
 pub fn start(plan: Plan) -> Result<App, StartError> {
-    let config = plan.loaded.config;
+    let config = plan.loaded.config.clone();
     let dirs = directories(&config)?;
     let host = AdapterHost::new(HostSettings {
         first_token_timeout: Duration::from_secs(config.tasks.first_token_seconds),
         next_token_timeout: Duration::from_secs(config.tasks.next_token_seconds),
         ..HostSettings::default()
     });
-    let pools: BTreeMap<PoolId, PoolHandle> = config
-        .pools
-        .iter()
-        .map(|(id, pool)| (id.clone(), start_pool(id, pool, &host, &plan.reporter)))
-        .collect();
+    let (reloads, commands) = reload::channel();
     let state = Arc::new(AppState {
         tasks: TaskRegistry::new(Retention {
             keep_for: Duration::from_secs(config.tasks.keep_seconds),
             at_most: usize::try_from(config.tasks.keep_at_most).unwrap_or(usize::MAX),
         }),
-        host,
+        host: host.clone(),
         metrics: telemetry_recorder(),
-        token: plan.token,
+        token: Current::new(plan.token.clone()),
         max_body_bytes: usize::try_from(config.tasks.max_body_bytes).unwrap_or(usize::MAX),
         limits: config.limits.clone(),
         real_only: plan.real_only,
         started: Instant::now(),
         #[cfg(feature = "provisioning")]
-        models: Arc::new(model_provisioner(&config, &dirs, Arc::new(Silent))?),
-        pools,
+        models: Arc::new(model_provisioner(&config.models, &dirs, Arc::new(Silent))?),
+        pools: Current::new(BTreeMap::new()),
+        reloads,
     });
-    let app = App {
+    let stop = CancellationToken::new();
+    let background = TaskTracker::new();
+    background.spawn(sweep(Arc::clone(&state), stop.clone()));
+    let launcher = Launcher {
+        #[cfg(feature = "provisioning")]
+        models: config.models.clone(),
+        #[cfg(feature = "provisioning")]
+        dirs,
+        host,
+        reporter: Arc::clone(&plan.reporter),
+        supervisors: background.clone(),
+        stop: stop.clone(),
+    };
+    let reloader = Reloader::start(plan, launcher, Arc::clone(&state), commands)?;
+    Ok(App {
         state,
-        supervisors: TaskTracker::new(),
-        stop: CancellationToken::new(),
-        drain: config.drain(),
-    };
-    app.supervisors
-        .spawn(sweep(Arc::clone(&app.state), app.stop.clone()));
-    for (id, pool) in &config.pools {
-        app.supervise(id, pool, &config, &dirs)?;
-    }
-    app.supervisors.close();
-    Ok(app)
-}
-
-/// A provisioner of models that reports to `reporter`.
-#[cfg(feature = "provisioning")]
-fn model_provisioner(
-    config: &Config,
-    (cache, runtime): &(CacheDirs, RuntimeDirs),
-    reporter: Arc<dyn Reporter>,
-) -> Result<provisioners_model_provisioner::ModelProvisioner, StartError> {
-    provisioners_model_provisioner::ModelProvisioner::new(
-        config.models.clone(),
-        cache,
-        runtime,
-        reporter,
-    )
-    .map_err(StartError::Models)
-}
-
-fn start_pool(
-    id: &PoolId,
-    config: &PoolConfig,
-    host: &AdapterHost,
-    reporter: &Arc<dyn Reporter>,
-) -> PoolHandle {
-    let settings = PoolSettings {
-        id: id.clone(),
-        engine: config.engine,
-        model: config.model.clone(),
-        slots: config.slots,
-        queue_capacity: usize::try_from(config.queue_capacity).unwrap_or(usize::MAX),
-        batch_ageing: Duration::from_secs(config.batch_ageing_seconds),
-        default_max_tokens: config.default_max_tokens,
-    };
-    PoolHandle::start(
-        settings,
-        host.clone(),
-        PreparationBoard::new(Arc::clone(reporter)),
-    )
+        reloader,
+        background,
+        stop,
+    })
 }
 
 impl App {
-    /// Starts the supervisor that a pool needs.
-    #[cfg_attr(not(feature = "provisioning"), allow(clippy::unnecessary_wraps))]
-    fn supervise(
-        &self,
-        id: &PoolId,
-        pool: &PoolConfig,
-        config: &Config,
-        dirs: &(CacheDirs, RuntimeDirs),
-    ) -> Result<(), StartError> {
-        let handle = self.state.pools[id].clone();
-        let (host, stop) = (self.state.host.clone(), self.stop.clone());
-        #[cfg(feature = "env-shim")]
-        if let Some(target) = crate::env_shim::target_for(id) {
-            self.supervisors
-                .spawn(crate::env_shim::supervise(target, handle, host, stop));
-            return Ok(());
-        }
-        #[cfg(feature = "mock-adapter")]
-        if pool.engine == EngineKind::Mock {
-            self.supervisors
-                .spawn(crate::mock_pool::supervise(handle, host, pool.slots, stop));
-            return Ok(());
-        }
-        // Refused by the configuration's check in builds without it.
-        debug_assert!(pool.engine == EngineKind::Llamacpp);
-        #[cfg(feature = "provisioning")]
-        {
-            // The pool's own board takes the progress, so that it shows where it belongs.
-            let models = model_provisioner(config, dirs, handle.board().clone())?;
-            let supervisor =
-                crate::provisioning::Supervisor::new(handle, host, pool, models, dirs, stop);
-            self.supervisors.spawn(supervisor.run());
-        }
-        #[cfg(not(feature = "provisioning"))]
-        {
-            let _ = (config, dirs, host);
-            self.supervisors.spawn(no_engine(handle, stop));
-        }
-        Ok(())
-    }
-
     /// Lets running tasks finish, within the configured time unless somebody
     /// is in a hurry, then stops the engines.
     pub async fn shut_down(self, hurried: &CancellationToken) {
-        let drains = self.state.pools.values().map(|pool| pool.drain(self.drain));
+        // First, so that nothing is started any more.
+        let drain = self.reloader.end().await;
+        let pools = self.state.pools.get();
+        let drains = pools.values().map(|pool| pool.drain(drain));
         tokio::select! {
             _ = futures::future::join_all(drains) => {}
             () = hurried.cancelled() => {}
         }
         self.stop.cancel();
-        if tokio::time::timeout(STOP_LIMIT, self.supervisors.wait())
+        self.background.close();
+        if tokio::time::timeout(STOP_LIMIT, self.background.wait())
             .await
             .is_err()
         {
@@ -383,21 +362,4 @@ async fn sweep(state: Arc<AppState>, stop: CancellationToken) {
             () = stop.cancelled() => return,
         }
     }
-}
-
-/// A build without provisioning has no engine to offer, and says so.
-#[cfg(not(feature = "provisioning"))]
-async fn no_engine(pool: PoolHandle, stop: CancellationToken) {
-    use crate::services::event_log::Failure;
-    let failure = Failure::new(
-        llama_orch_types::ErrorCode::PoolUnavailable,
-        "this build of orchestratord provisions no engine",
-    )
-    .with_hint("use a build with the feature `provisioning`, which is on by default");
-    pool.change(crate::services::pool::Change::Failed {
-        failure,
-        exited: false,
-    })
-    .await;
-    stop.cancelled().await;
 }

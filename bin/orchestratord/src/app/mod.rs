@@ -2,6 +2,8 @@
 //!
 //! - [`bootstrap`]: what happens at start, in order
 //! - [`config`]: what can be configured
+//! - [`launch`]: how a pool gets its owner and its supervisor
+//! - [`reload`]: the configuration is changed while the daemon runs
 //! - [`state`]: what request handlers share
 //! - [`router`]: the routes and what surrounds them
 //! - [`server`]: connections, and what a client may cost
@@ -10,7 +12,10 @@
 
 pub mod bootstrap;
 pub mod config;
+pub mod current;
 pub mod env;
+pub mod launch;
+pub mod reload;
 pub mod router;
 pub mod server;
 pub mod shutdown;

@@ -17,7 +17,7 @@ use utoipa_axum::routes;
 use super::state::AppState;
 use crate::api::error::ApiError;
 use crate::api::streams::{self, StreamCounts};
-use crate::api::{auth, catalog, correlation, health, meta, metrics, panics, pools, tasks};
+use crate::api::{admin, auth, catalog, correlation, health, meta, metrics, panics, pools, tasks};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -29,6 +29,7 @@ use crate::api::{auth, catalog, correlation, health, meta, metrics, panics, pool
         (name = "tasks", description = "Submit, read and cancel tasks"),
         (name = "pools", description = "What serves, and how it is"),
         (name = "catalog", description = "Models on this machine"),
+        (name = "admin", description = "Change the configuration while it runs"),
         (name = "meta", description = "What answers here"),
         (name = "health", description = "For supervisors and monitoring"),
     )
@@ -51,6 +52,7 @@ fn described_routes(streams: Arc<StreamCounts>) -> OpenApiRouter<Arc<AppState>> 
         .routes(routes!(pools::health))
         .routes(routes!(meta::capabilities))
         .routes(routes!(catalog::models))
+        .routes(routes!(admin::reload, admin::show))
 }
 
 /// The description that `/openapi.json` serves, made from the handlers.

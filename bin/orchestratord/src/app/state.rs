@@ -2,48 +2,59 @@
 //! owner of its own.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Instant;
 
 use adapter_host::AdapterHost;
-use llama_orch_types::{EngineKind, PoolId, TaskId};
+use llama_orch_types::{ErrorCode, PoolId, TaskId};
 use metrics_exporter_prometheus::PrometheusHandle;
 
 use super::config::{Limits, Token};
+use super::current::Current;
+use super::reload::ReloadHandle;
 use crate::services::event_log::Failure;
 use crate::services::failure::shortened;
 use crate::services::pool::PoolHandle;
-use crate::services::tasks::TaskRegistry;
+use crate::services::tasks::{TaskRecord, TaskRegistry};
 
 #[derive(Debug)]
 pub struct AppState {
-    pub pools: BTreeMap<PoolId, PoolHandle>,
+    /// The pools there are; set by the reloader alone, once it is started.
+    pub pools: Current<BTreeMap<PoolId, PoolHandle>>,
+    /// The way to whoever changes the configuration.
+    pub reloads: ReloadHandle,
     pub tasks: TaskRegistry,
     pub host: AdapterHost,
     pub metrics: PrometheusHandle,
-    pub token: Option<Token>,
+    /// As the pools: set by the reloader alone.
+    pub token: Current<Option<Token>>,
     pub max_body_bytes: usize,
     pub limits: Limits,
     /// `REQUIRE_REAL_LLAMA` is set.
     pub real_only: bool,
     pub started: Instant,
     #[cfg(feature = "provisioning")]
-    pub models: std::sync::Arc<provisioners_model_provisioner::ModelProvisioner>,
+    pub models: Arc<provisioners_model_provisioner::ModelProvisioner>,
 }
 
 impl AppState {
-    pub fn pool(&self, id: &str) -> Result<&PoolHandle, Failure> {
-        let found = id.parse::<PoolId>().ok().and_then(|id| self.pools.get(&id));
-        found.ok_or_else(|| Failure::pool_not_found(id, self.pools.keys()))
+    pub fn pool(&self, id: &str) -> Result<PoolHandle, Failure> {
+        let pools = self.pools.get();
+        let found = id.parse::<PoolId>().ok().and_then(|id| pools.get(&id));
+        found
+            .cloned()
+            .ok_or_else(|| Failure::pool_not_found(id, pools.keys()))
+    }
+
+    /// The pool of a task; none once it was removed, and then all of its tasks
+    /// are over.
+    pub fn pool_of(&self, record: &TaskRecord) -> Option<PoolHandle> {
+        self.pools.get().get(&record.pool).cloned()
     }
 
     /// The pool for a task: the one it names, else the one that serves the
     /// model it names, else `default`, else the only one.
-    pub fn pool_for(
-        &self,
-        pool: Option<&str>,
-        model: Option<&str>,
-    ) -> Result<&PoolHandle, Failure> {
-        use llama_orch_types::ErrorCode;
+    pub fn pool_for(&self, pool: Option<&str>, model: Option<&str>) -> Result<PoolHandle, Failure> {
         let model = model.map(shortened);
         if let Some(pool) = pool {
             let found = self.pool(pool)?;
@@ -59,31 +70,17 @@ impl AppState {
                 _ => Ok(found),
             };
         }
+        let pools = self.pools.get();
         if let Some(model) = model {
-            let mut pools = self.pools.values();
-            return pools
-                .find(|pool| pool.settings().model == model)
-                .ok_or_else(|| {
-                    let served: Vec<_> = self
-                        .pools
-                        .values()
-                        .map(|pool| pool.settings().model.as_str())
-                        .collect();
-                    let hint = match provision_kit::config::nearest(model, served.iter().copied()) {
-                        Some(nearest) => format!("did you mean `{nearest}`?"),
-                        None => format!("the models are: {}", served.join(", ")),
-                    };
-                    Failure::new(
-                        ErrorCode::ModelNotFound,
-                        format!("no pool serves `{model}`"),
-                    )
-                    .with_hint(hint)
-                });
+            let found = pools.values().find(|pool| pool.settings().model == model);
+            return found
+                .cloned()
+                .ok_or_else(|| model_not_served(model, &pools));
         }
-        let mut pools = self.pools.values();
-        let default = self.pools.get(&PoolId::default_pool());
-        match (default, pools.next(), pools.next()) {
-            (Some(pool), ..) | (None, Some(pool), None) => Ok(pool),
+        let mut all = pools.values();
+        let default = pools.get(&PoolId::default_pool());
+        match (default, all.next(), all.next()) {
+            (Some(pool), ..) | (None, Some(pool), None) => Ok(pool.clone()),
             _ => Err(Failure::new(
                 ErrorCode::PoolNotFound,
                 "there are several pools and the task names none",
@@ -92,11 +89,7 @@ impl AppState {
         }
     }
 
-    pub fn task(
-        &self,
-        id: &str,
-    ) -> Result<std::sync::Arc<crate::services::tasks::TaskRecord>, Failure> {
-        use llama_orch_types::ErrorCode;
+    pub fn task(&self, id: &str) -> Result<Arc<TaskRecord>, Failure> {
         let found = id.parse::<TaskId>().ok().and_then(|id| self.tasks.get(id));
         found.ok_or_else(|| {
             Failure::new(
@@ -106,10 +99,20 @@ impl AppState {
             .with_hint("finished tasks are kept for a while only; see `tasks.keep_seconds`")
         })
     }
+}
 
-    /// Whether a pool's answers come from a scripted engine.
-    pub fn is_fallback(&self, pool: &PoolId) -> bool {
-        let pool = self.pools.get(pool);
-        pool.is_some_and(|pool| pool.settings().engine == EngineKind::Mock)
-    }
+fn model_not_served(model: &str, pools: &BTreeMap<PoolId, PoolHandle>) -> Failure {
+    let served: Vec<String> = pools
+        .values()
+        .map(|pool| pool.settings().model.clone())
+        .collect();
+    let hint = match provision_kit::config::nearest(model, served.iter().map(String::as_str)) {
+        Some(nearest) => format!("did you mean `{nearest}`?"),
+        None => format!("the models are: {}", served.join(", ")),
+    };
+    Failure::new(
+        ErrorCode::ModelNotFound,
+        format!("no pool serves `{model}`"),
+    )
+    .with_hint(hint)
 }

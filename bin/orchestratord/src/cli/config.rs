@@ -32,8 +32,7 @@ pub(super) fn config(context: &Context, command: &ConfigCommand) -> ExitCode {
 }
 
 fn check(context: &Context) -> Result<(), StartError> {
-    let loaded = context.common.load().map_err(StartError::Setup)?;
-    let plan = Plan::new(loaded, Arc::new(Silent))?;
+    let plan = Plan::read(context.common.source(), Arc::new(Silent))?;
     let config = &plan.loaded.config;
     let (cache, runtime) = directories(config)?;
     let origin = plan.loaded.origin.as_ref();

@@ -2,6 +2,7 @@
 
 mod config;
 mod doctor;
+mod reload;
 mod report;
 mod run;
 mod serve;
@@ -13,7 +14,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use indicatif::MultiProgress;
 
-use crate::app::config::{Loaded, SetupError};
+use crate::app::config::Source;
 use crate::app::env;
 use crate::ui::logging::{self, LogFormat};
 
@@ -37,6 +38,7 @@ Examples:
   orchestratord                                  serve with the defaults
   orchestratord --config orchestratord.yaml      serve what a file says
   orchestratord run \"Write a haiku about rain\"   one answer on the terminal
+  orchestratord reload --dry-run                 what a changed file would do to a daemon
   orchestratord doctor                           what this machine has and lacks
   orchestratord config schema                    every setting, as JSON schema
 
@@ -74,6 +76,12 @@ enum Command {
     Serve,
     /// Provide engine and model, answer one prompt on the terminal, and exit.
     Run(run::RunArgs),
+    /// Have a running daemon read its configuration again and do what changed.
+    ///
+    /// The daemon reads the file that it was started with. Pools that did not
+    /// change go on as they are. Ends with 1 if the file is wrong, in which
+    /// case nothing changes, or if a pool failed or was rolled back.
+    Reload(reload::ReloadArgs),
     /// Say what this machine has and lacks.
     Doctor,
     /// Check or describe the configuration.
@@ -82,20 +90,14 @@ enum Command {
 }
 
 impl Common {
-    /// The file's settings with the command line's on top.
-    fn load(&self) -> Result<Loaded, SetupError> {
-        let mut loaded = Loaded::read(self.config.as_deref())?;
-        let config = &mut loaded.config;
-        if let Some(listen) = self.listen {
-            config.listen = listen;
+    /// Where the configuration comes from.
+    fn source(&self) -> Source {
+        Source {
+            file: self.config.clone(),
+            listen: self.listen,
+            cache_dir: self.cache_dir.clone(),
+            runtime_dir: self.runtime_dir.clone(),
         }
-        if let Some(dir) = &self.cache_dir {
-            config.cache_dir = Some(dir.clone());
-        }
-        if let Some(dir) = &self.runtime_dir {
-            config.runtime_dir = Some(dir.clone());
-        }
-        Ok(loaded)
     }
 }
 
@@ -115,7 +117,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Serve => "info,hf_hub=off",
         // The answer is what counts: only progress and trouble beside it.
         Command::Run(_) => "warn,orchestratord::ui=info,hf_hub=off",
-        Command::Doctor | Command::Config(_) => "error",
+        Command::Reload(_) | Command::Doctor | Command::Config(_) => "error",
     };
     let level = cli.common.log_level.as_deref().unwrap_or(default_level);
     logging::set_up(cli.common.log_format, level, &bars);
@@ -140,6 +142,7 @@ async fn dispatch(command: Command, context: Context) -> ExitCode {
     match command {
         Command::Serve => serve::serve(context).await,
         Command::Run(args) => run::run(context, args).await,
+        Command::Reload(args) => reload::reload(&context, &args).await,
         Command::Doctor => doctor::doctor(&context).await,
         Command::Config(command) => config::config(&context, &command),
     }

@@ -17,7 +17,7 @@ use crate::api::task_request::TaskRequest;
 use crate::api::tasks::submit_to;
 use crate::app::bootstrap::{self, App, Plan, StartError};
 use crate::app::config::{Config, PoolConfig, SetupError};
-use crate::app::shutdown::{self, Shutdown};
+use crate::app::shutdown::{Shutdown, Signals};
 use crate::services::event_log::{Cursor, End, Failure, TaskEvent};
 use crate::services::pool::{Phase, PoolHandle};
 use crate::ui::progress_reporter;
@@ -94,14 +94,17 @@ pub(super) async fn run(context: Context, args: RunArgs) -> ExitCode {
 }
 
 fn start(context: &Context, args: &RunArgs) -> Result<(App, Shutdown), StartError> {
-    let mut loaded = context.common.load().map_err(StartError::Setup)?;
+    let source = context.common.source();
+    let mut loaded = source.load().map_err(StartError::Setup)?;
     // A pool of its own, so that a daemon on this machine is not disturbed.
     let pool = choose_pool(&loaded.config, args).map_err(StartError::Setup)?;
     let (cache, _) = bootstrap::directories(&loaded.config)?;
     loaded.config.pools = BTreeMap::from([(own_pool_id(&cache), pool)]);
     let reporter = progress_reporter(context.common.log_format, &context.bars);
-    let plan = Plan::new(loaded, reporter)?;
-    let shutdown = shutdown::on_signals(Duration::ZERO).map_err(StartError::Signals)?;
+    let plan = Plan::new(source, loaded, reporter)?;
+    let signals = Signals::listen().map_err(StartError::Signals)?;
+    bootstrap::check_directories(&plan.loaded.config)?;
+    let shutdown = signals.heed(Duration::ZERO, None);
     Ok((bootstrap::start(plan)?, shutdown))
 }
 
@@ -141,7 +144,8 @@ fn choose_pool(config: &Config, args: &RunArgs) -> Result<PoolConfig, SetupError
 
 async fn answer(app: &App, args: &RunArgs, shutdown: &Shutdown) -> ExitCode {
     // There is exactly one pool: `start` has put it there.
-    let Some(pool) = app.state.pools.values().next() else {
+    let pools = app.state.pools.get();
+    let Some(pool) = pools.values().next() else {
         return ExitCode::FAILURE;
     };
     let asked = OnceCell::new();

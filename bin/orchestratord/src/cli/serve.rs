@@ -6,13 +6,13 @@ use std::process::ExitCode;
 
 use provision_kit::fs::write_atomic;
 use provision_kit::lock::FileLock;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 
 use super::{Context, report};
 use crate::app::bootstrap::{self, Plan, StartError};
 use crate::app::config::Config;
-use crate::app::shutdown;
+use crate::app::shutdown::Signals;
 use crate::services::pool::{Phase, PoolHandle};
 use crate::ui::progress_reporter;
 
@@ -24,18 +24,19 @@ pub(super) async fn serve(context: Context) -> ExitCode {
 }
 
 async fn try_serve(context: Context) -> Result<(), StartError> {
-    let loaded = context.common.load().map_err(StartError::Setup)?;
-    let config = loaded.config.clone();
     let reporter = progress_reporter(context.common.log_format, &context.bars);
-    let plan = Plan::new(loaded, reporter)?;
-    let shutdown = shutdown::on_signals(config.drain()).map_err(StartError::Signals)?;
+    let plan = Plan::read(context.common.source(), reporter)?;
+    let config = plan.loaded.config.clone();
+    let signals = Signals::listen().map_err(StartError::Signals)?;
+    bootstrap::check_directories(&config)?;
     let _only_one = lock_runtime_dir(&config)?;
     let listener = bind(config.listen).await?;
     let address = listener.local_addr().unwrap_or(config.listen);
     let app = bootstrap::start(plan)?;
+    let shutdown = signals.heed(config.drain(), Some(app.state.reloads.clone()));
     tracing::info!("listening on http://{address}");
     let presence = Presence::announce(&config, address)?;
-    for pool in app.state.pools.values() {
+    for pool in app.state.pools.get().values() {
         // Ends when the pool is ready, or with it.
         tokio::spawn(say_when_ready(pool.clone(), address));
     }
@@ -92,21 +93,29 @@ async fn bind(address: SocketAddr) -> Result<TcpListener, StartError> {
 /// it stops.
 struct Presence(PathBuf);
 
-#[derive(Serialize)]
-struct Listening {
-    pid: u32,
-    url: String,
-    version: &'static str,
+/// What that file holds.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Listening {
+    pub(super) pid: u32,
+    pub(super) url: String,
+    pub(super) version: String,
+}
+
+impl Listening {
+    /// Where the file is.
+    pub(super) fn path(config: &Config) -> Result<PathBuf, StartError> {
+        let (_, runtime) = bootstrap::directories(config)?;
+        Ok(runtime.root().join("orchestratord.json"))
+    }
 }
 
 impl Presence {
     fn announce(config: &Config, address: SocketAddr) -> Result<Self, StartError> {
-        let (_, runtime) = bootstrap::directories(config)?;
-        let path = runtime.root().join("orchestratord.json");
+        let path = Listening::path(config)?;
         let listening = Listening {
             pid: std::process::id(),
             url: format!("http://{address}"),
-            version: env!("CARGO_PKG_VERSION"),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
         };
         // Numbers and strings only, which JSON always holds.
         let mut text = serde_json::to_vec_pretty(&listening).unwrap_or_default();

@@ -103,6 +103,13 @@ impl<T> AdmissionQueue<T> {
         self.capacity
     }
 
+    /// Other limits from now on. Tasks that wait are kept, even if there are
+    /// more than may wait now.
+    pub fn set_limits(&mut self, capacity: usize, ageing: Duration) {
+        self.capacity = capacity;
+        self.ageing = ageing;
+    }
+
     /// Whether one more task may come in.
     pub fn check_room(&self) -> Result<(), QueueFull> {
         if self.len() < self.capacity {

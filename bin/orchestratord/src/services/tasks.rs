@@ -16,6 +16,9 @@ use super::event_log::EventLog;
 pub struct TaskRecord {
     pub id: TaskId,
     pub pool: PoolId,
+    /// Whether a scripted engine answers. Kept here, since the pool may be
+    /// gone when somebody reads.
+    pub fallback: bool,
     pub priority: Priority,
     pub correlation_id: String,
     /// Whether the last reader's leaving cancels the task.
@@ -38,6 +41,7 @@ pub struct TaskRecord {
 #[derive(Debug)]
 pub struct NewTask {
     pub pool: PoolId,
+    pub fallback: bool,
     pub priority: Priority,
     pub correlation_id: String,
     pub cancel_on_disconnect: bool,
@@ -60,6 +64,7 @@ impl TaskRecord {
     pub fn new(request: NewTask) -> Arc<Self> {
         let NewTask {
             pool,
+            fallback,
             priority,
             correlation_id,
             cancel_on_disconnect,
@@ -69,6 +74,7 @@ impl TaskRecord {
         Arc::new(Self {
             id: TaskId::generate(),
             pool,
+            fallback,
             priority,
             correlation_id,
             cancel_on_disconnect,
@@ -171,6 +177,7 @@ mod tests {
     fn record(cancel_on_disconnect: bool) -> Arc<TaskRecord> {
         TaskRecord::new(NewTask {
             pool: PoolId::default_pool(),
+            fallback: false,
             priority: Priority::default(),
             correlation_id: "c".to_owned(),
             cancel_on_disconnect,

@@ -77,6 +77,11 @@ impl Setup {
         self.dir.path().join("engine")
     }
 
+    /// The settings of the pool, to make others like it.
+    pub(crate) fn pool_settings(&self) -> Value {
+        self.pool.clone()
+    }
+
     fn write_config(&self) -> PathBuf {
         let mut config = json!({
             "listen": "127.0.0.1:0",
@@ -186,6 +191,33 @@ impl Daemon {
         self.log.lock().unwrap().clone()
     }
 
+    /// Writes another configuration; the daemon is not told.
+    pub(crate) fn rewrite_config(&self, change: impl FnOnce(&mut Value)) {
+        let path = self.config_file();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let mut config = serde_json::from_str(&text).unwrap();
+        change(&mut config);
+        std::fs::write(&path, serde_json::to_string_pretty(&config).unwrap()).unwrap();
+    }
+
+    pub(crate) fn config_file(&self) -> PathBuf {
+        self.setup.dir.path().join("orchestratord.json")
+    }
+
+    /// A command beside the daemon, with its configuration file as it is.
+    pub(crate) fn beside(&self, args: &[&str]) -> std::process::Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_orchestratord"));
+        command
+            .args(args)
+            .arg("--config")
+            .arg(self.config_file())
+            .current_dir(self.setup.dir.path())
+            .env_remove("ORCHD_TOKEN")
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null());
+        command.output().unwrap()
+    }
+
     pub(crate) fn runtime_dir(&self) -> PathBuf {
         self.setup.dir.path().join("runtime")
     }
@@ -234,6 +266,15 @@ impl Daemon {
 
     pub(crate) async fn pool(&self) -> Value {
         self.get_json("/v2/pools/default").await
+    }
+
+    /// Waits until a pool of any name is ready, and returns it.
+    pub(crate) async fn until_ready(&self, pool: &str) -> Value {
+        self.until(&format!("pool {pool} is ready"), async || {
+            let pool = self.get_json(&format!("/v2/pools/{pool}")).await;
+            (pool["state"] == "ready").then_some(pool)
+        })
+        .await
     }
 
     pub(crate) async fn until_state(&self, state: &str) -> Value {
@@ -300,14 +341,26 @@ impl Daemon {
     }
 
     pub(crate) fn wait(&mut self) -> ExitStatus {
-        let begun = Instant::now();
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status;
-            }
-            assert!(begun.elapsed() < DEADLINE, "the daemon never ended");
-            std::thread::sleep(Duration::from_millis(5));
+        wait(&mut self.child)
+    }
+}
+
+pub(crate) fn wait(child: &mut Child) -> ExitStatus {
+    let begun = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status;
         }
+        assert!(begun.elapsed() < DEADLINE, "the daemon never ended");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+pub(crate) fn until_exists(path: &Path) {
+    let begun = Instant::now();
+    while !path.exists() {
+        assert!(begun.elapsed() < DEADLINE, "{} never came", path.display());
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

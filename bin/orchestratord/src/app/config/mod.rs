@@ -5,9 +5,11 @@
 //! while reading ([`read`]), so that an error names file, line and key. What
 //! only shows when settings are seen together is checked by [`Loaded::check`].
 
+pub mod difference;
 mod limits;
 mod loaded;
 mod read;
+mod source;
 #[cfg(test)]
 mod tests;
 
@@ -25,14 +27,16 @@ use provisioners_engine_provisioner::{EngineConfig, LaunchSpec, Profile};
 #[cfg(feature = "provisioning")]
 use provisioners_model_provisioner::ModelProvisionerConfig;
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 pub use self::limits::Limits;
 pub use self::loaded::{DEFAULT_FILE, Loaded, Place, SetupError};
 use self::read::{address, engine_kind, ranged, ranged_option};
+pub use self::source::Source;
 
-/// The whole configuration.
-#[derive(Debug, Clone, Deserialize, JsonSchema)]
+/// The whole configuration. It is also written, as JSON, to see what differs
+/// between two ([`difference`]); what is secret is left out there.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// Address and port to listen on. An address that other machines can
@@ -40,6 +44,7 @@ pub struct Config {
     #[serde(deserialize_with = "address")]
     #[schemars(with = "String")]
     pub listen: SocketAddr,
+    #[serde(skip_serializing)]
     pub auth: Auth,
     /// Engines, models, PID files and engine logs. Default:
     /// `$XDG_CACHE_HOME/llama-orch`, that is `~/.cache/llama-orch`.
@@ -99,6 +104,11 @@ impl Token {
     pub fn as_bytes(&self) -> &[u8] {
         self.0.as_bytes()
     }
+
+    /// The text itself, to be sent.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
 }
 
 impl TryFrom<String> for Token {
@@ -120,7 +130,7 @@ impl fmt::Debug for Token {
 }
 
 /// Limits on tasks.
-#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TasksConfig {
     /// How long a finished task can still be read, in seconds (1 to 86400).
@@ -159,7 +169,7 @@ impl Default for TasksConfig {
 }
 
 /// One model served by one engine.
-#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PoolConfig {
     /// Which family of engine: `llamacpp`.

@@ -16,6 +16,7 @@ use tokio::task::JoinSet;
 
 use super::work::Running;
 use super::{Change, Command, Phase, PoolSettings, PoolSnapshot, Submission};
+use crate::app::current::Current;
 use crate::services::admission::{AdmissionQueue, Priority};
 use crate::services::dispatch::Finished;
 use crate::services::estimates::ServiceTimes;
@@ -25,6 +26,8 @@ use crate::services::telemetry;
 
 pub(super) struct Actor {
     pub(super) settings: Arc<PoolSettings>,
+    /// The same, for everybody else.
+    published_settings: Arc<Current<PoolSettings>>,
     pub(super) host: AdapterHost,
     pub(super) board: Arc<PreparationBoard>,
     pub(super) phase: Phase,
@@ -44,11 +47,12 @@ pub(super) struct Actor {
 }
 
 pub(super) fn spawn(
-    settings: Arc<PoolSettings>,
+    published_settings: Arc<Current<PoolSettings>>,
     host: AdapterHost,
     board: Arc<PreparationBoard>,
     commands: mpsc::Receiver<Command>,
 ) -> watch::Receiver<PoolSnapshot> {
+    let settings = published_settings.get();
     let (publish, snapshot) = watch::channel(PoolSnapshot {
         phase: Phase::Provisioning,
         since: Instant::now(),
@@ -65,6 +69,7 @@ pub(super) fn spawn(
     let actor = Actor {
         queue: AdmissionQueue::new(settings.queue_capacity, settings.batch_ageing),
         settings,
+        published_settings,
         host,
         board,
         phase: Phase::Provisioning,
@@ -135,6 +140,13 @@ impl Actor {
                 let _ = reply.send(position.map(|ahead| (ahead, self.until_start(ahead))));
             }
             Command::Change(change) => self.change(change),
+            Command::Settings(settings, reply) => {
+                self.queue
+                    .set_limits(settings.queue_capacity, settings.batch_ageing);
+                self.published_settings.set(settings);
+                self.settings = self.published_settings.get();
+                let _ = reply.send(());
+            }
             Command::Drain(..) => unreachable!("handled by the loop, which holds the deadline"),
         }
     }

@@ -36,6 +36,8 @@ use super::estimates::ServiceTimes;
 use super::event_log::{Failure, TaskEvent};
 use super::preparation::PreparationBoard;
 use super::tasks::{Admitted, TaskRecord};
+use crate::app::config::PoolConfig;
+use crate::app::current::Current;
 
 /// How long a command may take. The actor only decides, so only a fault of
 /// ours takes that long.
@@ -112,6 +114,20 @@ pub struct PoolSettings {
     pub default_max_tokens: u32,
 }
 
+impl PoolSettings {
+    pub fn new(id: &PoolId, config: &PoolConfig) -> Self {
+        Self {
+            id: id.clone(),
+            engine: config.engine,
+            model: config.model.clone(),
+            slots: config.slots,
+            queue_capacity: usize::try_from(config.queue_capacity).unwrap_or(usize::MAX),
+            batch_ageing: Duration::from_secs(config.batch_ageing_seconds),
+            default_max_tokens: config.default_max_tokens,
+        }
+    }
+}
+
 /// A pool as last published.
 #[derive(Debug, Clone)]
 pub struct PoolSnapshot {
@@ -185,12 +201,15 @@ enum Command {
     Position(TaskId, oneshot::Sender<Option<(usize, Duration)>>),
     Change(Change),
     Drain(Duration, oneshot::Sender<()>),
+    /// Other limits for the queue and for tasks to come.
+    Settings(PoolSettings, oneshot::Sender<()>),
 }
 
 /// The way to a pool's actor. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct PoolHandle {
-    settings: Arc<PoolSettings>,
+    /// Set by the actor alone.
+    settings: Arc<Current<PoolSettings>>,
     commands: mpsc::Sender<Command>,
     snapshot: watch::Receiver<PoolSnapshot>,
     board: Arc<PreparationBoard>,
@@ -200,7 +219,7 @@ impl PoolHandle {
     /// Starts the pool's actor. It ends when it has been drained, or when all
     /// handles are gone.
     pub fn start(settings: PoolSettings, host: AdapterHost, board: Arc<PreparationBoard>) -> Self {
-        let settings = Arc::new(settings);
+        let settings = Arc::new(Current::new(settings));
         let (commands, receiver) = mpsc::channel(COMMAND_QUEUE);
         let snapshot = actor::spawn(Arc::clone(&settings), host, Arc::clone(&board), receiver);
         Self {
@@ -211,8 +230,16 @@ impl PoolHandle {
         }
     }
 
-    pub fn settings(&self) -> &PoolSettings {
-        &self.settings
+    pub fn settings(&self) -> Arc<PoolSettings> {
+        self.settings.get()
+    }
+
+    /// Takes over the settings that a running engine does not notice: the
+    /// queue's limits and the default for `max_tokens`.
+    pub async fn apply(&self, config: PoolConfig) -> Result<(), Failure> {
+        let settings = PoolSettings::new(&self.settings().id, &config);
+        self.ask(|reply| Command::Settings(settings, reply), COMMAND_LIMIT)
+            .await
     }
 
     pub fn board(&self) -> &Arc<PreparationBoard> {
@@ -284,10 +311,10 @@ impl PoolHandle {
         };
         match tokio::time::timeout(limit, asked).await {
             Ok(Some(answer)) => Ok(answer),
-            Ok(None) => Err(Failure::shutting_down(&self.settings.id)),
+            Ok(None) => Err(Failure::shutting_down(&self.settings().id)),
             Err(_) => Err(Failure::internal(format!(
                 "pool {} did not answer within {} s",
-                self.settings.id,
+                self.settings().id,
                 limit.as_secs()
             ))),
         }

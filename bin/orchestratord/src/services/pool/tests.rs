@@ -88,6 +88,7 @@ fn context() -> ProvisionedContext {
 fn submission() -> Submission {
     let record = TaskRecord::new(NewTask {
         pool: PoolId::default_pool(),
+        fallback: false,
         priority: Priority::default(),
         correlation_id: "c".to_owned(),
         cancel_on_disconnect: false,
