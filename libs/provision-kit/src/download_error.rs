@@ -187,7 +187,8 @@ impl DownloadError {
     }
 
     /// A disk that became full while bytes were written to it, in figures.
-    pub(crate) fn with_free_space(self, part: &Path) -> Self {
+    #[must_use]
+    pub fn with_free_space(self, part: &Path) -> Self {
         match self {
             Self::File(error) if error.is_no_space() => {
                 let free = free_space(part).unwrap_or(0);

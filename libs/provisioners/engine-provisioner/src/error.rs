@@ -197,10 +197,13 @@ pub enum EngineError {
         log: PathBuf,
         tail: Vec<String>,
     },
-    #[error("the engine of pool {pool} was not ready after {seconds} s{}; the last lines of {}:\n{}", of_stranger(*stranger), log.display(), tail.join("\n"))]
+    #[error("the engine of pool {pool} made no progress in loading for {seconds} s and was ended after {after_seconds} s{}; the last lines of {}:\n{}", of_stranger(*stranger), log.display(), tail.join("\n"))]
     LoadTimeout {
         pool: PoolId,
+        /// How long it may go without progress.
         seconds: u64,
+        /// How long it was waited for in all.
+        after_seconds: u64,
         /// The engine's port, if somebody else answers on it.
         stranger: Option<u16>,
         log: PathBuf,

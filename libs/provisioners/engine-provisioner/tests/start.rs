@@ -170,6 +170,47 @@ async fn an_engine_that_never_loads_is_given_up_and_ended() {
 }
 
 #[tokio::test]
+async fn a_slow_load_that_gets_on_may_take_longer_than_the_limit() {
+    let machine = Machine::new();
+    let real = install(&machine.path().join("real"), &Script::default());
+    let engine = script_engine(
+        machine.path(),
+        &format!(
+            "for step in 1 2 3 4 5 6 7 8; do echo loading $step; sleep 0.5; done; exec {} \"$@\"",
+            real.display()
+        ),
+    );
+    let spec = LaunchSpec {
+        load_timeout: Duration::from_secs(3),
+        ..machine.spec()
+    };
+    let begin = Instant::now();
+    let provisioner = machine.provisioner();
+    let running = provisioner.start(&installation(&engine), spec).await;
+    running.unwrap().stop().await;
+    assert!(begin.elapsed() > Duration::from_secs(3));
+}
+
+#[tokio::test]
+async fn a_stopped_load_is_noticed_and_ended() {
+    let machine = Machine::new();
+    let engine = script_engine(machine.path(), "echo here; kill -STOP $$; sleep 600");
+    let spec = LaunchSpec {
+        load_timeout: Duration::from_secs(1),
+        ..machine.spec()
+    };
+    let provisioner = machine.provisioner();
+    let result = provisioner.start(&installation(&engine), spec).await;
+    let error = result.unwrap_err();
+    assert!(
+        matches!(&error, EngineError::LoadTimeout { seconds: 1, tail, .. } if tail == &["here"]),
+        "{error}"
+    );
+    let path = engine.to_string_lossy().into_owned();
+    until("the engine is killed", || !somebody_runs(&path)).await;
+}
+
+#[tokio::test]
 async fn a_start_that_is_given_up_leaves_nothing() {
     let machine = Machine::new();
     let engine = install(

@@ -8,6 +8,7 @@ use llama_orch_types::Digest;
 use provision_kit::download::{self, Download, DownloadError};
 use provision_kit::fs::{FsError, create_dir_all, remove_file_if_there};
 use provision_kit::progress::{Step, StepKind, Unit};
+use provision_kit::rate::RateLimit;
 use serde::Deserialize;
 
 use super::{
@@ -245,6 +246,7 @@ async fn fetch(
     let request = Download {
         expected_digest: Some(digest),
         attempts: 3,
+        rate: RateLimit::new(config.max_download_rate),
         ..Download::new(&url, &part)
     };
     let what = format!("fetching {archive}");

@@ -16,6 +16,7 @@ use provision_kit::fs::{create_dir_all, remove_file_if_there, rename_durably, sh
 use provision_kit::lock::FileLock;
 use provision_kit::pip::{Pip, PipArtifact};
 use provision_kit::progress::{Step, StepKind, Unit};
+use provision_kit::rate::RateLimit;
 
 use super::build::{self, BuildPlan};
 use super::{
@@ -310,6 +311,7 @@ impl Job<'_> {
         let part = downloads.join(format!("{}.part", source.digest.hex()));
         let request = Download {
             expected_digest: Some(source.digest),
+            rate: RateLimit::new(self.config.max_download_rate),
             ..Download::new(&source.url, &part)
         };
         let what = format!("fetching {}", self.source);

@@ -13,11 +13,13 @@
 pub(crate) mod argv;
 pub(crate) mod environment;
 mod handoff;
+mod load_watch;
 mod log;
 mod pid_file;
 mod port;
 mod ready;
 pub(crate) mod spec;
+mod usage;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -239,7 +241,7 @@ impl EngineProvisioner {
             load_timeout: spec.load_timeout,
         };
         let client = ready::loopback_client()?;
-        match ready::wait_ready(&client, &mut process.group, &waited).await? {
+        match ready::wait_ready(&client, &mut process.group, &process.log, &waited).await? {
             Readiness::Ready => {}
             Readiness::Ended(status) => {
                 process.log.drain().await;
@@ -254,10 +256,11 @@ impl EngineProvisioner {
                     tail,
                 });
             }
-            Readiness::TimedOut { stranger } => {
+            Readiness::TimedOut { after, stranger } => {
                 return Err(EngineError::LoadTimeout {
                     pool: spec.pool_id.clone(),
                     seconds: spec.load_timeout.as_secs(),
+                    after_seconds: after.as_secs(),
                     stranger: stranger.then_some(port),
                     log: log_path,
                     tail: process.log.tail(),

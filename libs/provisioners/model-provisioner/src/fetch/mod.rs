@@ -19,6 +19,7 @@ use llama_orch_types::Digest;
 use provision_kit::download::{Fetched, http_client};
 use provision_kit::pip::Pip;
 use provision_kit::progress::Step;
+use provision_kit::rate::RateLimit;
 
 use crate::config::{HubSettings, ModelProvisionerConfig};
 use crate::reference::ModelRef;
@@ -61,6 +62,7 @@ pub(crate) struct Fetcher {
     pub(crate) stall_timeout: Duration,
     pub(crate) attempts: u32,
     pub(crate) backoff: Duration,
+    pub(crate) rate: RateLimit,
 }
 
 impl Fetcher {
@@ -73,6 +75,7 @@ impl Fetcher {
             stall_timeout: Duration::from_secs(config.stall_timeout_seconds.max(1)),
             attempts: config.attempts.max(1),
             backoff: BACKOFF,
+            rate: RateLimit::new(config.max_download_rate),
         }
     }
 
