@@ -12,7 +12,9 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use provision_kit::process::ProcessIdentity;
-use provisioners_engine_provisioner::{EngineError, LaunchSpec, Profile, RunningEngine};
+use provisioners_engine_provisioner::{
+    EngineConfig, EngineError, LaunchSpec, Profile, RunningEngine,
+};
 use support::{LONG, Machine, installation, somebody_runs, until};
 use test_harness_fake_engine::{LoadFailure, Script, grandchild, install, starts};
 
@@ -513,6 +515,30 @@ async fn an_engine_left_by_a_crash_is_ended_first() {
     let running = start(&machine, &engine).await;
     gone(left).await;
     running.stop().await;
+}
+
+/// Of a pool that is started no more, since no configuration names it.
+#[tokio::test]
+async fn what_a_crash_left_of_a_forgotten_pool_is_cleared() {
+    let machine = Machine::new();
+    let engine = install(&machine.path().join("engine"), &Script::default());
+    let other = Other::start(Command::new("sleep").arg("600"));
+    let left = other.write_pid_file(&machine, |_| {});
+    std::fs::create_dir_all(machine.runtime.engines()).unwrap();
+    let handoff = |pid: u32| format!("{{\"pid\": {pid}}}");
+    let gone_pool = machine.runtime.engines().join("llamacpp-gone.json");
+    let live_pool = machine.runtime.engines().join("llamacpp-live.json");
+    // Above the kernel's largest possible process id.
+    std::fs::write(&gone_pool, handoff(4_194_305)).unwrap();
+    std::fs::write(&live_pool, handoff(std::process::id())).unwrap();
+    let config = EngineConfig {
+        path: Some(engine),
+        ..EngineConfig::default()
+    };
+    machine.provisioner().ensure(&config).await.unwrap();
+    gone(left).await;
+    assert!(!machine.pid_file().exists() && !gone_pool.exists());
+    assert!(live_pool.exists());
 }
 
 #[tokio::test]

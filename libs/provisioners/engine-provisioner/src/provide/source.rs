@@ -20,7 +20,7 @@ use provision_kit::rate::RateLimit;
 
 use super::build::{self, BuildPlan};
 use super::{
-    BINARY, BUILD_SPACE, EngineInstallation, EngineProvisioner, blocking, cache,
+    BINARY, BUILD_SPACE, Claim, EngineInstallation, EngineProvisioner, blocking, cache,
     choose_accelerator, fresh_staging, git, require_space, tools,
 };
 use crate::config::{Accelerator, ArchiveSource, EngineConfig, Mode, PipSource, Source};
@@ -139,7 +139,10 @@ struct Job<'a> {
 impl Job<'_> {
     async fn run(self, step: &Step) -> Result<EngineInstallation, EngineError> {
         self.check_version()?;
-        let _lock = self.provisioner.lock_recipe(&self.recipe, step).await?;
+        let _lock = match self.provisioner.lock_or_use(&self.recipe, step).await? {
+            Claim::Locked(lock) => lock,
+            Claim::Installed(installation) => return Ok(installation),
+        };
         if let Some(installation) = self.provisioner.installed(&self.recipe, step).await? {
             return Ok(installation);
         }
@@ -331,7 +334,7 @@ impl Job<'_> {
 }
 
 /// Unpacks a file. One that was downloaded comes with its lock, and is removed: whatever became of
-/// it, it is of no further use.
+/// it, it is of no further use, unless there was no room for what is in it.
 async fn unpack_and_remove(
     file: PathBuf,
     target: PathBuf,
@@ -339,7 +342,7 @@ async fn unpack_and_remove(
 ) -> Result<(), EngineError> {
     blocking(move || {
         let unpacked = unpack(&file, &target);
-        if downloaded.is_some() {
+        if downloaded.is_some() && !matches!(unpacked, Err(EngineError::NoSpace { .. })) {
             remove_file_if_there(&file)?;
         }
         unpacked

@@ -10,6 +10,7 @@
 //! A [`RunningEngine`] owns the process group, the log pump, the pool's lock and the files. When it
 //! is dropped, or the start is given up, the group is killed and the files go.
 
+pub(crate) mod abandoned;
 pub(crate) mod argv;
 pub(crate) mod environment;
 mod handoff;
@@ -26,6 +27,7 @@ use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use llama_orch_types::{EngineKind, ProvisionedContext};
+use provision_kit::fs::remove_file_if_there;
 use provision_kit::lock::{FileLock, LockError};
 use provision_kit::process::{self, ChildGroup, CommandSpec, ProcessError, ProcessIdentity};
 use provision_kit::progress::{Step, StepKind, Unit};
@@ -179,6 +181,8 @@ impl EngineProvisioner {
         let lock = self.lock_pool(spec).await?;
         let pid_path = self.cache.run().join(format!("{}.pid", spec.pool_id));
         pid_file::clear_leftovers(&spec.pool_id, &pid_path, spec.stop_grace).await?;
+        // A handoff speaks of an engine that runs; the crashed one's does not.
+        remove_file_if_there(&handoff_path(&self.runtime, &spec.pool_id))?;
         for _ in 0..PORT_ATTEMPTS {
             let attempt = self.attempt(installation, spec, &pid_path, step).await?;
             if let Attempt::Ready(ready) = attempt {

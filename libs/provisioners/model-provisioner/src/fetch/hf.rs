@@ -36,21 +36,6 @@ pub(super) async fn fetch(
     part: &Path,
     step: &mut Step,
 ) -> Result<Fetched, FetchError> {
-    fetch_and_mend(fetcher, source, expected, part, step)
-        .await
-        .map_err(|error| match error {
-            FetchError::File(error) => DownloadError::from(error).with_free_space(part).into(),
-            other => other,
-        })
-}
-
-async fn fetch_and_mend(
-    fetcher: &Fetcher,
-    source: &ModelRef,
-    expected: Expected,
-    part: &Path,
-    step: &mut Step,
-) -> Result<Fetched, FetchError> {
     let transfer = Transfer::new(fetcher, source, expected, part)?;
     let mut resumed = false;
     loop {

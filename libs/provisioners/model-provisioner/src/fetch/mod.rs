@@ -16,7 +16,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use llama_orch_types::Digest;
-use provision_kit::download::{Fetched, http_client};
+use provision_kit::download::{DownloadError, Fetched, http_client};
 use provision_kit::pip::Pip;
 use provision_kit::progress::Step;
 use provision_kit::rate::RateLimit;
@@ -100,6 +100,23 @@ impl Fetcher {
     /// Fetches from one source. `part` is where bytes gather; the caller holds
     /// the lock on it.
     pub(crate) async fn fetch(
+        &self,
+        source: &ModelRef,
+        expected: Expected,
+        part: &Path,
+        step: &mut Step,
+    ) -> Result<Obtained, FetchError> {
+        let fetched = self.fetch_by_kind(source, expected, part, step).await;
+        fetched.map_err(|error| match error {
+            // A full disk, in figures.
+            FetchError::File(error) if error.is_no_space() => {
+                DownloadError::from(error).with_free_space(part).into()
+            }
+            other => other,
+        })
+    }
+
+    async fn fetch_by_kind(
         &self,
         source: &ModelRef,
         expected: Expected,
