@@ -260,7 +260,16 @@ mod tests {
         let mut aliases = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
         for level in 1..20 {
             let list = vec![format!("*a{}", level - 1); 9].join(", ");
-            aliases.push_str(&format!("a{level}: &a{level} [{list}]\n"));
+            aliases += &[
+                "a",
+                &level.to_string(),
+                ": &a",
+                &level.to_string(),
+                " [",
+                &list,
+                "]\n",
+            ]
+            .concat();
         }
         for text in [
             deep("[", "]"),

@@ -143,7 +143,7 @@ mod tests {
         let _held = FileLock::try_acquire(&lock("model-b").unwrap())
             .unwrap()
             .unwrap();
-        clear(SystemTime::now() + RESUMABLE + Duration::from_secs(60));
+        clear(SystemTime::now() + RESUMABLE + Duration::from_mins(1));
         assert_eq!(
             names(),
             [

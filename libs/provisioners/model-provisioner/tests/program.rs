@@ -298,3 +298,86 @@ fn a_download_that_finds_no_room_is_kept_and_continued() {
     // The first chunk at least needed not come again.
     assert!(starts[1] >= 8 * 1024 * 1024, "{starts:?}");
 }
+
+/// Killed in the middle of a download: the next start goes on behind the last
+/// chunk of which the digest was written down.
+#[test]
+fn a_killed_download_is_gone_on_with() {
+    use std::io::{Read as _, Write as _};
+    const CHUNK: usize = 8 * 1024 * 1024;
+    let mut file = Gguf::tiny();
+    file.tensor("blk.0.weight", &[6_000_000], 0, 24_000_000);
+    let bytes = file.bytes();
+    let length = bytes.len();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let config = format!("ensure: ['{address}/tiny.gguf']\n");
+    std::fs::write(dir.path().join("models.yaml"), config).unwrap();
+    let start = || {
+        Command::new(env!("CARGO_BIN_EXE_model-provisioner"))
+            .args(["--config", "models.yaml", "ensure"])
+            .current_dir(dir.path())
+            .env("XDG_CACHE_HOME", dir.path().join("cache"))
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    let accept = || {
+        let (mut connection, _) = listener.accept().unwrap();
+        let mut request = [0; 4096];
+        let count = connection.read(&mut request).unwrap();
+        let request = String::from_utf8_lossy(&request[..count]).to_ascii_lowercase();
+        (connection, request)
+    };
+    let mut killed = start();
+    let (mut connection, request) = accept();
+    assert!(!request.contains("range:"), "{request}");
+    let head = format!("HTTP/1.1 200 OK\r\netag: \"a\"\r\ncontent-length: {length}\r\n\r\n");
+    connection.write_all(head.as_bytes()).unwrap();
+    // Two chunks and some of the third, and then nothing.
+    connection
+        .write_all(&bytes[..2 * CHUNK + 3_000_000])
+        .unwrap();
+    let downloads = dir.path().join("cache/llama-orch/downloads");
+    let lines = || {
+        let files = std::fs::read_dir(&downloads)
+            .into_iter()
+            .flatten()
+            .flatten();
+        files
+            .filter(|file| file.path().extension().is_some_and(|kind| kind == "chunks"))
+            .filter_map(|file| std::fs::read_to_string(file.path()).ok())
+            .map(|text| text.lines().count())
+            .sum::<usize>()
+    };
+    let deadline = std::time::Instant::now() + std::time::Duration::from_mins(1);
+    while lines() < 3 {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "two chunks never arrived"
+        );
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+
+    let again = start();
+    let (mut connection, request) = accept();
+    assert!(
+        request.contains(&format!("range: bytes={}-\r\n", 2 * CHUNK)),
+        "{request}"
+    );
+    let head = format!(
+        "HTTP/1.1 206 Partial Content\r\netag: \"a\"\r\ncontent-range: bytes {}-{}/{length}\r\ncontent-length: {}\r\n\r\n",
+        2 * CHUNK,
+        length - 1,
+        length - 2 * CHUNK
+    );
+    connection.write_all(head.as_bytes()).unwrap();
+    connection.write_all(&bytes[2 * CHUNK..]).unwrap();
+    let output = again.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(std::fs::read_dir(&downloads).unwrap().count(), 0);
+}

@@ -65,7 +65,7 @@ mod tests {
         assert_eq!(left(), [".b7-live.staging", "b7-done", "build-b7-dead"]);
         clear(
             &cache,
-            SystemTime::now() + RESUMABLE + Duration::from_secs(60),
+            SystemTime::now() + RESUMABLE + Duration::from_mins(1),
         );
         assert_eq!(left(), [".b7-live.staging", "b7-done"]);
     }

@@ -57,7 +57,10 @@ struct About {
 
 fn clear_handoffs(directory: &Path) {
     for (name, path) in entries(directory) {
-        if !name.starts_with("llamacpp") || !name.ends_with(".json") {
+        let is_handoff = name
+            .strip_suffix(".json")
+            .is_some_and(|stem| stem.starts_with("llamacpp"));
+        if !is_handoff {
             continue;
         }
         let about = std::fs::read(&path)

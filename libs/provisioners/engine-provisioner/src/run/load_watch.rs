@@ -59,11 +59,14 @@ impl LoadWatch {
             self.moved_at = now;
         }
         // Counters of a child are gone with it: then they are measured from where they are.
-        if sample.cpu_time < self.mark.cpu_time {
-            self.mark.cpu_time = sample.cpu_time;
-        } else if sample.cpu_time - self.mark.cpu_time >= self.limit / 10 {
-            self.mark.cpu_time = sample.cpu_time;
-            self.busy_at = now;
+        match sample.cpu_time.checked_sub(self.mark.cpu_time) {
+            Some(used) if used < self.limit / 10 => {}
+            used => {
+                self.mark.cpu_time = sample.cpu_time;
+                if used.is_some() {
+                    self.busy_at = now;
+                }
+            }
         }
         let still = now.saturating_sub(self.moved_at);
         let idle = now.saturating_sub(self.moved_at.max(self.busy_at));
