@@ -21,7 +21,7 @@ use std::ops::Range;
 use llama_orch_types::Digest;
 
 /// Bytes in one chunk, unless a test says otherwise.
-pub(crate) const CHUNK: u64 = 8 * 1024 * 1024;
+pub const CHUNK: u64 = 8 * 1024 * 1024;
 
 /// What is known about the chunks of one file.
 #[derive(Debug, Clone, PartialEq, Eq)]

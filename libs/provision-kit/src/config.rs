@@ -5,7 +5,7 @@
 //! silently ignored costs hours.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use llama_orch_types::Hinted;
@@ -62,12 +62,21 @@ impl Hinted for ConfigError {
     }
 }
 
-/// Reads a configuration file.
+/// Longest configuration that is read, in bytes. Nobody writes so much by hand.
+const MAX_FILE: u64 = 4 * 1024 * 1024;
+
+/// Reads a configuration file of at most 4 MiB.
 pub fn read_strict<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
-    let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
+    let failed = |source| ConfigError::Read {
         path: path.to_owned(),
         source,
-    })?;
+    };
+    let mut text = String::new();
+    let file = fs::File::open(path).map_err(failed)?;
+    let read = file.take(MAX_FILE + 1).read_to_string(&mut text);
+    if read.map_err(failed)? as u64 > MAX_FILE {
+        return Err(failed(io::ErrorKind::FileTooLarge.into()));
+    }
     parse_strict(&text, path)
 }
 
@@ -242,6 +251,54 @@ mod tests {
         #[test]
         fn any_text_is_answered(text in ".{0,200}") {
             let _ = parse(&text);
+        }
+    }
+
+    #[test]
+    fn bombs_are_refused_quickly() {
+        let deep = |open: &str, close: &str| open.repeat(100_000) + &close.repeat(100_000);
+        let mut aliases = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
+        for level in 1..20 {
+            let list = vec![format!("*a{}", level - 1); 9].join(", ");
+            aliases += &[
+                "a",
+                &level.to_string(),
+                ": &a",
+                &level.to_string(),
+                " [",
+                &list,
+                "]\n",
+            ]
+            .concat();
+        }
+        for text in [
+            deep("[", "]"),
+            deep("{a: ", "}"),
+            deep("{inner: ", "}"),
+            deep("- ", ""),
+            "inner:\n".to_owned()
+                + &(1..2000)
+                    .map(|n| " ".repeat(n) + "inner:\n")
+                    .collect::<String>(),
+            aliases,
+        ] {
+            assert!(parse_strict::<Sample>(&text, Path::new("c.yaml")).is_err());
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c.yaml");
+        fs::write(&path, " ".repeat(MAX_FILE as usize + 1)).unwrap();
+        assert!(matches!(
+            read_strict::<Sample>(&path),
+            Err(ConfigError::Read { .. })
+        ));
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_stands_there_is_answered(
+            text in "(max_cache_bytes|mode|inner|:|[ \n\t\"'{}\\[\\]&*!|>%@`,#-]|[0-9a-z]|\\PC){0,60}",
+        ) {
+            let _ = parse_strict::<Sample>(&text, Path::new("c.yaml"));
         }
     }
 }

@@ -21,7 +21,6 @@ use reqwest::redirect::{Action, Attempt as Attempted, Policy};
 use reqwest::{Client, Response, StatusCode};
 
 use crate::chain::one_line;
-use crate::chunks::CHUNK;
 use crate::fs::{free_space, remove_file_if_there, write_atomic};
 use crate::part::{PartFile, Sidecar, remove_sidecars, sidecar};
 use crate::progress::Step;
@@ -32,6 +31,7 @@ use crate::secret::Secret;
 use crate::download_again::Again;
 use crate::download_headers::{content_range, retry_after, stored_etag};
 
+pub use crate::chunks::CHUNK as CHUNK_BYTES;
 pub use crate::download_error::DownloadError;
 pub use crate::download_headers::display_url;
 
@@ -83,7 +83,7 @@ impl<'a> Download<'a> {
             backoff: Duration::from_millis(500),
             second_look: true,
             rate: RateLimit::default(),
-            chunk_bytes: CHUNK,
+            chunk_bytes: CHUNK_BYTES,
         }
     }
 }

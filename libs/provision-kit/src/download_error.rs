@@ -97,7 +97,7 @@ pub enum DownloadError {
         free: u64,
     },
     /// What has arrived is kept.
-    #[error("the disk became full while {} was written ({free} bytes are free)", path.display())]
+    #[error("there was no room for all of {} ({free} bytes are free on its disk)", path.display())]
     DiskFull {
         path: PathBuf,
         free: u64,
@@ -187,7 +187,8 @@ impl DownloadError {
     }
 
     /// A disk that became full while bytes were written to it, in figures.
-    pub(crate) fn with_free_space(self, part: &Path) -> Self {
+    #[must_use]
+    pub fn with_free_space(self, part: &Path) -> Self {
         match self {
             Self::File(error) if error.is_no_space() => {
                 let free = free_space(part).unwrap_or(0);
@@ -240,6 +241,10 @@ impl Hinted for DownloadError {
             Self::NoSpace { needed, .. } => format!(
                 "free at least {} MB, or set `cache_dir` to a larger disk",
                 needed.div_ceil(1_000_000)
+            ),
+            Self::DiskFull { path, source, .. } if source.kind() == std::io::ErrorKind::FileTooLarge => format!(
+                "the file system of {}, or a limit of this process (`ulimit -f`), takes no larger files: raise it, or set `cache_dir` to another disk; what has arrived is kept",
+                path.parent().unwrap_or(path).display()
             ),
             Self::DiskFull { path, .. } => format!(
                 "free some space on the disk that holds {}, or set `cache_dir` to a larger one; what has arrived is kept",

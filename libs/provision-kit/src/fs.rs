@@ -41,11 +41,12 @@ impl FsError {
         }
     }
 
-    /// The disk or the user's share of it is full.
+    /// The disk or the user's share of it is full, or it takes no file of this
+    /// size.
     pub fn is_no_space(&self) -> bool {
         matches!(
             self.source.kind(),
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
         )
     }
 
@@ -68,6 +69,11 @@ impl Hinted for FsError {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 format!(
                     "free some space on the disk that holds {parent}, or set `cache_dir` to a larger one"
+                )
+            }
+            io::ErrorKind::FileTooLarge => {
+                format!(
+                    "the file system of {parent}, or a limit of this process (`ulimit -f`), takes no larger files: raise it, or set `cache_dir` to another disk"
                 )
             }
             io::ErrorKind::ReadOnlyFilesystem => {

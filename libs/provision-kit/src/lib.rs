@@ -7,6 +7,7 @@
 //! - [`dirs`]: where files live
 //! - [`download`]: one file over HTTP, resumed and hashed
 //! - [`fs`]: whole-file writes, digests, free space
+//! - [`leftovers`]: what ended processes left behind
 //! - [`lock`]: locks between processes
 //! - [`part`]: a file that is still arriving
 //! - [`pip`]: the machine's own pip
@@ -25,6 +26,7 @@ mod download_again;
 mod download_error;
 mod download_headers;
 pub mod fs;
+pub mod leftovers;
 pub mod lock;
 pub mod part;
 pub mod pip;

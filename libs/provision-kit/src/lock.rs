@@ -55,6 +55,13 @@ pub enum LockError {
 }
 
 impl LockError {
+    /// Whether no lock can be had here at all: the directory cannot be written
+    /// to, or its disk is full. Then nobody can change what lies there either,
+    /// and what is complete may be used without.
+    pub fn cannot_be_made(&self) -> bool {
+        matches!(self, Self::Directory(_) | Self::Open { .. })
+    }
+
     /// Whether waiting longer may help.
     pub fn retriable(&self) -> bool {
         matches!(self, Self::TimedOut { .. })
@@ -64,7 +71,6 @@ impl LockError {
 impl Hinted for LockError {
     fn hint(&self) -> Option<String> {
         match self {
-            Self::Directory(error) => error.hint(),
             Self::TimedOut { holder, .. } => Some(match holder.pid {
                 Some(pid) => format!(
                     "see what process {pid} is doing (`ps -p {pid}`), end it or try again later"
@@ -74,8 +80,9 @@ impl Hinted for LockError {
                     holder.path.display()
                 ),
             }),
-            Self::Open { .. } | Self::Lock { .. } => Some(
-                "the cache directory must be writable and on a file system that knows locks"
+            Self::Directory(error) if error.hint().is_some() => error.hint(),
+            Self::Directory(_) | Self::Open { .. } | Self::Lock { .. } => Some(
+                "set `cache_dir` to a directory that is writable and on a file system that knows locks"
                     .to_owned(),
             ),
         }
@@ -94,16 +101,10 @@ impl FileLock {
         if let Some(parent) = path.parent() {
             create_dir_all(parent).map_err(LockError::Directory)?;
         }
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(path)
-            .map_err(|source| LockError::Open {
-                path: path.to_owned(),
-                source,
-            })?;
+        let mut file = open_lock_file(path).map_err(|source| LockError::Open {
+            path: path.to_owned(),
+            source,
+        })?;
         match file.try_lock() {
             Ok(()) => {
                 // The pid is a help to people only; a lock without it is a lock.
@@ -178,6 +179,28 @@ impl Drop for FileLock {
         if let Err(error) = self.file.unlock() {
             tracing::debug!(%error, "a lock is released only when its file is closed");
         }
+    }
+}
+
+/// Opens a lock file, and makes it if it is missing. One that may only be read
+/// can be locked all the same; it does not name its holder then.
+pub fn open_lock_file(path: &Path) -> io::Result<File> {
+    let opened = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path);
+    match opened {
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+            ) =>
+        {
+            File::open(path).map_err(|_| error)
+        }
+        result => result,
     }
 }
 

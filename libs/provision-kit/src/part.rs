@@ -226,18 +226,18 @@ impl OnDisk {
             damaged: Vec::new(),
         };
         on_disk
-            .take_stock(known)
+            .take_stock(known.as_ref())
             .map_err(FsError::at("read", path))?;
         Ok(on_disk)
     }
 
     /// Reads what is there and compares it with what is known. Without any
     /// knowledge all of it is taken; the whole file's digest will tell.
-    fn take_stock(&mut self, known: Option<ChunkRecord>) -> std::io::Result<()> {
+    fn take_stock(&mut self, known: Option<&ChunkRecord>) -> std::io::Result<()> {
         let chunk = self.record.size();
         let mut bytes = Vec::new();
         for index in 0.. {
-            let expected = match &known {
+            let expected = match known {
                 Some(known) => match known.get(index) {
                     Some(expected) => Some(expected),
                     None => break,

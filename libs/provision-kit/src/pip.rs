@@ -10,7 +10,7 @@ use std::time::Duration;
 use llama_orch_types::Digest;
 
 use crate::fs::{FsError, create_dir_all, rename_durably, write_atomic};
-use crate::process::{CommandSpec, ProcessError, output};
+use crate::process::{CommandSpec, ProcessError, ProcessIdentity, output};
 
 mod environment;
 mod error;
@@ -152,7 +152,7 @@ impl Pip {
         remove_stale(dest_dir);
         // Removed with everything in it when dropped.
         let staging = tempfile::Builder::new()
-            .prefix(STAGING_PREFIX)
+            .prefix(&format!("{STAGING_PREFIX}{}-", std::process::id()))
             .tempdir_in(dest_dir)
             .map_err(FsError::at("make a temporary directory in", dest_dir))?;
         let arrived = staging.path().join("files");
@@ -283,8 +283,9 @@ impl Pip {
     }
 }
 
-/// Clears away what a killed process left. A call is bounded far below this
-/// age, so nobody uses such a directory any more.
+/// Clears away what a killed process left: the directory's name says whose it
+/// was. Where another process has that id by now, age decides: a call is
+/// bounded far below it.
 fn remove_stale(dest_dir: &Path) {
     let Ok(entries) = std::fs::read_dir(dest_dir) else {
         return;
@@ -298,8 +299,14 @@ fn remove_stale(dest_dir: &Path) {
             .metadata()
             .and_then(|metadata| metadata.modified())
             .is_ok_and(|modified| modified.elapsed().is_ok_and(|age| age > STALE_AFTER));
+        let name = entry.file_name();
+        let owner = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(STAGING_PREFIX)?.split('-').next())
+            .and_then(|pid| pid.parse::<u32>().ok());
+        let owner_is_dead = owner.is_some_and(|pid| matches!(ProcessIdentity::of(pid), Ok(None)));
         if ours
-            && old
+            && (old || owner_is_dead)
             && let Err(error) = std::fs::remove_dir_all(entry.path())
         {
             tracing::warn!(path = %entry.path().display(), %error, "an abandoned download stays");

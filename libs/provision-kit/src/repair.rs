@@ -138,7 +138,11 @@ impl Sink<'_> {
         })
         .await?;
         let first = comparison.record.get(index);
-        if first != Some((bytes.len() as u64, second)) {
+        if first == Some((bytes.len() as u64, second)) {
+            // Its room is used again.
+            self.pending = bytes;
+            self.pending.clear();
+        } else {
             comparison.differences.push(Difference {
                 index,
                 first: first.map(|(_, digest)| digest),
@@ -146,9 +150,6 @@ impl Sink<'_> {
             });
             comparison.record.add(index, bytes.len() as u64, second);
             replace_chunk(comparison.path, comparison.record, start, bytes).await?;
-        } else {
-            self.pending = bytes;
-            self.pending.clear();
         }
         comparison.step.set(self.position, Some(self.end));
         Ok(())

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use llama_orch_types::{Digest, ProvisioningMode};
 use provision_kit::download::display_url;
+use provision_kit::rate::ByteRate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -120,6 +121,10 @@ pub struct EngineConfig {
     /// Whether a missing cmake or ninja may be installed from PyPI into the cache directory. It
     /// touches nothing of the system.
     pub allow_package_installs: bool,
+    /// The most that downloads of engines may take of the line, in bytes per second (at least
+    /// 1024): a number, or a text such as `10MiB`. pip and git, which fetch sources, know no such
+    /// limit. No limit where absent.
+    pub max_download_rate: Option<ByteRate>,
     /// How many compilers may run at once. Default: one for each CPU core.
     pub jobs: Option<u32>,
 }
@@ -135,6 +140,7 @@ impl Default for EngineConfig {
             accelerator: AcceleratorChoice::Auto,
             require_gpu: false,
             allow_package_installs: true,
+            max_download_rate: None,
             jobs: None,
         }
     }

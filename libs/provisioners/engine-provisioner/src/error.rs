@@ -5,13 +5,13 @@ use std::path::PathBuf;
 
 use llama_orch_types::{Digest, Hinted, PoolId};
 use provision_kit::download::DownloadError;
-use provision_kit::fs::FsError;
+use provision_kit::fs::{FsError, free_space};
 use provision_kit::lock::LockError;
 use provision_kit::pip::PipError;
 use provision_kit::process::ProcessError;
 
 use crate::config::Mode;
-use crate::passing::is_full;
+use crate::passing::{is_about_full_disk, is_full};
 use crate::run::argv::FlagError;
 
 /// How one mode failed.
@@ -197,10 +197,13 @@ pub enum EngineError {
         log: PathBuf,
         tail: Vec<String>,
     },
-    #[error("the engine of pool {pool} was not ready after {seconds} s{}; the last lines of {}:\n{}", of_stranger(*stranger), log.display(), tail.join("\n"))]
+    #[error("the engine of pool {pool} made no progress in loading for {seconds} s and was ended after {after_seconds} s{}; the last lines of {}:\n{}", of_stranger(*stranger), log.display(), tail.join("\n"))]
     LoadTimeout {
         pool: PoolId,
+        /// How long it may go without progress.
         seconds: u64,
+        /// How long it was waited for in all.
+        after_seconds: u64,
         /// The engine's port, if somebody else answers on it.
         stranger: Option<u16>,
         log: PathBuf,
@@ -277,6 +280,14 @@ impl Hinted for EngineError {
                     .into(),
             ),
             Self::SourceFile { .. } => Some("check its path in `provision.source.sources`".into()),
+            Self::Build { log, tail, .. } if tail.iter().any(|line| is_about_full_disk(line)) => {
+                Some(format!(
+                    "the disk of {} is full ({} bytes are free): free some space, or set `cache_dir` \
+                     to a larger one; the build goes on where it stopped",
+                    log.display(),
+                    free_space(log).unwrap_or(0)
+                ))
+            }
             Self::Build { .. } => Some(
                 "read the log; an interrupted or mended build goes on where it stopped".into(),
             ),

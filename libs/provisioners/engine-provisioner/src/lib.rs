@@ -30,6 +30,7 @@ pub use config::{
     PipSource, ReleaseConfig, Source, SourceConfig,
 };
 pub use error::{EngineError, ModeFailure, SourceFailure};
+pub use manifest::check_manifest;
 pub use preflight::{Check, CheckState, Preflight, preflight};
 pub use provide::plan::{Plan, PlannedMode};
 pub use provide::{EngineInstallation, EngineProvisioner};

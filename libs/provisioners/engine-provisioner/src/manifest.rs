@@ -10,7 +10,7 @@
 
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::{fs, io};
 
 use llama_orch_types::Digest;
@@ -192,10 +192,26 @@ impl Manifest {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(FsError::at("read", &path)(error).into()),
         };
-        match serde_json::from_slice(&text) {
+        match Self::parse(&text) {
             Ok(manifest) => Ok(Some(manifest)),
             Err(source) => Err(EngineError::Manifest { path, source }),
         }
+    }
+
+    /// Reads a manifest. One that names files outside its directory is none.
+    fn parse(text: &[u8]) -> Result<Self, serde_json::Error> {
+        let manifest: Self = serde_json::from_slice(text)?;
+        let files = manifest.companions.iter().map(|companion| &companion.path);
+        for path in files.chain([&manifest.binary]) {
+            let inside = |part: Component<'_>| matches!(part, Component::Normal(_));
+            if path.as_os_str().is_empty() || !path.components().all(inside) {
+                return Err(serde::de::Error::custom(format_args!(
+                    "{} lies outside the engine's directory",
+                    path.display()
+                )));
+            }
+        }
+        Ok(manifest)
     }
 
     /// Checks that the binary and what lies with it are still what was installed, and returns the
@@ -217,6 +233,11 @@ impl Manifest {
         }
         Ok(path)
     }
+}
+
+/// Whether these bytes can be read as the manifest of an installed engine.
+pub fn check_manifest(text: &[u8]) -> Result<(), serde_json::Error> {
+    Manifest::parse(text).map(drop)
 }
 
 fn check_file(path: &Path, expected: Digest, stamp: &mut Stamp) -> Result<(), EngineError> {
@@ -250,6 +271,42 @@ mod tests {
             cpu_features: Some("avx".into()),
             environment: Vec::new(),
         }
+    }
+
+    #[test]
+    fn a_manifest_names_no_file_outside_its_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("engine")).unwrap();
+        fs::write(directory.path().join("outside"), "x").unwrap();
+        fs::write(directory.path().join("engine/llama-server"), "x").unwrap();
+        let engine = directory.path().join("engine");
+        let good = Manifest::describe(&engine, "llama-server".into(), recipe(), None).unwrap();
+        let absolute = directory.path().join("outside");
+        for bad in [
+            "../outside",
+            "a/../../outside",
+            "",
+            ".",
+            &absolute.to_string_lossy(),
+        ] {
+            let binary = Manifest {
+                binary: bad.into(),
+                ..good.clone()
+            };
+            let mut companion = good.clone();
+            companion.companions = vec![Companion {
+                path: bad.into(),
+                digest: good.digest,
+                stamp: good.stamp.clone(),
+            }];
+            for manifest in [binary, companion] {
+                let text = serde_json::to_vec(&manifest).unwrap();
+                assert!(check_manifest(&text).is_err(), "{bad}");
+                manifest.write(&engine).unwrap();
+                assert!(Manifest::read(&engine).is_err(), "{bad}");
+            }
+        }
+        check_manifest(&serde_json::to_vec(&good).unwrap()).unwrap();
     }
 
     #[test]

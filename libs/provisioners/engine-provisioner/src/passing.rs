@@ -63,7 +63,7 @@ fn git_may_pass(reason: &str) -> bool {
     !FINAL.iter().any(|sign| reason.contains(sign))
 }
 
-fn is_about_full_disk(line: &str) -> bool {
+pub(crate) fn is_about_full_disk(line: &str) -> bool {
     line.contains("No space left on device") || line.contains("Disk quota exceeded")
 }
 

@@ -8,7 +8,10 @@ use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Component, Path, PathBuf};
 
+use provision_kit::fs::{FsError, free_space};
+
 use crate::error::EngineError;
+use crate::passing::is_full;
 
 /// More than any engine's source or release holds.
 const MAX_ENTRIES: u64 = 200_000;
@@ -17,10 +20,25 @@ const MAX_BYTES: u64 = 8 * 1024 * 1024 * 1024;
 /// Unpacks a `.tar.gz`, `.tar` or `.zip`, told by its first bytes, into a directory that exists.
 /// Blocking.
 pub(crate) fn unpack(archive: &Path, target: &Path) -> Result<(), EngineError> {
-    unpack_inner(archive, target).map_err(|source| EngineError::Unpack {
-        archive: archive.to_owned(),
-        source,
+    unpack_inner(archive, target).map_err(|source| {
+        if is_full(&source) {
+            return EngineError::NoSpace {
+                path: target.to_owned(),
+                needed: space_needed(archive).unwrap_or(0),
+                free: free_space(target).unwrap_or(0),
+            };
+        }
+        EngineError::Unpack {
+            archive: archive.to_owned(),
+            source,
+        }
     })
+}
+
+/// What an archive may take when it is unpacked, in bytes. Programs are packed to a third or so.
+pub(crate) fn space_needed(archive: &Path) -> Result<u64, FsError> {
+    let facts = fs::metadata(archive).map_err(FsError::at("look at", archive))?;
+    Ok(facts.len().saturating_mul(5))
 }
 
 fn unpack_inner(archive: &Path, target: &Path) -> io::Result<()> {
@@ -63,6 +81,32 @@ fn unpack_tar(reader: impl Read, target: &Path) -> io::Result<()> {
         // `unpack_in` checks the path again, against what is on disk, and hard links with it.
         if !stays_inside(&path) || !entry.unpack_in(target)? {
             return Err(refused(&path, "leads out of the archive"));
+        }
+    }
+    check_links(target)
+}
+
+/// Follows every link. A link by way of another may lead out where its words alone do not say so.
+fn check_links(target: &Path) -> io::Result<()> {
+    let root = target.canonicalize()?;
+    let mut waiting = vec![root.clone()];
+    while let Some(directory) = waiting.pop() {
+        for entry in fs::read_dir(directory)? {
+            let entry = entry?;
+            let kind = entry.file_type()?;
+            if kind.is_dir() {
+                waiting.push(entry.path());
+            } else if kind.is_symlink() {
+                // One that leads nowhere leads nowhere else either: nothing more is written.
+                let leads_out = entry
+                    .path()
+                    .canonicalize()
+                    .is_ok_and(|end| !end.starts_with(&root));
+                if leads_out {
+                    fs::remove_file(entry.path())?;
+                    return Err(refused(&entry.path(), "links out of the archive"));
+                }
+            }
         }
     }
     Ok(())
@@ -188,6 +232,7 @@ pub(crate) fn directory_holding(root: &Path, name: &str) -> io::Result<Option<Pa
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use std::io::Write as _;
 
     /// Makes a tar whose names are written as they are, which the library's own writer refuses.
@@ -247,6 +292,57 @@ mod tests {
         }
         let (_directory, result) = unpack_bytes(&tar_with("b/link", Symlink, "../a"));
         result.unwrap();
+    }
+
+    #[test]
+    fn a_link_by_way_of_another_does_not_lead_out() {
+        let entry = |name: &str, kind, link: &str| {
+            let one = tar_with(name, kind, link);
+            one[..512].to_vec()
+        };
+        let mut bytes = entry("d/", tar::EntryType::Directory, "");
+        bytes.extend(entry("d/up", tar::EntryType::Symlink, ".."));
+        bytes.extend(entry("out", tar::EntryType::Symlink, "d/up/.."));
+        bytes.extend(entry("out/evil", tar::EntryType::Regular, ""));
+        bytes.extend([0; 1024]);
+        let (directory, result) = unpack_bytes(&bytes);
+        assert!(result.is_err());
+        assert!(!directory.path().join("evil").exists());
+        // Without anything written through it the link alone is refused, and gone.
+        bytes.truncate(3 * 512);
+        bytes.extend([0; 1024]);
+        let (directory, result) = unpack_bytes(&bytes);
+        assert!(result.is_err());
+        assert!(!directory.path().join("target/out").is_symlink());
+    }
+
+    proptest! {
+        /// Whatever an archive's names and links say, nothing is written outside, and no link of
+        /// one that is accepted leads out.
+        #[test]
+        fn no_archive_writes_outside(
+            entries in prop::collection::vec(
+                ("([ab]|\\.\\.|\\.){1,1}(/([ab]|\\.\\.)){0,3}", 0u8..4, "/?([ab]|\\.\\.)(/([ab]|\\.\\.)){0,3}"),
+                1..8,
+            ),
+        ) {
+            let mut bytes = Vec::new();
+            for (name, kind, link) in &entries {
+                let kind = match kind {
+                    0 => tar::EntryType::Regular,
+                    1 => tar::EntryType::Directory,
+                    2 => tar::EntryType::Symlink,
+                    _ => tar::EntryType::Link,
+                };
+                bytes.extend(&tar_with(name, kind, link)[..512]);
+            }
+            bytes.extend([0; 1024]);
+            let (directory, result) = unpack_bytes(&bytes);
+            prop_assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
+            if result.is_ok() {
+                check_links(&directory.path().join("target")).unwrap();
+            }
+        }
     }
 
     #[test]

@@ -77,6 +77,10 @@ fn some_time_of(most: Duration) -> Duration {
 
 /// Starts the program again and again, kills it at some moment before or shortly after it has come
 /// as far as `is_far`, and waits until nothing of it runs.
+#[allow(
+    clippy::print_stdout,
+    reason = "a measurement for whoever asks with --nocapture"
+)]
 async fn kill_at_random_moments(
     machine: &Machine,
     config: &str,

@@ -330,3 +330,52 @@ async fn an_engine_behind_a_script_is_ended_by_the_next_start() {
     again.0.wait().unwrap();
     until("the new engine ends", || !new.is_alive()).await;
 }
+
+/// Everything that the program says at its most talkative, of a model that the Hub refuses, without
+/// the Hub's token.
+#[test]
+fn the_most_talkative_log_never_says_a_token() {
+    const TOKEN: &str = "hf_FakeTokenOfTheTest0123456789";
+    let machine = Machine::new();
+    let engine = install(&machine.path().join("engine"), &Script::default());
+    let config = write_config(
+        &machine,
+        &format!(
+            "provision:\n  path: {}\nmodel: hf:owner/repo/tiny.gguf",
+            engine.display()
+        ),
+    );
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        use std::io::{Read as _, Write as _};
+        for connection in listener.incoming() {
+            let mut connection = connection.unwrap();
+            let mut request = [0; 8192];
+            let count = connection.read(&mut request).unwrap();
+            let _ = tell.send(String::from_utf8_lossy(&request[..count]).into_owned());
+            let answer =
+                "HTTP/1.1 401 Unauthorized\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+            let _ = connection.write_all(answer.as_bytes());
+        }
+    });
+    let output = program()
+        .arg("--config")
+        .arg(&config)
+        .env("HF_TOKEN", TOKEN)
+        .env("HF_ENDPOINT", address)
+        .env("RUST_LOG", "trace")
+        .output()
+        .unwrap();
+    let said = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(!output.status.success(), "{said}");
+    assert!(told.recv().unwrap().contains(TOKEN), "it was sent");
+    assert!(said.contains("TRACE"), "{said}");
+    let lines: Vec<_> = said.lines().filter(|line| line.contains(TOKEN)).collect();
+    assert!(lines.is_empty(), "{lines:#?}");
+}

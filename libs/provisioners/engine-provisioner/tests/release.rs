@@ -18,7 +18,7 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use futures::StreamExt as _;
-use llama_orch_types::{Digest, ProvisioningMode};
+use llama_orch_types::{Digest, Hinted as _, ProvisioningMode};
 use provision_kit::download::DownloadError;
 use provision_kit::fs::sha256_bytes;
 use provisioners_engine_provisioner::{EngineConfig, EngineError, Mode};
@@ -206,6 +206,32 @@ async fn a_good_archive_is_installed_once() {
         records[0]["origin_digest"],
         server.digest.unwrap().to_string()
     );
+}
+
+#[tokio::test]
+async fn a_cache_that_cannot_be_written_to_serves_its_engine() {
+    let machine = Machine::new();
+    let server = Server::new(archive(ENGINE));
+    let config = config(server.start().await);
+    let provisioner = machine.provisioner();
+    let first = provisioner.ensure(&config).await.unwrap();
+    // Where no lock can be made, by root either.
+    std::fs::remove_dir_all(machine.cache.locks()).unwrap();
+    std::os::unix::fs::symlink("/proc/self", machine.cache.locks()).unwrap();
+    for mode in [Mode::Release, Mode::Cache] {
+        let config = EngineConfig {
+            mode: Some(mode),
+            ..config.clone()
+        };
+        let again = provisioner.ensure(&config).await.unwrap();
+        assert_eq!((&again.binary, again.digest), (&first.binary, first.digest));
+        assert_eq!(again.mode, ProvisioningMode::Cache);
+    }
+    std::fs::remove_dir_all(first.binary.parent().unwrap()).unwrap();
+    let error = provisioner.ensure(&config).await.unwrap_err();
+    assert!(matches!(error, EngineError::Lock(_)), "{error}");
+    assert!(error.hint().unwrap().contains("cache_dir"));
+    assert_eq!(server.requests.load(Ordering::SeqCst), 1);
 }
 
 #[tokio::test]

@@ -12,7 +12,9 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use provision_kit::process::ProcessIdentity;
-use provisioners_engine_provisioner::{EngineError, LaunchSpec, Profile, RunningEngine};
+use provisioners_engine_provisioner::{
+    EngineConfig, EngineError, LaunchSpec, Profile, RunningEngine,
+};
 use support::{LONG, Machine, installation, somebody_runs, until};
 use test_harness_fake_engine::{LoadFailure, Script, grandchild, install, starts};
 
@@ -165,6 +167,47 @@ async fn an_engine_that_never_loads_is_given_up_and_ended() {
         .await
         .unwrap_err();
     assert!(matches!(error, EngineError::LoadTimeout { .. }), "{error}");
+    let path = engine.to_string_lossy().into_owned();
+    until("the engine is killed", || !somebody_runs(&path)).await;
+}
+
+#[tokio::test]
+async fn a_slow_load_that_gets_on_may_take_longer_than_the_limit() {
+    let machine = Machine::new();
+    let real = install(&machine.path().join("real"), &Script::default());
+    let engine = script_engine(
+        machine.path(),
+        &format!(
+            "for step in 1 2 3 4 5 6 7 8; do echo loading $step; sleep 0.5; done; exec {} \"$@\"",
+            real.display()
+        ),
+    );
+    let spec = LaunchSpec {
+        load_timeout: Duration::from_secs(3),
+        ..machine.spec()
+    };
+    let begin = Instant::now();
+    let provisioner = machine.provisioner();
+    let running = provisioner.start(&installation(&engine), spec).await;
+    running.unwrap().stop().await;
+    assert!(begin.elapsed() > Duration::from_secs(3));
+}
+
+#[tokio::test]
+async fn a_stopped_load_is_noticed_and_ended() {
+    let machine = Machine::new();
+    let engine = script_engine(machine.path(), "echo here; kill -STOP $$; sleep 600");
+    let spec = LaunchSpec {
+        load_timeout: Duration::from_secs(1),
+        ..machine.spec()
+    };
+    let provisioner = machine.provisioner();
+    let result = provisioner.start(&installation(&engine), spec).await;
+    let error = result.unwrap_err();
+    assert!(
+        matches!(&error, EngineError::LoadTimeout { seconds: 1, tail, .. } if tail == &["here"]),
+        "{error}"
+    );
     let path = engine.to_string_lossy().into_owned();
     until("the engine is killed", || !somebody_runs(&path)).await;
 }
@@ -472,6 +515,30 @@ async fn an_engine_left_by_a_crash_is_ended_first() {
     let running = start(&machine, &engine).await;
     gone(left).await;
     running.stop().await;
+}
+
+/// Of a pool that is started no more, since no configuration names it.
+#[tokio::test]
+async fn what_a_crash_left_of_a_forgotten_pool_is_cleared() {
+    let machine = Machine::new();
+    let engine = install(&machine.path().join("engine"), &Script::default());
+    let other = Other::start(Command::new("sleep").arg("600"));
+    let left = other.write_pid_file(&machine, |_| {});
+    std::fs::create_dir_all(machine.runtime.engines()).unwrap();
+    let handoff = |pid: u32| format!("{{\"pid\": {pid}}}");
+    let gone_pool = machine.runtime.engines().join("llamacpp-gone.json");
+    let live_pool = machine.runtime.engines().join("llamacpp-live.json");
+    // Above the kernel's largest possible process id.
+    std::fs::write(&gone_pool, handoff(4_194_305)).unwrap();
+    std::fs::write(&live_pool, handoff(std::process::id())).unwrap();
+    let config = EngineConfig {
+        path: Some(engine),
+        ..EngineConfig::default()
+    };
+    machine.provisioner().ensure(&config).await.unwrap();
+    gone(left).await;
+    assert!(!machine.pid_file().exists() && !gone_pool.exists());
+    assert!(live_pool.exists());
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::env;
 
+use provision_kit::rate::ByteRate;
 use provision_kit::secret::Secret;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -26,6 +27,10 @@ pub struct ModelProvisionerConfig {
     /// Attempts in a row that bring nothing before a source is given up.
     #[schemars(range(min = 1))]
     pub attempts: u32,
+    /// The most that model downloads may take of the line, in bytes per second
+    /// (at least 1024): a number, or a text such as `10MiB`. pip, which fetches
+    /// `pip:` models, knows no such limit. No limit where absent.
+    pub max_download_rate: Option<ByteRate>,
     /// Seconds to wait for another process that fetches the same model.
     pub lock_timeout_seconds: u64,
 }
@@ -38,6 +43,7 @@ impl Default for ModelProvisionerConfig {
             profiles: BTreeMap::new(),
             stall_timeout_seconds: 30,
             attempts: 4,
+            max_download_rate: None,
             lock_timeout_seconds: 2 * 60 * 60,
         }
     }
@@ -91,6 +97,7 @@ mod tests {
         let text = "
 verify: required
 max_cache_bytes: 20000000000
+max_download_rate: 10MiB
 profiles:
   tiny:
     digest: sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
@@ -104,6 +111,8 @@ profiles:
         assert_eq!(config.verify, VerifyPolicy::Required);
         assert_eq!(config.profiles["tiny"].sources.len(), 2);
         assert_eq!(config.attempts, 4);
+        let rate = config.max_download_rate.map(ByteRate::bytes_per_second);
+        assert_eq!(rate, Some(10 * 1024 * 1024));
         let again: ModelProvisionerConfig = parse_strict(
             &serde_json::to_string(&config).unwrap(),
             Path::new("c.json"),

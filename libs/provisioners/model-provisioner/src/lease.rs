@@ -5,12 +5,13 @@
 //! with its process, however that ends.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use llama_orch_types::Digest;
 use provision_kit::fs::{FsError, create_dir_all};
+use provision_kit::lock::open_lock_file;
 
 /// The models that this process uses.
 #[derive(Debug)]
@@ -40,7 +41,14 @@ impl Leases {
             return Ok(true);
         }
         let path = self.path(digest);
-        let file = open(&path)?;
+        let file = match open(&path) {
+            Ok(file) => file,
+            // Where no lock can be made nobody can remove a model either.
+            Err(error) => {
+                tracing::debug!(%error, "a model is used without a lease");
+                return Ok(true);
+            }
+        };
         match file.try_lock_shared() {
             Ok(()) => {
                 held.insert(digest, file);
@@ -72,13 +80,7 @@ fn open(path: &Path) -> Result<File, FsError> {
     if let Some(parent) = path.parent() {
         create_dir_all(parent)?;
     }
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(path)
-        .map_err(FsError::at("open", path))
+    open_lock_file(path).map_err(FsError::at("open", path))
 }
 
 #[cfg(test)]

@@ -7,15 +7,16 @@
 //!    └─► sources in order ─► part file ─► digest, header, signature ─► rename ─► record
 //! ```
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use jiff::Timestamp;
 use llama_orch_types::{Digest, ModelMetadata};
 use provision_kit::chain::one_line;
 use provision_kit::dirs::{CacheDirs, RuntimeDirs};
-use provision_kit::lock::FileLock;
+use provision_kit::leftovers;
+use provision_kit::lock::{FileLock, LockError};
 use provision_kit::pip::Pip;
 use provision_kit::progress::{Reporter, Step, StepKind, Unit};
 
@@ -121,6 +122,12 @@ impl ModelProvisioner {
     /// counts as in use from then on.
     pub async fn ensure(&self, reference: &str) -> Result<ModelMetadata, ModelError> {
         let wanted = Wanted::resolve(reference, &self.profiles, self.config.verify)?;
+        let (downloads, locks) = (self.downloads.clone(), self.locks.clone());
+        blocking(move || {
+            clear_leftovers(&downloads, &locks);
+            Ok(())
+        })
+        .await?;
         let description = format!("model {}", wanted.id);
         let mut step = Step::start(
             &self.reporter,
@@ -169,18 +176,18 @@ impl ModelProvisioner {
     }
 
     async fn provide(&self, wanted: &Wanted, step: &mut Step) -> Result<Provided, ModelError> {
-        let lock = self.locks.join(format!("model-{}.lock", wanted.key));
-        let timeout = Duration::from_secs(self.config.lock_timeout_seconds);
-        let held = FileLock::acquire(&lock, timeout, |holder| {
-            let who = holder
-                .pid
-                .map(|pid| format!(" (pid {pid})"))
-                .unwrap_or_default();
-            step.note(format!(
-                "somebody else{who} is providing this model; waiting"
-            ));
-        })
-        .await?;
+        let held = match self.lock(wanted, step).await {
+            Ok(held) => Some(held),
+            // A cache that cannot be written to serves what it holds.
+            Err(error) if error.cannot_be_made() => {
+                tracing::debug!(error = %one_line(&error), "a model is looked for without a lock");
+                if self.use_cached(wanted).await?.is_none() {
+                    return Err(error.into());
+                }
+                None
+            }
+            Err(error) => return Err(error.into()),
+        };
         let provided = match self.use_cached(wanted).await? {
             Some(provided) => {
                 let size = provided.record.stamp.size_bytes;
@@ -201,6 +208,22 @@ impl ModelProvisioner {
             self.enforce_limit(step).await;
         }
         Ok(provided)
+    }
+
+    /// The lock under which this model is provided.
+    async fn lock(&self, wanted: &Wanted, step: &Step) -> Result<FileLock, LockError> {
+        let lock = self.locks.join(format!("model-{}.lock", wanted.key));
+        let timeout = Duration::from_secs(self.config.lock_timeout_seconds);
+        FileLock::acquire(&lock, timeout, |holder| {
+            let who = holder
+                .pid
+                .map(|pid| format!(" (pid {pid})"))
+                .unwrap_or_default();
+            step.note(format!(
+                "somebody else{who} is providing this model; waiting"
+            ));
+        })
+        .await
     }
 
     /// A model that is here already.
@@ -395,6 +418,16 @@ impl ModelProvisioner {
             Err(error) => step.note(format!("old models were not removed: {}", one_line(&error))),
         }
     }
+}
+
+/// Removes downloads that nobody went on with for two weeks.
+fn clear_leftovers(downloads: &Path, locks: &Path) {
+    let now = SystemTime::now();
+    leftovers::clear_downloads(downloads, now, |stem| {
+        stem.starts_with("model-")
+            .then(|| locks.join(format!("{stem}.lock")))
+    });
+    leftovers::clear_staged(downloads, now);
 }
 
 /// A file in place that is the wrong one, as one source among several.

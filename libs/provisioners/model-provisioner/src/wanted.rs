@@ -73,3 +73,57 @@ impl Wanted {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::path::{Component, Path};
+
+    fn hostile() -> impl Strategy<Value = String> {
+        let piece = prop::sample::select(vec![
+            "hf:", "pip:", "file:", "https://", "haiku", "..", ".", "/", "//", "\\", "%2e%2e",
+            "%2f", "@", "==", "a", "b-1", "~", " ", ":", "?", "#", "-", ".gguf", "m.gguf", "é",
+            "\u{202e}",
+        ]);
+        prop::collection::vec(piece, 1..9).prop_map(|pieces| pieces.concat())
+    }
+
+    fn is_inside(path: &str) -> bool {
+        let mut parts = Path::new(path).components();
+        parts.all(|part| matches!(part, Component::Normal(_)))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// Whatever the reference: locks, downloads and records get names of
+        /// digits alone, and what lies inside something stays inside.
+        #[test]
+        fn no_reference_names_a_place_of_ours(text in hostile()) {
+            let profiles = Profiles::new(&std::collections::BTreeMap::new()).unwrap();
+            if let Ok(wanted) = Wanted::resolve(&text, &profiles, VerifyPolicy::WhenKnown) {
+                prop_assert_eq!(wanted.key.len(), 64);
+                prop_assert!(wanted.key.bytes().all(|byte| byte.is_ascii_hexdigit()));
+                for source in wanted.sources {
+                    match source {
+                        ModelRef::Hub { owner, repo, revision, file } => {
+                            for part in [owner, repo, revision.unwrap_or("r".into()), file] {
+                                prop_assert!(is_inside(&part) && !part.is_empty(), "{part}");
+                            }
+                        }
+                        ModelRef::Pip { package, version, member } => {
+                            for part in [package, version, member] {
+                                prop_assert!(is_inside(&part), "{part}");
+                                prop_assert!(!part.starts_with('-') || part.contains('/'), "{part}");
+                            }
+                        }
+                        // Used where it lies, never copied nor written to.
+                        ModelRef::File { .. } | ModelRef::Http { .. } => {}
+                        ModelRef::Profile { name } => prop_assert!(false, "{name}"),
+                    }
+                }
+            }
+        }
+    }
+}

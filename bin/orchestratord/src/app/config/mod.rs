@@ -215,7 +215,9 @@ pub struct PoolConfig {
     #[serde(deserialize_with = "ranged::<_, u32, 1, 16_777_216>")]
     #[schemars(range(min = 1, max = 16_777_216))]
     pub default_max_tokens: u32,
-    /// How long the engine may take to load the model, in seconds (1 to 86400).
+    /// How long the engine may go without progress while it loads the model, in
+    /// seconds (1 to 86400): no line in its log, nothing read, no memory filled.
+    /// A load that gets on may take as long as it takes.
     #[serde(deserialize_with = "ranged::<_, u64, 1, 86_400>")]
     #[schemars(range(min = 1, max = 86_400))]
     pub load_timeout_seconds: u64,
@@ -240,7 +242,7 @@ impl Default for PoolConfig {
             queue_capacity: 64,
             batch_ageing_seconds: 30,
             default_max_tokens: 512,
-            load_timeout_seconds: 600,
+            load_timeout_seconds: 120,
             #[cfg(feature = "provisioning")]
             provision: EngineConfig::default(),
         }

@@ -12,6 +12,7 @@
 mod build;
 mod cache;
 mod git;
+mod leftovers;
 pub(crate) mod plan;
 mod provenance;
 mod release;
@@ -21,7 +22,8 @@ pub(crate) mod tools;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
 
 use llama_orch_types::{Digest, ProvisioningMode};
 use provision_kit::dirs::{CacheDirs, RuntimeDirs};
@@ -34,6 +36,7 @@ use crate::config::{Accelerator, AcceleratorChoice, EngineConfig, Mode};
 use crate::error::{EngineError, ModeFailure, brief, chain};
 use crate::machine::Gpu;
 use crate::manifest::{Manifest, Recipe};
+use crate::run::abandoned;
 use crate::version;
 
 pub(crate) use provenance::record_start;
@@ -64,6 +67,8 @@ pub struct EngineProvisioner {
     pub(crate) cache: CacheDirs,
     pub(crate) runtime: RuntimeDirs,
     pub(crate) reporter: Arc<dyn Reporter>,
+    /// Whether leftovers were looked for.
+    cleared: Arc<AtomicBool>,
 }
 
 impl EngineProvisioner {
@@ -72,6 +77,7 @@ impl EngineProvisioner {
             cache,
             runtime,
             reporter,
+            cleared: Arc::default(),
         }
     }
 
@@ -79,6 +85,7 @@ impl EngineProvisioner {
     /// gives up; what was fetched or built so far is gone on with next time.
     pub async fn ensure(&self, config: &EngineConfig) -> Result<EngineInstallation, EngineError> {
         config.check()?;
+        self.clear_leftovers().await;
         let what = format!("providing llama-server {}", config.version);
         let step = Step::start(
             &self.reporter,
@@ -101,6 +108,16 @@ impl EngineProvisioner {
                 Err(error)
             }
         }
+    }
+
+    /// Clears away what killed processes left here, once in this provisioner's life.
+    async fn clear_leftovers(&self) {
+        if self.cleared.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let cache = self.cache.clone();
+        blocking(move || leftovers::clear(&cache, SystemTime::now())).await;
+        abandoned::clear(&self.cache, &self.runtime).await;
     }
 
     async fn try_modes(
@@ -166,6 +183,21 @@ impl EngineProvisioner {
             ));
         };
         Ok(FileLock::acquire(&lock, MAKE_WAIT, on_wait).await?)
+    }
+
+    /// The lock under which an engine of this recipe is made; or the engine, where it is there and
+    /// no lock can be had because the cache cannot be written to.
+    async fn lock_or_use(&self, recipe: &Recipe, step: &Step) -> Result<Claim, EngineError> {
+        match self.lock_recipe(recipe, step).await {
+            Ok(lock) => Ok(Claim::Locked(lock)),
+            Err(EngineError::Lock(error)) if error.cannot_be_made() => {
+                match cache::open(self.directory_of(recipe)).await? {
+                    Some((installation, _)) => Ok(Claim::Installed(installation)),
+                    None => Err(error.into()),
+                }
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// The lock under which a file of this digest is fetched, used and removed. Engines of several
@@ -235,6 +267,12 @@ impl EngineProvisioner {
         provenance::record_provided(&self.runtime, &installation, Some(&manifest)).await;
         Ok(installation)
     }
+}
+
+/// What [`EngineProvisioner::lock_or_use`] came to.
+enum Claim {
+    Locked(FileLock),
+    Installed(EngineInstallation),
 }
 
 /// Whether what was found out about an installed engine means that it is none any more.

@@ -6,19 +6,20 @@ use std::time::Duration;
 
 use llama_orch_types::Digest;
 use provision_kit::download::{self, Download, DownloadError};
-use provision_kit::fs::{FsError, create_dir_all, remove_file_if_there};
+use provision_kit::fs::{create_dir_all, remove_file_if_there};
 use provision_kit::progress::{Step, StepKind, Unit};
+use provision_kit::rate::RateLimit;
 use serde::Deserialize;
 
 use super::{
-    BINARY, EngineInstallation, EngineProvisioner, blocking, choose_accelerator, fresh_staging,
-    require_space,
+    BINARY, Claim, EngineInstallation, EngineProvisioner, blocking, choose_accelerator,
+    fresh_staging, require_space,
 };
 use crate::config::{Accelerator, AcceleratorChoice, EngineConfig, Mode};
 use crate::error::{EngineError, chain};
 use crate::machine::Gpu;
 use crate::manifest::Recipe;
-use crate::unpack::{directory_holding, unpack};
+use crate::unpack::{directory_holding, space_needed, unpack};
 
 /// A machine without a network is to find that out quickly, and go on to the next mode.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -32,7 +33,10 @@ pub(super) async fn provide(
     step: &Step,
 ) -> Result<EngineInstallation, EngineError> {
     let (archive, recipe) = choose(config, &Gpu::probe().await)?;
-    let _lock = provisioner.lock_recipe(&recipe, step).await?;
+    let _lock = match provisioner.lock_or_use(&recipe, step).await? {
+        Claim::Locked(lock) => lock,
+        Claim::Installed(installation) => return Ok(installation),
+    };
     if let Some(installation) = provisioner.installed(&recipe, step).await? {
         return Ok(installation);
     }
@@ -45,9 +49,14 @@ pub(super) async fn provide(
     let file = fetch(provisioner, config, &client, &archive, digest).await?;
     let staging = fresh_staging(&provisioner.cache.engines(), &recipe).await?;
     let result = unpack_and_install(provisioner, &file, &staging, recipe, digest).await;
-    // Nothing stays of an archive that was installed, and nothing of one that could not be.
+    // Nothing stays of an archive that was installed, and nothing of one that could not be; one
+    // that found no room is good for the next start.
+    let keep = matches!(result, Err(EngineError::NoSpace { .. }));
     let removed = blocking(move || {
-        let removed = super::tools::remove_tree(&staging).and(remove_file_if_there(&file));
+        let mut removed = super::tools::remove_tree(&staging);
+        if !keep {
+            removed = removed.and(remove_file_if_there(&file));
+        }
         drop(download_lock);
         removed
     })
@@ -67,7 +76,7 @@ async fn unpack_and_install(
 ) -> Result<EngineInstallation, EngineError> {
     let (from, to) = (file.to_owned(), staging.to_owned());
     let inner = blocking(move || {
-        require_space(&to, space_to_unpack(&from)?)?;
+        require_space(&to, space_needed(&from)?)?;
         unpack(&from, &to)?;
         let found = directory_holding(&to, BINARY).map_err(|source| EngineError::Unpack {
             archive: from.clone(),
@@ -81,12 +90,6 @@ async fn unpack_and_install(
     .await?;
     // The libraries lie beside the binary, which finds them there.
     provisioner.install(inner, recipe, Some(digest)).await
-}
-
-/// What an archive may take when it is unpacked, in bytes. Programs are packed to a third or so.
-fn space_to_unpack(archive: &Path) -> Result<u64, FsError> {
-    let facts = std::fs::metadata(archive).map_err(FsError::at("look at", archive))?;
-    Ok(facts.len().saturating_mul(5))
 }
 
 /// The archive's name and the recipe of the engine in it.
@@ -245,6 +248,7 @@ async fn fetch(
     let request = Download {
         expected_digest: Some(digest),
         attempts: 3,
+        rate: RateLimit::new(config.max_download_rate),
         ..Download::new(&url, &part)
     };
     let what = format!("fetching {archive}");

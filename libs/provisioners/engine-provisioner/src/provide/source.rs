@@ -16,10 +16,11 @@ use provision_kit::fs::{create_dir_all, remove_file_if_there, rename_durably, sh
 use provision_kit::lock::FileLock;
 use provision_kit::pip::{Pip, PipArtifact};
 use provision_kit::progress::{Step, StepKind, Unit};
+use provision_kit::rate::RateLimit;
 
 use super::build::{self, BuildPlan};
 use super::{
-    BINARY, BUILD_SPACE, EngineInstallation, EngineProvisioner, blocking, cache,
+    BINARY, BUILD_SPACE, Claim, EngineInstallation, EngineProvisioner, blocking, cache,
     choose_accelerator, fresh_staging, git, require_space, tools,
 };
 use crate::config::{Accelerator, ArchiveSource, EngineConfig, Mode, PipSource, Source};
@@ -138,7 +139,10 @@ struct Job<'a> {
 impl Job<'_> {
     async fn run(self, step: &Step) -> Result<EngineInstallation, EngineError> {
         self.check_version()?;
-        let _lock = self.provisioner.lock_recipe(&self.recipe, step).await?;
+        let _lock = match self.provisioner.lock_or_use(&self.recipe, step).await? {
+            Claim::Locked(lock) => lock,
+            Claim::Installed(installation) => return Ok(installation),
+        };
         if let Some(installation) = self.provisioner.installed(&self.recipe, step).await? {
             return Ok(installation);
         }
@@ -310,6 +314,7 @@ impl Job<'_> {
         let part = downloads.join(format!("{}.part", source.digest.hex()));
         let request = Download {
             expected_digest: Some(source.digest),
+            rate: RateLimit::new(self.config.max_download_rate),
             ..Download::new(&source.url, &part)
         };
         let what = format!("fetching {}", self.source);
@@ -329,7 +334,7 @@ impl Job<'_> {
 }
 
 /// Unpacks a file. One that was downloaded comes with its lock, and is removed: whatever became of
-/// it, it is of no further use.
+/// it, it is of no further use, unless there was no room for what is in it.
 async fn unpack_and_remove(
     file: PathBuf,
     target: PathBuf,
@@ -337,7 +342,7 @@ async fn unpack_and_remove(
 ) -> Result<(), EngineError> {
     blocking(move || {
         let unpacked = unpack(&file, &target);
-        if downloaded.is_some() {
+        if downloaded.is_some() && !matches!(unpacked, Err(EngineError::NoSpace { .. })) {
             remove_file_if_there(&file)?;
         }
         unpacked

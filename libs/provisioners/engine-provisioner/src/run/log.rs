@@ -4,6 +4,7 @@
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -25,12 +26,17 @@ const DRAIN: Duration = Duration::from_secs(1);
 
 /// The last lines, shared between the pump and whoever asks.
 #[derive(Debug, Clone, Default)]
-struct Ring(Arc<Mutex<VecDeque<String>>>);
+struct Ring {
+    lines: Arc<Mutex<VecDeque<String>>>,
+    /// How many there ever were.
+    count: Arc<AtomicU64>,
+}
 
 impl Ring {
     fn push(&self, line: String) {
+        self.count.fetch_add(1, Ordering::Relaxed);
         // A panic while the lock is held leaves a list of lines, which is what this is.
-        let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         if lines.len() == RING_LINES {
             lines.pop_front();
         }
@@ -38,7 +44,7 @@ impl Ring {
     }
 
     fn lines(&self) -> Vec<String> {
-        let lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         lines.iter().cloned().collect()
     }
 }
@@ -69,6 +75,11 @@ impl LogPump {
 
     pub(super) fn tail(&self) -> Vec<String> {
         self.ring.lines()
+    }
+
+    /// How many lines the engine has written so far.
+    pub(super) fn lines_read(&self) -> u64 {
+        self.ring.count.load(Ordering::Relaxed)
     }
 
     /// Waits, for a moment, until what the ended engine said has been read.

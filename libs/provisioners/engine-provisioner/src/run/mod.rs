@@ -10,20 +10,24 @@
 //! A [`RunningEngine`] owns the process group, the log pump, the pool's lock and the files. When it
 //! is dropped, or the start is given up, the group is killed and the files go.
 
+pub(crate) mod abandoned;
 pub(crate) mod argv;
 pub(crate) mod environment;
 mod handoff;
+mod load_watch;
 mod log;
 mod pid_file;
 mod port;
 mod ready;
 pub(crate) mod spec;
+mod usage;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use llama_orch_types::{EngineKind, ProvisionedContext};
+use provision_kit::fs::remove_file_if_there;
 use provision_kit::lock::{FileLock, LockError};
 use provision_kit::process::{self, ChildGroup, CommandSpec, ProcessError, ProcessIdentity};
 use provision_kit::progress::{Step, StepKind, Unit};
@@ -177,6 +181,8 @@ impl EngineProvisioner {
         let lock = self.lock_pool(spec).await?;
         let pid_path = self.cache.run().join(format!("{}.pid", spec.pool_id));
         pid_file::clear_leftovers(&spec.pool_id, &pid_path, spec.stop_grace).await?;
+        // A handoff speaks of an engine that runs; the crashed one's does not.
+        remove_file_if_there(&handoff_path(&self.runtime, &spec.pool_id))?;
         for _ in 0..PORT_ATTEMPTS {
             let attempt = self.attempt(installation, spec, &pid_path, step).await?;
             if let Attempt::Ready(ready) = attempt {
@@ -239,7 +245,7 @@ impl EngineProvisioner {
             load_timeout: spec.load_timeout,
         };
         let client = ready::loopback_client()?;
-        match ready::wait_ready(&client, &mut process.group, &waited).await? {
+        match ready::wait_ready(&client, &mut process.group, &process.log, &waited).await? {
             Readiness::Ready => {}
             Readiness::Ended(status) => {
                 process.log.drain().await;
@@ -254,10 +260,11 @@ impl EngineProvisioner {
                     tail,
                 });
             }
-            Readiness::TimedOut { stranger } => {
+            Readiness::TimedOut { after, stranger } => {
                 return Err(EngineError::LoadTimeout {
                     pool: spec.pool_id.clone(),
                     seconds: spec.load_timeout.as_secs(),
+                    after_seconds: after.as_secs(),
                     stranger: stranger.then_some(port),
                     log: log_path,
                     tail: process.log.tail(),

@@ -8,13 +8,20 @@ use provision_kit::process::ChildGroup;
 use reqwest::{Client, StatusCode};
 use serde::Deserialize;
 
+use super::load_watch::{LoadWatch, Sample};
+use super::log::LogPump;
 use super::port::{self, Listener};
+use super::usage;
 use crate::error::EngineError;
 use crate::provide::blocking;
 
 /// The first wait between two looks, and the longest.
 const FIRST_POLL: Duration = Duration::from_millis(5);
 const MAX_POLL: Duration = Duration::from_millis(50);
+/// The longest wait once a load is a long one: each look is work for the engine, too.
+const LONG_POLL: Duration = Duration::from_millis(500);
+/// From when on a load is a long one.
+const LONG_LOAD: Duration = Duration::from_secs(10);
 /// Longest that one answer may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 /// How long a ready engine may take to describe itself.
@@ -26,7 +33,10 @@ pub(super) enum Readiness {
     Ready,
     /// The engine ended.
     Ended(std::process::ExitStatus),
+    /// It made no progress for as long as it may.
     TimedOut {
+        /// How long it was waited for in all.
+        after: Duration,
         /// Somebody who is not the engine answers on its port.
         stranger: bool,
     },
@@ -79,9 +89,11 @@ pub(super) fn loopback_client() -> Result<Client, EngineError> {
 pub(super) async fn wait_ready(
     client: &Client,
     group: &mut ChildGroup,
+    log: &LogPump,
     engine: &Waited<'_>,
 ) -> Result<Readiness, EngineError> {
-    let deadline = Instant::now() + engine.load_timeout;
+    let begin = Instant::now();
+    let mut watch = LoadWatch::new(engine.load_timeout);
     let health = format!("{}/health", engine.url);
     let mut poll = FIRST_POLL;
     loop {
@@ -98,14 +110,30 @@ pub(super) async fn wait_ready(
                 ready
             }
         };
-        if Instant::now() >= deadline {
-            return Ok(Readiness::TimedOut { stranger });
+        let sample = look_at(group.pid(), log).await;
+        let after = begin.elapsed();
+        if watch.is_stuck(after, sample) {
+            return Ok(Readiness::TimedOut { after, stranger });
         }
+        let longest = if after < LONG_LOAD {
+            MAX_POLL
+        } else {
+            LONG_POLL
+        };
         tokio::select! {
             biased;
             status = group.wait() => return Ok(Readiness::Ended(status.map_err(|source| engine.process_error(source))?)),
-            () = tokio::time::sleep(poll) => poll = (poll * 2).min(MAX_POLL),
+            () = tokio::time::sleep(poll) => poll = (poll * 2).min(longest),
         }
+    }
+}
+
+/// What can be seen of the engine and its children.
+async fn look_at(group: u32, log: &LogPump) -> Sample {
+    let usage = blocking(move || usage::of_group(group)).await;
+    Sample {
+        log_lines: log.lines_read(),
+        ..usage
     }
 }
 
@@ -116,6 +144,7 @@ pub(super) struct Waited<'a> {
     pub url: &'a str,
     pub port: u16,
     pub model: &'a Path,
+    /// Longest time without progress.
     pub load_timeout: Duration,
 }
 

@@ -54,7 +54,7 @@ pub struct LaunchSpec {
     pub gpu_layers: Option<u32>,
     /// The user's flags for the engine.
     pub flags: Vec<String>,
-    /// How long the engine may take to load the model.
+    /// Longest time that the engine may go without progress while it loads the model.
     pub load_timeout: Duration,
     /// What the engine gets to end by itself before it is killed.
     pub stop_grace: Duration,
@@ -73,7 +73,7 @@ impl LaunchSpec {
             threads: None,
             gpu_layers: None,
             flags: Vec::new(),
-            load_timeout: Duration::from_mins(5),
+            load_timeout: Duration::from_mins(2),
             stop_grace: Duration::from_secs(5),
         }
     }

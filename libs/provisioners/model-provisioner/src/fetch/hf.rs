@@ -6,17 +6,20 @@
 //! file when a server ignores the range that was asked for, so lengths are
 //! compared before the first byte is kept.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures::StreamExt;
 use hf_hub::repository::download::HFByteStream;
 use hf_hub::{HFClient, HFError};
+use llama_orch_types::Digest;
 use provision_kit::chain::one_line;
-use provision_kit::download::{Fetched, display_url};
+use provision_kit::download::{CHUNK_BYTES, DownloadError, Fetched, display_url};
 use provision_kit::fs::{free_space, remove_file_if_there, write_atomic};
 use provision_kit::part::{PartFile, Sidecar, remove_sidecars, sidecar};
 use provision_kit::progress::Step;
+use provision_kit::repair::{self, Outcome, Patience, Reply, Reread, Sink};
 
 use crate::fetch::{Expected, FetchError, Fetcher, HubProblem};
 use crate::reference::ModelRef;
@@ -37,20 +40,26 @@ pub(super) async fn fetch(
     let mut resumed = false;
     loop {
         let (digest, size) = transfer.run(step, &mut resumed).await?;
-        remove_sidecars(part)?;
         let problem = match (expected.size, expected.digest) {
             (Some(expected), _) if expected != size => FetchError::WrongSize {
                 file: transfer.name.clone(),
                 expected,
                 actual: size,
             },
-            (_, Some(expected)) if expected != digest => FetchError::WrongDigest {
-                file: transfer.name.clone(),
-                expected,
-                actual: digest,
-                size,
-            },
+            (_, Some(expected)) if expected != digest => {
+                let result = transfer.look_again((expected, digest, size), step).await;
+                if result.as_ref().is_err_and(FetchError::retriable) {
+                    // What is here may still be mended by the next start.
+                    return result;
+                }
+                remove_sidecars(part)?;
+                if result.is_err() {
+                    remove_file_if_there(part)?;
+                }
+                return result;
+            }
             _ => {
+                remove_sidecars(part)?;
                 return Ok(Fetched {
                     path: part.to_owned(),
                     digest,
@@ -58,6 +67,7 @@ pub(super) async fn fetch(
                 });
             }
         };
+        remove_sidecars(part)?;
         remove_file_if_there(part)?;
         if !resumed {
             return Err(problem);
@@ -131,13 +141,9 @@ impl<'a> Transfer<'a> {
     }
 
     /// Attempts until the file is whole or hope is gone.
-    async fn run(
-        &self,
-        step: &mut Step,
-        resumed: &mut bool,
-    ) -> Result<(llama_orch_types::Digest, u64), FetchError> {
+    async fn run(&self, step: &mut Step, resumed: &mut bool) -> Result<(Digest, u64), FetchError> {
         let mut total = self.expected.size.or_else(|| self.stored_total());
-        let mut part = PartFile::open(self.part).await?;
+        let mut part = repair::open(self.part, CHUNK_BYTES, &mut Again(self), step).await?;
         if part.size() > 0 && (!self.resumable || total.is_none_or(|total| part.size() > total)) {
             part.restart().await?;
         }
@@ -175,6 +181,45 @@ impl<'a> Transfer<'a> {
                 wait.as_secs_f64()
             ));
             tokio::time::sleep(wait).await;
+        }
+    }
+
+    /// Mends a complete file of a wrong digest, or says what is wrong with it.
+    async fn look_again(
+        &self,
+        (expected, actual, size): (Digest, Digest, u64),
+        step: &mut Step,
+    ) -> Result<Fetched, FetchError> {
+        let wrong = FetchError::WrongDigest {
+            file: self.name.clone(),
+            expected,
+            actual,
+            size,
+        };
+        if self.expected.has_alternative {
+            return Err(wrong);
+        }
+        step.note(format!("{wrong}; looking for what is wrong with it"));
+        let patience = Patience {
+            attempts: self.fetcher.attempts_at(self.expected),
+            pause: self.fetcher.backoff,
+        };
+        let measure = (CHUNK_BYTES, size);
+        let again = &mut Again(self);
+        match repair::second_look(self.part, measure, expected, patience, again, step).await? {
+            Outcome::Mended { size } => Ok(Fetched {
+                path: self.part.to_owned(),
+                digest: expected,
+                size,
+            }),
+            Outcome::Same => Err(wrong),
+            Outcome::Differs { chunks } => Err(DownloadError::Unstable {
+                url: self.name.clone(),
+                expected,
+                chunks,
+                chunk_bytes: CHUNK_BYTES,
+            }
+            .into()),
         }
     }
 
@@ -242,7 +287,10 @@ impl<'a> Transfer<'a> {
         step.set(part.size(), total);
         loop {
             match tokio::time::timeout(self.fetcher.stall_timeout, stream.next()).await {
-                Ok(Some(Ok(bytes))) => part.write(&bytes).await?,
+                Ok(Some(Ok(bytes))) => {
+                    part.write(&bytes).await?;
+                    self.fetcher.rate.pace(bytes.len() as u64).await;
+                }
                 Ok(Some(Err(error))) => return Err(self.hub_error(error)),
                 Ok(None) => break,
                 Err(_) => return Err(self.stalled(part.size())),
@@ -331,6 +379,45 @@ impl<'a> Transfer<'a> {
             problem,
             source,
         }
+    }
+}
+
+/// Parts of the file, for repairs.
+struct Again<'a>(&'a Transfer<'a>);
+
+impl Reread for Again<'_> {
+    type Error = FetchError;
+
+    async fn read(&mut self, range: Range<u64>, sink: &mut Sink<'_>) -> Result<Reply, FetchError> {
+        let transfer = self.0;
+        let wanted = range.end - range.start;
+        let whole = range.start == 0 && !sink.ends_early();
+        let (length, mut stream) = transfer.open((!whole).then_some(range)).await?;
+        // Of a Hub that ignores the range the whole file comes.
+        if !whole && length != Some(wanted) {
+            return Ok(Reply::NoSuchPart);
+        }
+        let mut received = 0;
+        while !sink.is_full() {
+            match tokio::time::timeout(transfer.fetcher.stall_timeout, stream.next()).await {
+                Ok(Some(Ok(bytes))) => {
+                    received += bytes.len() as u64;
+                    sink.take(&bytes).await?;
+                    transfer.fetcher.rate.pace(bytes.len() as u64).await;
+                }
+                Ok(Some(Err(error))) => return Err(transfer.hub_error(error)),
+                Ok(None) => {
+                    let what = format!("the transfer ended after {received} of {wanted} bytes");
+                    return Err(transfer.problem(HubProblem::Unavailable, what));
+                }
+                Err(_) => return Err(transfer.stalled(received)),
+            }
+        }
+        Ok(Reply::Sent)
+    }
+
+    fn may_pass(error: &FetchError) -> bool {
+        error.is_worth_another_request()
     }
 }
 

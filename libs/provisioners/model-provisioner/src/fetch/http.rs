@@ -20,6 +20,9 @@ pub(super) async fn fetch(
         stall_timeout: fetcher.stall_timeout,
         attempts: fetcher.attempts_at(expected),
         backoff: fetcher.backoff,
+        // Another source is as good as a second look.
+        second_look: !expected.has_alternative,
+        rate: fetcher.rate.clone(),
         ..Download::new(url, part)
     };
     Ok(download::fetch(fetcher.client()?, download, step).await?)

@@ -16,9 +16,10 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use llama_orch_types::Digest;
-use provision_kit::download::{Fetched, http_client};
+use provision_kit::download::{DownloadError, Fetched, http_client};
 use provision_kit::pip::Pip;
 use provision_kit::progress::Step;
+use provision_kit::rate::RateLimit;
 
 use crate::config::{HubSettings, ModelProvisionerConfig};
 use crate::reference::ModelRef;
@@ -61,6 +62,7 @@ pub(crate) struct Fetcher {
     pub(crate) stall_timeout: Duration,
     pub(crate) attempts: u32,
     pub(crate) backoff: Duration,
+    pub(crate) rate: RateLimit,
 }
 
 impl Fetcher {
@@ -73,6 +75,7 @@ impl Fetcher {
             stall_timeout: Duration::from_secs(config.stall_timeout_seconds.max(1)),
             attempts: config.attempts.max(1),
             backoff: BACKOFF,
+            rate: RateLimit::new(config.max_download_rate),
         }
     }
 
@@ -97,6 +100,23 @@ impl Fetcher {
     /// Fetches from one source. `part` is where bytes gather; the caller holds
     /// the lock on it.
     pub(crate) async fn fetch(
+        &self,
+        source: &ModelRef,
+        expected: Expected,
+        part: &Path,
+        step: &mut Step,
+    ) -> Result<Obtained, FetchError> {
+        let fetched = self.fetch_by_kind(source, expected, part, step).await;
+        fetched.map_err(|error| match error {
+            // A full disk, in figures.
+            FetchError::File(error) if error.is_no_space() => {
+                DownloadError::from(error).with_free_space(part).into()
+            }
+            other => other,
+        })
+    }
+
+    async fn fetch_by_kind(
         &self,
         source: &ModelRef,
         expected: Expected,

@@ -17,7 +17,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use reader::{HeaderReader, Scalar};
+use reader::{HeaderReader, MAX_HEADER, Scalar};
 
 /// Longest text that is kept, in bytes: chat templates can be long.
 const MAX_TEXT: u64 = 1024 * 1024;
@@ -80,7 +80,11 @@ pub fn read_file(path: &Path) -> Result<GgufFacts, GgufError> {
 /// Reads a header from the start of `input`, which belongs to a file of
 /// `size` bytes.
 pub fn read(input: impl Read, size: u64) -> Result<GgufFacts, GgufError> {
-    let mut reader = HeaderReader::new(input, size);
+    read_within(input, size, MAX_HEADER)
+}
+
+fn read_within(input: impl Read, size: u64, limit: u64) -> Result<GgufFacts, GgufError> {
+    let mut reader = HeaderReader::new(input, size, limit);
     check_magic(&mut reader)?;
     let tensors = reader.u64()?;
     let pairs = reader.u64()?;

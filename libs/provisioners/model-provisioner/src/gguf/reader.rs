@@ -7,6 +7,10 @@ use super::GgufError;
 /// Longest key or tensor name. The format allows 65,535 bytes.
 const MAX_KEY: u64 = 65_535;
 
+/// Longest header. Vocabularies of a million words take a tenth of it; a file
+/// of nothing, made large, would otherwise be read to its end.
+pub(super) const MAX_HEADER: u64 = 512 * 1024 * 1024;
+
 /// Arrays within arrays within …: nobody goes deeper than this.
 const MAX_DEPTH: u32 = 4;
 
@@ -24,14 +28,17 @@ pub(super) struct HeaderReader<R> {
     position: u64,
     /// The file's length: nothing lies beyond.
     size: u64,
+    /// What the header may take.
+    limit: u64,
 }
 
 impl<R: Read> HeaderReader<R> {
-    pub(super) fn new(input: R, size: u64) -> Self {
+    pub(super) fn new(input: R, size: u64, limit: u64) -> Self {
         Self {
             input,
             position: 0,
             size,
+            limit,
         }
     }
 
@@ -169,6 +176,9 @@ impl<R: Read> HeaderReader<R> {
         let cut = GgufError::HeaderCut { size: self.size };
         match self.position.checked_add(length) {
             Some(position) if position <= self.size => {
+                if position > self.limit {
+                    return Err(GgufError::Malformed("it has no end within reason"));
+                }
                 self.position = position;
                 Ok(())
             }

@@ -131,6 +131,32 @@ fn an_overlong_template_is_left_out() {
     assert_eq!(facts.architecture.as_deref(), Some("llama"));
 }
 
+#[test]
+fn a_header_without_end_is_given_up() {
+    // As many pairs and tensors as can be named, each of nothing: a sparse
+    // file of any size looks so.
+    let head: Vec<u8> = [&b"GGUF\x03\0\0\0"[..], &[0xff; 16]].concat();
+    for byte in [0, 1, 9] {
+        let endless = head.chain(io::repeat(byte));
+        let error = read_within(endless, u64::MAX, 1 << 20).unwrap_err();
+        assert!(matches!(error, GgufError::Malformed(_)), "{byte}: {error}");
+    }
+}
+
+#[test]
+fn no_claimed_length_is_believed() {
+    let bytes = Gguf::tiny().bytes();
+    // Whatever length, count or size stands there: nothing is allocated for it.
+    for at in 8..bytes.len() - 8 {
+        for claim in [1 << 40, u64::MAX / 2, u64::MAX] {
+            let mut bytes = bytes.clone();
+            bytes[at..at + 8].copy_from_slice(&claim.to_le_bytes());
+            let _ = parse(&bytes);
+            let _ = read(&bytes[..], u64::MAX);
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn random_bytes_are_answered(bytes in prop::collection::vec(any::<u8>(), 0..300), size: u64) {

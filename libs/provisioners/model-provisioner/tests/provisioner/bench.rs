@@ -155,6 +155,8 @@ pub(crate) enum Behaviour {
     Honest,
     CutAfter(usize),
     IgnoreRange,
+    /// The byte at this place of the file is wrong.
+    Flip(usize),
     Status(u16),
     /// Sends the client back to where it came from.
     Circle,
@@ -266,6 +268,10 @@ async fn answer(State(server): State<Arc<Server>>, request: Request) -> Response
             .unwrap();
     }
     let range = header("range").filter(|_| behaviour != Behaviour::IgnoreRange);
+    let mut content = server.content.clone();
+    if let Behaviour::Flip(at) = behaviour {
+        content[at] ^= 0x10;
+    }
     let bytes = match range {
         Some(range) => {
             let (start, end) = range["bytes=".len()..].split_once('-').unwrap();
@@ -275,9 +281,9 @@ async fn answer(State(server): State<Arc<Server>>, request: Request) -> Response
                 "content-range",
                 format!("bytes {start}-{}/{total}", end - 1),
             );
-            server.content[start..end].to_vec()
+            content[start..end].to_vec()
         }
-        None => server.content.clone(),
+        None => content,
     };
     let length = match behaviour {
         Behaviour::Huge => 1_000_000_000_000_000_000,

