@@ -2,6 +2,12 @@
 //! real process; clients speak over plain sockets, so that they can say
 //! anything.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test that cannot go on fails, and says what it measured"
+)]
+
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -18,6 +24,8 @@ use support::Daemon;
 #[derive(Debug, Clone, Copy)]
 struct Footprint {
     resident_kib: u64,
+    /// The most that was ever resident.
+    peak_kib: u64,
     descriptors: usize,
 }
 
@@ -25,10 +33,14 @@ impl Footprint {
     fn of(daemon: &Daemon) -> Self {
         let proc = format!("/proc/{}", daemon.pid());
         let status = std::fs::read_to_string(format!("{proc}/status")).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS:"));
-        let resident = line.unwrap().split_whitespace().nth(1).unwrap();
+        let kib = |name: &str| -> u64 {
+            let line = status.lines().find(|line| line.starts_with(name));
+            let number = line.unwrap().split_whitespace().nth(1);
+            number.unwrap().parse().unwrap()
+        };
         Self {
-            resident_kib: resident.parse().unwrap(),
+            resident_kib: kib("VmRSS:"),
+            peak_kib: kib("VmHWM:"),
             descriptors: std::fs::read_dir(format!("{proc}/fd")).unwrap().count(),
         }
     }

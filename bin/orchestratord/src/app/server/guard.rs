@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use futures::task::AtomicWaker;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -31,16 +32,21 @@ const IDLE: u64 = 2;
 /// request, or idle after one. Every change gives another number, so that a
 /// timer knows whether it is for what is now. One task uses it, hence no locks.
 #[derive(Debug, Default)]
-pub(super) struct Stage(AtomicU64);
+pub(super) struct Stage {
+    number: AtomicU64,
+    /// Whoever waits for bytes while a request is answered. hyper does not ask
+    /// again when the answer is complete, so it is woken to start the timer.
+    waiting: AtomicWaker,
+}
 
 impl Stage {
     fn now(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        self.number.load(Ordering::Relaxed)
     }
 
     fn change(&self, to: u64) {
         let next = (self.now() >> 2).wrapping_add(1) << 2;
-        self.0.store(next | to, Ordering::Relaxed);
+        self.number.store(next | to, Ordering::Relaxed);
     }
 
     /// The connection is busy until what is returned is dropped.
@@ -57,6 +63,7 @@ pub(super) struct Busy(Arc<Stage>);
 impl Drop for Busy {
     fn drop(&mut self) {
         self.0.change(IDLE);
+        self.0.waiting.wake();
     }
 }
 
@@ -109,6 +116,7 @@ impl Guard {
 
     fn poll_reading_timer(&mut self, context: &mut Context<'_>) -> Poll<io::Error> {
         let Some(timer) = self.reading_timer() else {
+            self.stage.waiting.register(context.waker());
             return Poll::Pending;
         };
         ready!(timer.poll(context));
@@ -140,8 +148,10 @@ impl Guard {
         if written.is_ready() {
             self.writing = None;
             // Somebody who still takes an answer is not idle.
-            if self.stage.now() & 3 == IDLE {
-                self.reading = None;
+            if self.stage.now() & 3 == IDLE
+                && let Some((_, timer)) = &mut self.reading
+            {
+                timer.as_mut().reset(Instant::now() + self.idle);
             }
             return written;
         }
