@@ -295,6 +295,12 @@ async fn a_daemon_without_descriptors_waits_and_goes_on() {
                 .then_some(())
         })
         .await;
+    // A loop that tries without a pause would take all of this second.
+    let worked = || Footprint::of(&daemon).ticks;
+    let worked_before = worked();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let worked = worked() - worked_before;
+    assert!(worked < 30, "{worked} ticks of 10 ms");
     drop(open);
     until_descriptors_are_back(&daemon, before).await;
     a_task_completes(&daemon).await;

@@ -27,6 +27,8 @@ struct Footprint {
     /// The most that was ever resident.
     peak_kib: u64,
     descriptors: usize,
+    /// Processor time, in ticks of 10 ms.
+    ticks: u64,
 }
 
 impl Footprint {
@@ -38,7 +40,11 @@ impl Footprint {
             let number = line.unwrap().split_whitespace().nth(1);
             number.unwrap().parse().unwrap()
         };
+        let stat = std::fs::read_to_string(format!("{proc}/stat")).unwrap();
+        let (_, after_name) = stat.rsplit_once(')').unwrap();
+        let times = after_name.split_whitespace().skip(11).take(2);
         Self {
+            ticks: times.map(|time| time.parse::<u64>().unwrap()).sum(),
             resident_kib: kib("VmRSS:"),
             peak_kib: kib("VmHWM:"),
             descriptors: std::fs::read_dir(format!("{proc}/fd")).unwrap().count(),

@@ -31,6 +31,7 @@ use hyper::server::conn::http1;
 use hyper::service::Service;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use metrics::{counter, gauge};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -40,6 +41,7 @@ pub use self::body::BodyTimeout;
 use self::body::{TimedBody, Tracked};
 use self::guard::{Guard, Stage};
 use super::config::Limits;
+use crate::services::telemetry::{CONNECTIONS, TURNED_AWAY};
 
 /// What is kept for a client that does not read, besides one batch of events.
 const WRITE_BUFFER: usize = 32 * 1024;
@@ -154,7 +156,10 @@ impl Front {
     fn admit(self: &Arc<Self>, connections: &mut JoinSet<()>, stream: TcpStream, peer: SocketAddr) {
         if let Ok(permit) = Arc::clone(&self.open).try_acquire_owned() {
             connections.spawn(Arc::clone(self).converse(stream, peer, permit));
-        } else if let Ok(permit) = Arc::clone(&self.refusals).try_acquire_owned() {
+            return;
+        }
+        counter!(TURNED_AWAY).increment(1);
+        if let Ok(permit) = Arc::clone(&self.refusals).try_acquire_owned() {
             connections.spawn(async move {
                 refusal::turn_away(stream, peer).await;
                 drop(permit);
@@ -166,8 +171,9 @@ impl Front {
         self: Arc<Self>,
         stream: TcpStream,
         peer: SocketAddr,
-        _open: OwnedSemaphorePermit,
+        open: OwnedSemaphorePermit,
     ) {
+        let _counted = Counted::new(open);
         tune(&stream, &self.limits);
         let stage = Arc::new(Stage::default());
         let guard = Guard::new(stream, Arc::clone(&stage), &self.limits);
@@ -198,6 +204,23 @@ impl Front {
             let reason = provision_kit::chain::one_line(&error);
             tracing::debug!(%peer, reason, "a connection broke");
         }
+    }
+}
+
+/// A connection's place among those that may be open.
+#[derive(Debug)]
+struct Counted(OwnedSemaphorePermit);
+
+impl Counted {
+    fn new(open: OwnedSemaphorePermit) -> Self {
+        gauge!(CONNECTIONS).increment(1.0);
+        Self(open)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        gauge!(CONNECTIONS).decrement(self.0.num_permits() as f64);
     }
 }
 
