@@ -253,8 +253,11 @@ impl Service<Request<Incoming>> for Requests {
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         let busy = self.stage.begin_request();
         let limits = &self.front.limits;
-        let mut request =
-            request.map(|body| Body::new(TimedBody::new(body, limits.body_stall(), limits.body())));
+        let mut request = request.map(|body| {
+            let stage = Arc::clone(&self.stage);
+            let (stall, whole) = (limits.body_stall(), limits.body());
+            Body::new(TimedBody::new(body, stage, stall, whole))
+        });
         request.extensions_mut().insert(self.peer);
         let answer = self.front.service.call(request);
         Box::pin(async move { Ok(answer.await?.map(|body| Tracked::new(body, busy))) })
