@@ -2,6 +2,13 @@
 //! same functions. A find of a long run is kept as a file there, and so held
 //! here for good.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "a test that cannot go on fails"
+)]
+
 #[path = "../../../fuzz/src/harness.rs"]
 #[allow(unreachable_pub, reason = "a library for the fuzz targets")]
 mod harness;

@@ -85,6 +85,7 @@ pub async fn correlate(
             .hint
             .take()
             .map(|hint| without_token(&hint, token).into_owned());
+        let method = without_token(method.as_str(), token);
         log_error(&method, &without_token(&path, token), &id, &error);
         let body = error_parts(response.headers_mut(), error, &id);
         *response.body_mut() = Body::from(body);
@@ -96,16 +97,16 @@ pub async fn correlate(
     response
 }
 
-fn log_error(method: &axum::http::Method, path: &str, id: &str, error: &ApiError) {
+fn log_error(method: &str, path: &str, id: &str, error: &ApiError) {
     let (status, code, message) = (
         error.status.as_u16(),
         error.failure.code,
         &error.failure.message,
     );
     if error.status.is_server_error() {
-        tracing::warn!(%method, path, correlation_id = id, status, %code, reason = ?message, "request failed");
+        tracing::warn!(method, path, correlation_id = id, status, %code, reason = ?message, "request failed");
     } else {
-        tracing::debug!(%method, path, correlation_id = id, status, %code, reason = ?message, "request refused");
+        tracing::debug!(method, path, correlation_id = id, status, %code, reason = ?message, "request refused");
     }
 }
 

@@ -26,3 +26,36 @@ pub async fn caught(request: Request, next: Next) -> Response {
         ApiError::from(Failure::internal("the request could not be handled")).into_response()
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::Router;
+    use axum::body::Body;
+    use axum::http::StatusCode;
+    use axum::middleware::from_fn;
+    use axum::routing::get;
+    use hyper::service::Service;
+    use hyper_util::service::TowerToHyperService;
+
+    #[tokio::test]
+    async fn a_handler_that_panics_is_answered() {
+        async fn faulty() -> &'static str {
+            panic!("never mind")
+        }
+        let routes = Router::new()
+            .route("/faulty", get(faulty))
+            .route("/well", get(async || "well"))
+            .layer(from_fn(caught));
+        let service = TowerToHyperService::new(routes);
+        let ask = async |path: &str| {
+            let request = Request::builder().uri(path).body(Body::empty()).unwrap();
+            service.call(request).await.unwrap()
+        };
+        let mut answer = ask("/faulty").await;
+        assert_eq!(answer.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        let error: ApiError = answer.extensions_mut().remove().unwrap();
+        assert!(!error.failure.message.contains("never mind"));
+        assert_eq!(ask("/well").await.status(), StatusCode::OK);
+    }
+}

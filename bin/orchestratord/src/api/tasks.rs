@@ -324,6 +324,7 @@ fn unix_seconds(time: SystemTime) -> u64 {
         (status = 200, description = "`started`, then `token`s (and `metrics`), then `end` or `error`", body = String, content_type = "text/event-stream"),
         (status = 400, body = ErrorBody),
         (status = 404, body = ErrorBody),
+        (status = 429, description = "The client has as many streams open as it may", body = ErrorBody),
     )
 )]
 pub async fn events(

@@ -268,6 +268,24 @@ pub struct Cursor {
 /// makes us render at once.
 const BATCH: usize = 256;
 
+/// One event more at the most; it is what a reader who takes nothing makes us
+/// keep.
+const BATCH_BYTES: usize = 16 * 1024;
+
+/// Where the batch that begins at `from` ends. It is never empty.
+fn batch_end(events: &[TaskEvent], from: usize) -> usize {
+    let mut bytes = 0;
+    let batch = events[from..].iter().take(BATCH).take_while(|event| {
+        let fits = bytes < BATCH_BYTES;
+        bytes += match event {
+            TaskEvent::Token(token) => token.t.len(),
+            _ => 0,
+        };
+        fits
+    });
+    from + batch.count()
+}
+
 impl Cursor {
     /// All events that are there and unread, with their ids, up to a bound;
     /// waits for one if there is none. `None` once the log is closed and read
@@ -280,7 +298,7 @@ impl Cursor {
             {
                 let events = self.log.lock();
                 if self.next < events.len() {
-                    let end = events.len().min(self.next + BATCH);
+                    let end = batch_end(&events, self.next);
                     let batch = events[self.next..end]
                         .iter()
                         .cloned()
@@ -348,6 +366,18 @@ mod tests {
         let all = reader.await.unwrap();
         assert_eq!(all.len(), 1001);
         assert!(all.iter().map(|(id, _)| *id).eq(1..=1001));
+    }
+
+    #[test]
+    fn a_batch_is_bounded_in_events_and_in_bytes() {
+        let short: Vec<_> = (0..300).map(token).collect();
+        assert_eq!(batch_end(&short, 0), BATCH);
+        assert_eq!(batch_end(&short, 256), 300);
+        let long = TaskEvent::Token(Token {
+            t: "x".repeat(BATCH_BYTES),
+            i: 0,
+        });
+        assert_eq!(batch_end(&[long.clone(), long], 0), 1);
     }
 
     #[tokio::test]

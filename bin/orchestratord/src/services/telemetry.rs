@@ -15,6 +15,8 @@ pub const QUEUE_WAIT: &str = "orchestratord_queue_wait_seconds";
 pub const FIRST_TOKEN: &str = "orchestratord_time_to_first_token_seconds";
 pub const SERVICE_TIME: &str = "orchestratord_service_time_seconds";
 pub const CANCEL_FREED: &str = "orchestratord_cancel_to_free_seconds";
+pub const CONNECTIONS: &str = "orchestratord_connections";
+pub const TURNED_AWAY: &str = "orchestratord_connections_turned_away_total";
 pub const READY_AFTER: &str = "orchestratord_pool_ready_after_seconds";
 
 /// Bucket bounds in seconds: from a cached first token to a long build.
@@ -41,6 +43,11 @@ pub fn describe() {
     );
     describe_counter!(TOKENS_IN, "Prompt tokens of completed tasks, by pool");
     describe_counter!(TOKENS_OUT, "Generated tokens of completed tasks, by pool");
+    describe_gauge!(CONNECTIONS, "Open connections of clients");
+    describe_counter!(
+        TURNED_AWAY,
+        "Connections turned away, since `limits.connections` were open"
+    );
     describe_histogram!(
         QUEUE_WAIT,
         Unit::Seconds,

@@ -170,7 +170,13 @@ const BODIES: &[&str] = &[
 
 /// A request that nobody would send by accident.
 pub(crate) fn request(dice: &mut Dice, routes: &[Route], tasks: &[String]) -> Request {
-    let route = &routes[dice.below(routes.len())];
+    let route = if dice.once_in(5) {
+        // What takes a body has the most to get wrong.
+        routes.iter().find(|route| route.path == "/v2/tasks")
+    } else {
+        None
+    };
+    let route = route.unwrap_or(&routes[dice.below(routes.len())]);
     let mut lawful = true;
     let method = if dice.once_in(3) {
         dice.pick(METHODS)
@@ -236,7 +242,8 @@ fn target(dice: &mut Dice, template: &str, tasks: &[String]) -> Vec<u8> {
         0 if !tasks.is_empty() => tasks[dice.below(tasks.len())].clone(),
         1 => {
             let bytes = dice.bytes(24);
-            bytes.iter().map(|byte| format!("%{byte:02x}")).collect()
+            let escapes: Vec<String> = bytes.iter().map(|byte| format!("%{byte:02x}")).collect();
+            escapes.concat()
         }
         2 if dice.once_in(4) => "a".repeat(dice.below(20_000)),
         _ => dice.pick(IDS).to_owned(),

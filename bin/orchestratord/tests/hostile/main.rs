@@ -2,6 +2,12 @@
 //! real process; clients speak over plain sockets, so that they can say
 //! anything.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test that cannot go on fails, and says what it measured"
+)]
+
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -18,17 +24,29 @@ use support::Daemon;
 #[derive(Debug, Clone, Copy)]
 struct Footprint {
     resident_kib: u64,
+    /// The most that was ever resident.
+    peak_kib: u64,
     descriptors: usize,
+    /// Processor time, in ticks of 10 ms.
+    ticks: u64,
 }
 
 impl Footprint {
     fn of(daemon: &Daemon) -> Self {
         let proc = format!("/proc/{}", daemon.pid());
         let status = std::fs::read_to_string(format!("{proc}/status")).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS:"));
-        let resident = line.unwrap().split_whitespace().nth(1).unwrap();
+        let kib = |name: &str| -> u64 {
+            let line = status.lines().find(|line| line.starts_with(name));
+            let number = line.unwrap().split_whitespace().nth(1);
+            number.unwrap().parse().unwrap()
+        };
+        let stat = std::fs::read_to_string(format!("{proc}/stat")).unwrap();
+        let (_, after_name) = stat.rsplit_once(')').unwrap();
+        let times = after_name.split_whitespace().skip(11).take(2);
         Self {
-            resident_kib: resident.parse().unwrap(),
+            ticks: times.map(|time| time.parse::<u64>().unwrap()).sum(),
+            resident_kib: kib("VmRSS:"),
+            peak_kib: kib("VmHWM:"),
             descriptors: std::fs::read_dir(format!("{proc}/fd")).unwrap().count(),
         }
     }

@@ -8,102 +8,60 @@ use crate::support::Setup;
 const TOKEN: &str = "s3cret-T0ken-0123456789";
 const WRONG: &str = "wr0ng-T0ken-9876543210";
 
+/// Request lines, headers and bodies; `{T}` stands for the token, `{W}` for a
+/// wrong one.
+const REQUESTS: &[&str] = &[
+    "GET /v2/pools?token={T} HTTP/1.1\r\n\r\n",
+    "GET /v2/pools?token={T} HTTP/1.1\r\nAuthorization: Bearer {T}\r\n\r\n",
+    "GET /v2/pools/{T} HTTP/1.1\r\nAuthorization: Bearer {T}\r\n\r\n",
+    "GET /{T}/x HTTP/1.1\r\nAuthorization: Bearer {T}\r\n\r\n",
+    "GET /v2/tasks/{T} HTTP/1.1\r\nAuthorization: Bearer {W}\r\n\r\n",
+    "GET /v2/tasks/{T} HTTP/1.1\r\nAuthorization: Bearer {T}\r\n\r\n",
+    "GET /v2/tasks/a/events?{T} HTTP/1.1\r\nAuthorization: Bearer {T}\r\n\r\n",
+    "DELETE /v2/tasks/{T} HTTP/1.1\r\nAuthorization: Bearer {T}\r\n\r\n",
+    "{T} /v2/tasks HTTP/1.1\r\nAuthorization: Bearer {T}\r\n\r\n",
+    "GET /v2/pools HTTP/1.1\r\nAuthorization: {T}\r\n\r\n",
+    "GET /v2/pools HTTP/1.1\r\nAuthorization: Bearer {T}{T}\r\n\r\n",
+    "GET /v2/pools HTTP/1.1\r\nAuthorization: Bearer {W}\r\n\r\n",
+    "GET /v2/pools HTTP/1.1\r\nAuthorization: Bearer {T}\r\nAuthorization: Bearer {W}\r\n\r\n",
+    "GET /v2/pools HTTP/1.1\r\nX-Correlation-Id: {T}\r\n\r\n",
+    "GET http://{T}@localhost/v2/pools HTTP/1.1\r\n\r\n",
+    "GET /v2/pools HTTP/1.1{T}\r\nAuthorization: Bearer {T}\r\n\r\n",
+    "GET /v2/pools HTTP/1.1\r\n{T}\r\n\r\n",
+    "POST /v2/tasks HTTP/1.1\r\nAuthorization: Bearer {T}\r\nContent-Length: 49\r\n\r\n{\"prompt\": \"a\", \"pool_id\": \"{T}\"}",
+    "POST /v2/tasks HTTP/1.1\r\nAuthorization: Bearer {T}\r\nContent-Length: 31\r\n\r\n{\"{T}\": 1}",
+];
+
+fn filled(request: &str) -> Vec<u8> {
+    let request = request.replace("{T}", TOKEN).replace("{W}", WRONG);
+    request.into_bytes()
+}
+
 #[tokio::test]
 async fn no_log_line_and_no_answer_shows_the_token() {
     let daemon = Setup::new(&Script::default())
         .env("ORCHD_TOKEN", TOKEN)
         .env("RUST_LOG", "trace")
+        .top("limits", serde_json::json!({ "body_stall_seconds": 1 }))
         .start();
     let mut answers = String::new();
-    for (line, header) in [
-        (
-            format!("GET /v2/pools?token={TOKEN} HTTP/1.1"),
-            String::new(),
-        ),
-        (
-            format!("GET /v2/pools?token={TOKEN} HTTP/1.1"),
-            format!("Authorization: Bearer {TOKEN}"),
-        ),
-        (
-            format!("GET /v2/pools/{TOKEN} HTTP/1.1"),
-            format!("Authorization: Bearer {TOKEN}"),
-        ),
-        (
-            format!("GET /{TOKEN}/x HTTP/1.1"),
-            format!("Authorization: Bearer {TOKEN}"),
-        ),
-        (
-            format!("GET /v2/tasks/{TOKEN} HTTP/1.1"),
-            format!("Authorization: Bearer {WRONG}"),
-        ),
-        (
-            format!("GET /v2/tasks/a/events?{TOKEN} HTTP/1.1"),
-            format!("Authorization: Bearer {TOKEN}"),
-        ),
-        (
-            format!("DELETE /v2/tasks/{TOKEN} HTTP/1.1"),
-            format!("Authorization: Bearer {TOKEN}"),
-        ),
-        (
-            "GET /v2/pools HTTP/1.1".to_owned(),
-            format!("Authorization: {TOKEN}"),
-        ),
-        (
-            "GET /v2/pools HTTP/1.1".to_owned(),
-            format!("Authorization: Bearer {TOKEN}{TOKEN}"),
-        ),
-        (
-            "GET /v2/pools HTTP/1.1".to_owned(),
-            format!("Authorization: Bearer {WRONG}"),
-        ),
-        (
-            "GET /v2/pools HTTP/1.1".to_owned(),
-            format!("Authorization: Bearer {TOKEN}\r\nAuthorization: Bearer {WRONG}"),
-        ),
-        (
-            "GET /v2/pools HTTP/1.1".to_owned(),
-            format!("X-Correlation-Id: {TOKEN}"),
-        ),
-        (
-            format!("GET http://{TOKEN}@localhost/v2/pools HTTP/1.1"),
-            String::new(),
-        ),
-        (
-            format!("GET /v2/pools HTTP/1.1{TOKEN}"),
-            format!("Authorization: Bearer {TOKEN}"),
-        ),
-        (
-            format!(
-                "POST /v2/tasks HTTP/1.1\r\nContent-Length: {}",
-                TOKEN.len() + 15
-            ),
-            format!("Authorization: Bearer {TOKEN}\r\n\r\n{{\"pool_id\": \"{TOKEN}\""),
-        ),
-        (
-            format!(
-                "POST /v2/tasks HTTP/1.1\r\nContent-Length: {}",
-                TOKEN.len() + 8
-            ),
-            format!("Authorization: Bearer {TOKEN}\r\n\r\n{{\"{TOKEN}\": 1}}"),
-        ),
-    ] {
-        let answer = ask(
-            &daemon.url,
-            format!("{line}\r\n{header}\r\n\r\n").as_bytes(),
-        );
+    for request in REQUESTS {
+        let answer = ask(&daemon.url, &filled(request));
         answers.push_str(&answer.head);
         answers.push_str(&String::from_utf8_lossy(&answer.body));
     }
     let mut broken = Raw::connect(&daemon.url);
-    broken.send(format!("POST /v2/tasks HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 99\r\n\r\n{TOKEN}").as_bytes());
+    broken.send(&filled(
+        "POST /v2/tasks HTTP/1.1\r\nAuthorization: Bearer {T}\r\nContent-Length: 99\r\n\r\n{T}",
+    ));
     drop(broken);
     // What is logged of a request is logged before its answer; this one is the
     // last, so all of it has arrived when its line has.
-    let marked = "GET /nothing HTTP/1.1\r\nX-Correlation-Id: the-last-one\r\nAuthorization: Bearer";
-    ask(&daemon.url, format!("{marked} {TOKEN}\r\n\r\n").as_bytes());
+    let last = "GET /x HTTP/1.1\r\nX-Correlation-Id: the-last\r\nAuthorization: Bearer {T}\r\n\r\n";
+    ask(&daemon.url, &filled(last));
     daemon
         .until("the log is whole", async || {
-            daemon.log().contains("the-last-one").then_some(())
+            daemon.log().contains("the-last").then_some(())
         })
         .await;
     let log = daemon.log();

@@ -50,6 +50,7 @@ fn every_complaint_names_file_line_and_key() {
         ("pools:\n  a:\n    engine: vllm\n", ":3", "vllm"),
         ("pools:\n  a:\n    model: haikuu\n", ":3", "haikuu"),
         ("pools:\n  a:\n    flags: [--port, '1']\n", ":3", "--port"),
+        ("limits:\n  connections: 7\n", ":2", "out of range"),
         ("listen: somewhere\n", ":1", "somewhere"),
         ("drain_seconds: soon\n", ":1", "drain_seconds"),
         ("# why not\nlisten: 0.0.0.0:8080\n", ":2", "listen"),

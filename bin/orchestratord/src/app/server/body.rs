@@ -2,6 +2,7 @@
 //! what the connection waits for before its next request.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use axum::body::{Body, Bytes};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::guard::Busy;
+use super::guard::{Busy, Stage};
 
 /// A request's body that did not come in time.
 #[derive(Debug, Clone, Copy, thiserror::Error)]
@@ -33,22 +34,32 @@ pub(super) enum BodyError {
 #[derive(Debug)]
 pub(super) struct TimedBody {
     inner: Incoming,
+    stage: Arc<Stage>,
     stall: Duration,
     whole: Duration,
     /// When the body must be complete.
     complete_by: Option<Instant>,
     /// Runs while nothing comes.
     waiting: Option<Pin<Box<Sleep>>>,
+    /// It was read to its end.
+    ended: bool,
 }
 
 impl TimedBody {
-    pub(super) fn new(inner: Incoming, stall: Duration, whole: Duration) -> Self {
+    pub(super) fn new(
+        inner: Incoming,
+        stage: Arc<Stage>,
+        stall: Duration,
+        whole: Duration,
+    ) -> Self {
         Self {
             inner,
+            stage,
             stall,
             whole,
             complete_by: None,
             waiting: None,
+            ended: false,
         }
     }
 }
@@ -66,6 +77,7 @@ impl HttpBody for TimedBody {
         let complete_by = *self.complete_by.get_or_insert(now + whole);
         if let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(context) {
             self.waiting = None;
+            self.ended |= frame.is_none();
             if now >= complete_by && frame.is_some() {
                 return Poll::Ready(Some(Err(BodyError::Timeout(BodyTimeout::TooSlow(whole)))));
             }
@@ -90,6 +102,14 @@ impl HttpBody for TimedBody {
 
     fn size_hint(&self) -> SizeHint {
         self.inner.size_hint()
+    }
+}
+
+impl Drop for TimedBody {
+    fn drop(&mut self) {
+        if !self.ended && !self.inner.is_end_stream() {
+            self.stage.leave_unread();
+        }
     }
 }
 

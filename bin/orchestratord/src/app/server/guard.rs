@@ -6,22 +6,30 @@
 //! be taken within a time whenever something is to be sent; a client that never
 //! reads, and one that is gone without a word, is disconnected by that.
 //!
+//! A connection that is closed before the client has sent all that it meant to
+//! is closed gently: what still comes is thrown away for a moment, since bytes
+//! left unread would make the kernel take the answer back.
+//!
 //! The guard also puts hyper's own answers to what is no HTTP into our shape:
 //! they pass here, and nothing else knows of them.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use futures::task::AtomicWaker;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::refusal;
 use crate::app::config::Limits;
+
+/// How long a connection is closed gently at the most.
+const LINGER: Duration = Duration::from_secs(2);
 
 const HEAD: u64 = 0;
 const BUSY: u64 = 1;
@@ -31,16 +39,27 @@ const IDLE: u64 = 2;
 /// request, or idle after one. Every change gives another number, so that a
 /// timer knows whether it is for what is now. One task uses it, hence no locks.
 #[derive(Debug, Default)]
-pub(super) struct Stage(AtomicU64);
+pub(super) struct Stage {
+    number: AtomicU64,
+    /// Whoever waits for bytes while a request is answered. hyper does not ask
+    /// again when the answer is complete, so it is woken to start the timer.
+    waiting: AtomicWaker,
+    /// The client may still be sending what nobody will read.
+    unread: AtomicBool,
+}
 
 impl Stage {
     fn now(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        self.number.load(Ordering::Relaxed)
     }
 
     fn change(&self, to: u64) {
         let next = (self.now() >> 2).wrapping_add(1) << 2;
-        self.0.store(next | to, Ordering::Relaxed);
+        self.number.store(next | to, Ordering::Relaxed);
+    }
+
+    pub(super) fn leave_unread(&self) {
+        self.unread.store(true, Ordering::Relaxed);
     }
 
     /// The connection is busy until what is returned is dropped.
@@ -57,6 +76,7 @@ pub(super) struct Busy(Arc<Stage>);
 impl Drop for Busy {
     fn drop(&mut self) {
         self.0.change(IDLE);
+        self.0.waiting.wake();
     }
 }
 
@@ -75,6 +95,8 @@ pub(super) struct Guard {
     begun: bool,
     /// What is sent instead of hyper's own refusal, and how much of it was.
     refusal: Option<(Vec<u8>, usize)>,
+    /// Runs while the connection is being closed gently.
+    closing: Option<Pin<Box<Sleep>>>,
 }
 
 impl Guard {
@@ -89,6 +111,27 @@ impl Guard {
             writing: None,
             begun: false,
             refusal: None,
+            closing: None,
+        }
+    }
+
+    /// Throws away what still comes, until the client closes its end or the
+    /// time is over.
+    fn poll_linger(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let timer = self
+            .closing
+            .get_or_insert_with(|| Box::pin(sleep_until(Instant::now() + LINGER)));
+        // First, or a client that never stops would keep it from its turn.
+        if timer.as_mut().poll(context).is_ready() {
+            return Poll::Ready(());
+        }
+        let mut sink = [0; 8 * 1024];
+        loop {
+            let mut buffer = ReadBuf::new(&mut sink);
+            match ready!(Pin::new(&mut self.stream).poll_read(context, &mut buffer)) {
+                Ok(()) if !buffer.filled().is_empty() => {}
+                Ok(()) | Err(_) => return Poll::Ready(()),
+            }
         }
     }
 
@@ -109,6 +152,7 @@ impl Guard {
 
     fn poll_reading_timer(&mut self, context: &mut Context<'_>) -> Poll<io::Error> {
         let Some(timer) = self.reading_timer() else {
+            self.stage.waiting.register(context.waker());
             return Poll::Pending;
         };
         ready!(timer.poll(context));
@@ -140,8 +184,10 @@ impl Guard {
         if written.is_ready() {
             self.writing = None;
             // Somebody who still takes an answer is not idle.
-            if self.stage.now() & 3 == IDLE {
-                self.reading = None;
+            if self.stage.now() & 3 == IDLE
+                && let Some((_, timer)) = &mut self.reading
+            {
+                timer.as_mut().reset(Instant::now() + self.idle);
             }
             return written;
         }
@@ -163,6 +209,7 @@ impl Guard {
                 *sent += count;
                 if *sent == bytes.len() {
                     self.refusal = None;
+                    self.stage.leave_unread();
                 }
             }
             ready!(self.timed(context, written))?;
@@ -234,6 +281,12 @@ impl AsyncWrite for Guard {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+        if self.closing.is_none() {
+            ready!(Pin::new(&mut self.stream).poll_shutdown(context))?;
+        }
+        if self.stage.unread.load(Ordering::Relaxed) {
+            ready!(self.poll_linger(context));
+        }
+        Poll::Ready(Ok(()))
     }
 }

@@ -31,6 +31,7 @@ use hyper::server::conn::http1;
 use hyper::service::Service;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use metrics::{counter, gauge};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -40,6 +41,7 @@ pub use self::body::BodyTimeout;
 use self::body::{TimedBody, Tracked};
 use self::guard::{Guard, Stage};
 use super::config::Limits;
+use crate::services::telemetry::{CONNECTIONS, TURNED_AWAY};
 
 /// What is kept for a client that does not read, besides one batch of events.
 const WRITE_BUFFER: usize = 32 * 1024;
@@ -154,7 +156,10 @@ impl Front {
     fn admit(self: &Arc<Self>, connections: &mut JoinSet<()>, stream: TcpStream, peer: SocketAddr) {
         if let Ok(permit) = Arc::clone(&self.open).try_acquire_owned() {
             connections.spawn(Arc::clone(self).converse(stream, peer, permit));
-        } else if let Ok(permit) = Arc::clone(&self.refusals).try_acquire_owned() {
+            return;
+        }
+        counter!(TURNED_AWAY).increment(1);
+        if let Ok(permit) = Arc::clone(&self.refusals).try_acquire_owned() {
             connections.spawn(async move {
                 refusal::turn_away(stream, peer).await;
                 drop(permit);
@@ -166,8 +171,9 @@ impl Front {
         self: Arc<Self>,
         stream: TcpStream,
         peer: SocketAddr,
-        _open: OwnedSemaphorePermit,
+        open: OwnedSemaphorePermit,
     ) {
+        let _counted = Counted::new(open);
         tune(&stream, &self.limits);
         let stage = Arc::new(Stage::default());
         let guard = Guard::new(stream, Arc::clone(&stage), &self.limits);
@@ -201,15 +207,33 @@ impl Front {
     }
 }
 
+/// A connection's place among those that may be open.
+#[derive(Debug)]
+struct Counted(OwnedSemaphorePermit);
+
+impl Counted {
+    fn new(open: OwnedSemaphorePermit) -> Self {
+        gauge!(CONNECTIONS).increment(1.0);
+        Self(open)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        gauge!(CONNECTIONS).decrement(self.0.num_permits() as f64);
+    }
+}
+
 /// Nothing here is needed for an answer, so that a failure is passed over.
 fn tune(stream: &TcpStream, limits: &Limits) {
     // Tokens are small and must not wait for each other.
     let _ = stream.set_nodelay(true);
     let socket = socket2::SockRef::from(stream);
     let _ = socket.set_send_buffer_size(SEND_BUFFER);
-    // Ends the connection to a machine that is gone.
+    // Ends the connection to a machine that is gone while its buffer has room.
+    // Twice the time, so that where both would strike the guard says why.
     #[cfg(target_os = "linux")]
-    let _ = socket.set_tcp_user_timeout(Some(limits.reader_stall()));
+    let _ = socket.set_tcp_user_timeout(Some(limits.reader_stall() * 2));
     let _ = socket.set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(limits.idle()));
 }
 
@@ -229,8 +253,11 @@ impl Service<Request<Incoming>> for Requests {
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         let busy = self.stage.begin_request();
         let limits = &self.front.limits;
-        let mut request =
-            request.map(|body| Body::new(TimedBody::new(body, limits.body_stall(), limits.body())));
+        let mut request = request.map(|body| {
+            let stage = Arc::clone(&self.stage);
+            let (stall, whole) = (limits.body_stall(), limits.body());
+            Body::new(TimedBody::new(body, stage, stall, whole))
+        });
         request.extensions_mut().insert(self.peer);
         let answer = self.front.service.call(request);
         Box::pin(async move { Ok(answer.await?.map(|body| Tracked::new(body, busy))) })
