@@ -1,9 +1,12 @@
 //! The configuration is changed while the daemon runs.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod support;
 
 use std::process::{Output, Stdio};
 
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use support::{Daemon, Setup, id, is_alive, output, shape, text};
@@ -226,7 +229,6 @@ async fn a_wrong_file_changes_nothing_at_all() {
         assert!(stderr.contains("hint: did you mean `slots`?"), "{stderr}");
     }
     daemon.signal(Signal::SIGHUP);
-    // Answered after the signal was heeded: both go to the same place.
     let refused = daemon.post("/v2/admin/reload", json!({})).await;
     assert_eq!(refused.status(), 400);
     let error = refused.json::<Value>().await.unwrap();
@@ -357,6 +359,9 @@ fn without_a_daemon_the_command_says_where_it_looked() {
 async fn a_hangup_of_a_terminal_that_was_closed_stops_the_daemon() {
     let setup = Setup::new(&Script::default());
     let terminal = nix::pty::openpty(None, None).unwrap();
+    // Ours alone: held by the daemon it would never be closed.
+    let close_on_exec = FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC);
+    fcntl(&terminal.master, close_on_exec).unwrap();
     let mut child = setup
         .command(&["serve"])
         .stdin(terminal.slave)

@@ -466,6 +466,7 @@ async fn metrics_and_the_description_cover_what_happened() {
     [
       "/health",
       "/metrics",
+      "/v2/admin/reload",
       "/v2/catalog/models",
       "/v2/meta/capabilities",
       "/v2/pools",

@@ -129,9 +129,12 @@ impl Failure {
     }
 
     pub fn shutting_down(pool: &PoolId) -> Self {
-        Self::new(ErrorCode::PoolUnavailable, "the daemon is shutting down")
-            .retriable()
-            .in_pool(pool)
+        Self::new(
+            ErrorCode::PoolUnavailable,
+            format!("pool {pool} is shutting down"),
+        )
+        .retriable()
+        .in_pool(pool)
     }
 
     pub fn internal(message: impl Into<String>) -> Self {

@@ -247,6 +247,21 @@ impl Default for PoolConfig {
     }
 }
 
+impl PoolConfig {
+    /// Whether an engine of this configuration is one of the other: they
+    /// differ at most in what concerns the queue and the engine's watchers.
+    pub fn same_engine(&self, other: &Self) -> bool {
+        let like_other = Self {
+            queue_capacity: other.queue_capacity,
+            batch_ageing_seconds: other.batch_ageing_seconds,
+            default_max_tokens: other.default_max_tokens,
+            load_timeout_seconds: other.load_timeout_seconds,
+            ..self.clone()
+        };
+        like_other == *other
+    }
+}
+
 #[cfg(feature = "provisioning")]
 impl PoolConfig {
     /// A launch of a model that does not exist, to see whether the flags fit

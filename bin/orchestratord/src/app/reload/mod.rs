@@ -32,7 +32,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-pub use self::report::{ChangeKind, PoolReport, Progress, ReloadReport, ReloadState};
+pub use self::report::{ChangeKind, PoolProgress, PoolReport, ReloadReport, ReloadStage};
 use super::bootstrap::{Plan, STOP_LIMIT, StartError};
 use super::config::difference::{Difference, PoolChange};
 use super::config::{Config, Loaded, PoolConfig, Source, Token};
@@ -296,7 +296,7 @@ impl Reloader {
             .check(plan.token.is_some(), plan.real_only)
             .map_err(|error| unusable(&StartError::Setup(error)))?;
         let mut report = ReloadReport::of(&difference, &self.config, &config);
-        report.state = ReloadState::Planned;
+        report.state = ReloadStage::Planned;
         report.token_changed = plan.token != *self.state.token.get();
         let file = in_force.origin.map(|(path, _)| path);
         report.config = file.as_ref().map(|path| path.display().to_string());
@@ -323,13 +323,16 @@ impl Reloader {
         for (id, change) in examined.difference.pools {
             match change {
                 PoolChange::Added(pool) => added.push((id, pool)),
-                PoolChange::Changed(pool, _) => {
-                    inbox.note(&id, Progress::Working, None);
-                    let outcome = self.adjust(&id, &pool).await;
-                    inbox.note_outcome(&id, outcome);
-                }
                 PoolChange::Removed => ending.push(self.end(id, None, inbox)),
-                PoolChange::Reloaded(pool, _) => ending.push(self.end(id, Some(pool), inbox)),
+                PoolChange::Changed(pool, _) | PoolChange::Reloaded(pool, _) => {
+                    if old.pools.get(&id).is_some_and(|old| can_take(old, &pool)) {
+                        inbox.note(&id, PoolProgress::Working, None);
+                        let outcome = self.adjust(&id, &pool).await;
+                        inbox.note_outcome(&id, outcome);
+                    } else {
+                        ending.push(self.end(id, Some(pool), inbox));
+                    }
+                }
             }
         }
         while let Some((id, next)) = inbox.refusing(ending.next()).await {
@@ -339,17 +342,17 @@ impl Reloader {
                 self.bring_up(id, &pool, aim, inbox);
             } else {
                 self.show(|pools| drop(pools.remove(&id)));
-                inbox.note(&id, Progress::Done, None);
+                inbox.note(&id, PoolProgress::Done, None);
             }
         }
         for (id, pool) in added {
-            inbox.note(&id, Progress::Working, None);
+            inbox.note(&id, PoolProgress::Working, None);
             self.bring_up(id, &pool, Aim::New, inbox);
         }
         self.finish_if_settled(inbox);
     }
 
-    /// Changes what a pool's running engine does not notice.
+    /// Gives a pool new settings.
     async fn adjust(&mut self, id: &PoolId, pool: &PoolConfig) -> Result<(), Failure> {
         match self.pools.get(id) {
             Some(live) => live.handle.apply(pool.clone()).await,
@@ -365,7 +368,7 @@ impl Reloader {
         next: Option<PoolConfig>,
         inbox: &Inbox,
     ) -> impl Future<Output = (PoolId, Option<PoolConfig>)> + use<> {
-        inbox.note(&id, Progress::Working, None);
+        inbox.note(&id, PoolProgress::Working, None);
         let (live, drain) = (self.pools.remove(&id), self.config.drain());
         async move {
             let gone = match live {
@@ -393,7 +396,7 @@ impl Reloader {
             Err(error) => {
                 self.show(|pools| drop(pools.remove(&id)));
                 self.config.pools.remove(&id);
-                inbox.note(&id, Progress::Failed, Some(failure_of(&error)));
+                inbox.note(&id, PoolProgress::Failed, Some(failure_of(&error)));
             }
         }
     }
@@ -402,9 +405,9 @@ impl Reloader {
     async fn settle(&mut self, (id, outcome): Settled, inbox: &mut Inbox) {
         match (outcome, self.aims.remove(&id)) {
             (Ok(()), Some(Aim::Back(failure))) => {
-                inbox.note(&id, Progress::RolledBack, Some(failure));
+                inbox.note(&id, PoolProgress::RolledBack, Some(failure));
             }
-            (Ok(()), _) => inbox.note(&id, Progress::Done, None),
+            (Ok(()), _) => inbox.note(&id, PoolProgress::Done, None),
             (Err(failure), Some(Aim::Other(before))) => {
                 tracing::error!(pool = %id, "the old settings come back: {}", failure.message);
                 let ending = self.end(id, None, inbox);
@@ -412,7 +415,7 @@ impl Reloader {
                 self.config.pools.insert(id.clone(), (*before).clone());
                 self.bring_up(id, &before, Aim::Back(failure), inbox);
             }
-            (Err(failure), _) => inbox.note(&id, Progress::Failed, Some(failure)),
+            (Err(failure), _) => inbox.note(&id, PoolProgress::Failed, Some(failure)),
         }
         self.finish_if_settled(inbox);
     }
@@ -437,7 +440,7 @@ impl Inbox {
     fn begin(&self, report: &ReloadReport) -> ReloadReport {
         let begun = ReloadReport {
             id: self.report.borrow().id + 1,
-            state: ReloadState::Running,
+            state: ReloadStage::Running,
             ..report.clone()
         };
         tracing::info!(reload = begun.id, "the configuration is read again");
@@ -448,35 +451,35 @@ impl Inbox {
         for pool in &mut done.pools {
             // There is nothing to do for it.
             if pool.change == ChangeKind::Unchanged {
-                pool.state = Progress::Done;
+                pool.state = PoolProgress::Done;
             }
         }
         self.report.send_replace(done.clone());
         done
     }
 
-    fn note(&self, pool: &PoolId, state: Progress, error: Option<Failure>) {
+    fn note(&self, pool: &PoolId, state: PoolProgress, error: Option<Failure>) {
         self.report
             .send_modify(|report| report.note(pool, state, error));
     }
 
     fn note_outcome(&self, pool: &PoolId, outcome: Result<(), Failure>) {
         match outcome {
-            Ok(()) => self.note(pool, Progress::Done, None),
-            Err(failure) => self.note(pool, Progress::Failed, Some(failure)),
+            Ok(()) => self.note(pool, PoolProgress::Done, None),
+            Err(failure) => self.note(pool, PoolProgress::Failed, Some(failure)),
         }
     }
 
     fn is_running(&self) -> bool {
-        self.report.borrow().state == ReloadState::Running
+        self.report.borrow().state == ReloadStage::Running
     }
 
     fn finish(&self) {
         self.report.send_modify(|report| {
             report.state = if report.has_failed() {
-                ReloadState::Failed
+                ReloadStage::Failed
             } else {
-                ReloadState::Done
+                ReloadStage::Done
             };
         });
         let report = self.report.borrow().clone();
@@ -500,6 +503,12 @@ impl Inbox {
             }
         }
     }
+}
+
+/// Whether a pool can be given new settings while it lives. Otherwise it makes
+/// way for a pool that is started with them.
+fn can_take(old: &PoolConfig, new: &PoolConfig) -> bool {
+    old.same_engine(new)
 }
 
 /// Waits until a pool is ready, or is said not to become it.
