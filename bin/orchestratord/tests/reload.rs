@@ -277,6 +277,33 @@ async fn a_pool_whose_new_engine_fails_goes_back_to_what_it_was() {
 }
 
 #[tokio::test]
+async fn a_file_that_was_corrected_need_not_wait_for_the_wrong_engine() {
+    let daemon = with_pools(&Script::default(), &["a", "b"]).await;
+    let untouched = pid(&daemon.until_ready("b").await);
+    let slow = Script {
+        load_ms: 3_600_000,
+        ..Script::default()
+    };
+    let right = daemon.engine_dir().join("llama-server");
+    let wrong = install(&daemon.runtime_dir().join("slow"), &slow);
+    daemon.rewrite_config(|config| config["pools"]["a"]["provision"]["path"] = json!(wrong));
+    let begun = daemon.post("/v2/admin/reload", json!({})).await;
+    assert_eq!(begun.status(), 202);
+    daemon
+        .until("the wrong engine loads", async || {
+            let pool = daemon.get_json("/v2/pools/a").await;
+            (pool["state"] == "starting").then_some(())
+        })
+        .await;
+    daemon.rewrite_config(|config| config["pools"]["a"]["provision"]["path"] = json!(right));
+    let output = daemon.beside(&["reload"]);
+    assert!(output.status.success(), "{}", said(&output).1);
+    assert_eq!(daemon.get_json("/v2/pools/a").await["state"], "ready");
+    assert_eq!(daemon.get_json("/v2/admin/reload").await["id"], 2);
+    assert_eq!(pid(&daemon.until_ready("b").await), untouched);
+}
+
+#[tokio::test]
 async fn the_token_changes_at_once_and_so_does_who_may_ask() {
     let setup = Setup::new(&Script::default());
     let file = setup.engine_dir().join("token");

@@ -62,6 +62,8 @@ enum ReloadError {
     Refused { url: String },
     #[error("the daemon at {url} answered with {status} and not as this version does")]
     Unknown { url: String, status: StatusCode },
+    #[error("reload {id} began meanwhile, and tells how it goes on")]
+    Overtaken { id: u64 },
     #[error("{}", .0.message)]
     Failure(Box<Failure>),
 }
@@ -80,6 +82,7 @@ impl Hinted for ReloadError {
                 env::TOKEN
             )),
             Self::Unknown { .. } => None,
+            Self::Overtaken { .. } => Some("GET /v2/admin/reload has its report".to_owned()),
             Self::Failure(failure) => failure.hint.clone(),
         }
     }
@@ -214,8 +217,7 @@ impl Daemon {
             tokio::time::sleep(LOOK_EVERY).await;
             let now: ReloadReport = self.ask(Method::GET, None).await?;
             if now.id != id {
-                report::aside("another reload has taken the place of this one");
-                return Ok(last);
+                return Err(ReloadError::Overtaken { id: now.id });
             }
             last = now;
         }
