@@ -206,7 +206,10 @@ pub fn start(plan: Plan) -> Result<App, StartError> {
     let pools: BTreeMap<PoolId, PoolHandle> = config
         .pools
         .iter()
-        .map(|(id, pool)| (id.clone(), start_pool(id, pool, &host, &plan.reporter)))
+        .map(|(id, pool)| {
+            let handle = start_pool(id, pool, config.drain(), &host, &plan.reporter);
+            (id.clone(), handle)
+        })
         .collect();
     let state = Arc::new(AppState {
         tasks: TaskRegistry::new(Retention {
@@ -257,18 +260,11 @@ fn model_provisioner(
 fn start_pool(
     id: &PoolId,
     config: &PoolConfig,
+    drain: Duration,
     host: &AdapterHost,
     reporter: &Arc<dyn Reporter>,
 ) -> PoolHandle {
-    let settings = PoolSettings {
-        id: id.clone(),
-        engine: config.engine,
-        model: config.model.clone(),
-        slots: config.slots,
-        queue_capacity: usize::try_from(config.queue_capacity).unwrap_or(usize::MAX),
-        batch_ageing: Duration::from_secs(config.batch_ageing_seconds),
-        default_max_tokens: config.default_max_tokens,
-    };
+    let settings = PoolSettings::new(id.clone(), Arc::new(config.clone()), drain);
     PoolHandle::start(
         settings,
         host.clone(),
@@ -306,8 +302,7 @@ impl App {
         {
             // The pool's own board takes the progress, so that it shows where it belongs.
             let models = model_provisioner(config, dirs, handle.board().clone())?;
-            let supervisor =
-                crate::provisioning::Supervisor::new(handle, host, pool, models, dirs, stop);
+            let supervisor = crate::provisioning::Supervisor::new(handle, host, models, dirs, stop);
             self.supervisors.spawn(supervisor.run());
         }
         #[cfg(not(feature = "provisioning"))]
@@ -391,15 +386,26 @@ async fn sweep(state: Arc<AppState>, stop: CancellationToken) {
 #[cfg(not(feature = "provisioning"))]
 async fn no_engine(pool: PoolHandle, stop: CancellationToken) {
     use crate::services::event_log::Failure;
+    use crate::services::pool::{Change, Wanted};
     let failure = Failure::new(
         llama_orch_types::ErrorCode::PoolUnavailable,
         "this build of orchestratord provisions no engine",
     )
     .with_hint("use a build with the feature `provisioning`, which is on by default");
-    pool.change(crate::services::pool::Change::Failed {
-        failure,
-        exited: false,
-    })
-    .await;
-    stop.cancelled().await;
+    let mut orders = pool.orders();
+    loop {
+        let wanted = orders.borrow_and_update().wanted.clone();
+        let change = match wanted {
+            Wanted::Start { .. } => Change::NotStarted {
+                failure: failure.clone(),
+                log: Vec::new(),
+            },
+            _ => Change::Stopped,
+        };
+        pool.change(change).await;
+        tokio::select! {
+            changed = orders.changed() => if changed.is_err() { return },
+            () = stop.cancelled() => return,
+        }
+    }
 }

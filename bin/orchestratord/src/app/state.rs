@@ -66,9 +66,10 @@ impl AppState {
                     let served: Vec<_> = self
                         .pools
                         .values()
-                        .map(|pool| pool.settings().model.as_str())
+                        .map(|pool| pool.settings().model.clone())
                         .collect();
-                    let hint = match provision_kit::config::nearest(model, served.iter().copied()) {
+                    let names = served.iter().map(String::as_str);
+                    let hint = match provision_kit::config::nearest(model, names) {
                         Some(nearest) => format!("did you mean `{nearest}`?"),
                         None => format!("the models are: {}", served.join(", ")),
                     };

@@ -103,6 +103,12 @@ impl<T> AdmissionQueue<T> {
         self.capacity
     }
 
+    /// Changes the limits. Tasks beyond a smaller capacity stay.
+    pub fn set_limits(&mut self, capacity: usize, ageing: Duration) {
+        self.capacity = capacity;
+        self.ageing = ageing;
+    }
+
     /// Whether one more task may come in.
     pub fn check_room(&self) -> Result<(), QueueFull> {
         if self.len() < self.capacity {
