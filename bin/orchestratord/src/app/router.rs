@@ -44,6 +44,9 @@ fn described_routes() -> OpenApiRouter<Arc<AppState>> {
         .routes(routes!(pools::list))
         .routes(routes!(pools::show))
         .routes(routes!(pools::health))
+        .routes(routes!(pools::drain))
+        .routes(routes!(pools::resume))
+        .routes(routes!(pools::reload))
         .routes(routes!(meta::capabilities))
         .routes(routes!(catalog::models))
 }
