@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::error::{ApiError, ErrorBody};
+use super::pools::parse;
 use crate::app::reload::ReloadReport;
 use crate::app::state::AppState;
 
@@ -40,12 +41,7 @@ pub async fn reload(
     State(state): State<Arc<AppState>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<ReloadReport>), ApiError> {
-    let body = body?;
-    let request = if body.is_empty() {
-        AdminReload::default()
-    } else {
-        serde_json::from_slice(&body).map_err(|error| ApiError::invalid(error.to_string()))?
-    };
+    let request: AdminReload = parse(&body?)?;
     let report = state.reloads.reload(request.dry_run).await?;
     let status = if request.dry_run {
         StatusCode::OK

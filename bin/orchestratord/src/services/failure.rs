@@ -137,6 +137,23 @@ impl Failure {
         .in_pool(pool)
     }
 
+    pub fn drained(pool: &PoolId) -> Self {
+        Self::new(ErrorCode::PoolUnready, "the pool is being drained, or is")
+            .with_hint("POST /v2/pools/{id}/resume lets it take tasks again")
+            .retriable()
+            .in_pool(pool)
+    }
+
+    /// For a task that its engine, which another replaces, did not finish in time.
+    pub fn engine_replaced(pool: &PoolId) -> Self {
+        Self::new(
+            ErrorCode::WorkerReset,
+            "the engine is being replaced, and the task's time on it is up",
+        )
+        .retriable()
+        .in_pool(pool)
+    }
+
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(ErrorCode::Internal, message).with_hint(
             "this is a fault of orchestratord; its log tells more under the correlation id",

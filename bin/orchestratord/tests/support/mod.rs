@@ -230,6 +230,11 @@ impl Daemon {
         self.setup.engine_dir()
     }
 
+    /// The model that the pool serves unless the test says otherwise.
+    pub(crate) fn model(&self) -> PathBuf {
+        self.setup.dir.path().join("tiny.gguf")
+    }
+
     pub(crate) fn handoff(&self) -> PathBuf {
         self.runtime_dir().join("engines/llamacpp.json")
     }

@@ -112,13 +112,6 @@ impl Inbox {
             .send_modify(|report| report.note(pool, state, error));
     }
 
-    pub(super) fn note_outcome(&self, pool: &PoolId, outcome: Result<(), Failure>) {
-        match outcome {
-            Ok(()) => self.note(pool, PoolProgress::Done, None),
-            Err(failure) => self.note(pool, PoolProgress::Failed, Some(failure)),
-        }
-    }
-
     pub(super) fn is_running(&self) -> bool {
         self.report.borrow().state == ReloadStage::Running
     }

@@ -45,7 +45,8 @@ use super::launch::{Launcher, LivePool};
 use super::state::AppState;
 use crate::api::error::ApiError;
 use crate::services::event_log::Failure;
-use crate::services::pool::{Phase, PoolHandle};
+use crate::services::pool::lifecycle::ReloadState;
+use crate::services::pool::{Phase, PoolHandle, ReloadView};
 
 /// The reloader at work.
 #[derive(Debug)]
@@ -66,9 +67,17 @@ impl RunningReloader {
     }
 }
 
-/// How a pool did after it was started: ready, or why not; with the number of
-/// the start.
-type Settled = (PoolId, u64, Result<(), Failure>);
+/// How a pool did after it was started or given other settings, with the
+/// number of that.
+type Settled = (PoolId, u64, Outcome);
+
+/// How it did.
+enum Outcome {
+    Ready,
+    /// What it had before is in force.
+    RolledBack(Failure),
+    Failed(Failure),
+}
 
 /// Owns the pools' lives and the configuration in force.
 pub(super) struct Reloader {
@@ -96,6 +105,12 @@ enum Aim {
     Other(Box<PoolConfig>),
     /// What it was before: with the other settings it failed.
     Back(Failure),
+    /// It takes other settings by itself, and goes back by itself if it cannot.
+    Taken {
+        before: Box<PoolConfig>,
+        /// What a later reload wants of it, when that is over.
+        next: Option<Box<PoolConfig>>,
+    },
 }
 
 impl Reloader {
@@ -109,7 +124,7 @@ impl Reloader {
         let Loaded { config, origin } = plan.loaded;
         let mut pools = BTreeMap::new();
         for (id, pool) in &config.pools {
-            pools.insert(id.clone(), launcher.launch(id, pool)?);
+            pools.insert(id.clone(), launcher.launch(id, pool, config.drain())?);
         }
         let reloader = Self {
             state,
@@ -208,10 +223,9 @@ impl Reloader {
                 PoolChange::Added(pool) => added.push((id, pool)),
                 PoolChange::Removed => ending.push(self.end(id, None, inbox)),
                 PoolChange::Changed(pool, _) | PoolChange::Reloaded(pool, _) => {
-                    if old.pools.get(&id).is_some_and(|old| can_take(old, &pool)) {
-                        inbox.note(&id, PoolProgress::Working, None);
-                        let outcome = self.adjust(&id, &pool).await;
-                        inbox.note_outcome(&id, outcome);
+                    let before = old.pools.get(&id);
+                    if let Some(before) = before.filter(|before| can_take(before, &pool)) {
+                        self.adjust(id, before, &pool, inbox).await;
                     } else {
                         good.insert(id.clone(), self.last_good(&id, &old));
                         ending.push(self.end(id, Some(pool), inbox));
@@ -239,17 +253,42 @@ impl Reloader {
     /// The last settings with which a pool was ready, or may have been.
     fn last_good(&self, id: &PoolId, old: &Config) -> Option<PoolConfig> {
         match self.aims.get(id) {
-            Some((_, Aim::Other(before))) => Some((**before).clone()),
+            Some((_, Aim::Other(before) | Aim::Taken { before, .. })) => Some((**before).clone()),
             Some((_, Aim::New)) => None,
             Some((_, Aim::Back(_))) | None => old.pools.get(id).cloned(),
         }
     }
 
-    /// Gives a pool new settings.
-    async fn adjust(&mut self, id: &PoolId, pool: &PoolConfig) -> Result<(), Failure> {
-        match self.pools.get(id) {
-            Some(live) => live.handle.apply(pool.clone()).await,
+    /// Gives a pool new settings, and watches it until the engine that they
+    /// may need serves.
+    async fn adjust(&mut self, id: PoolId, old: &PoolConfig, new: &PoolConfig, inbox: &Inbox) {
+        inbox.note(&id, PoolProgress::Working, None);
+        if let Some((_, Aim::Taken { next, .. })) = self.aims.get_mut(&id) {
+            *next = Some(Box::new(new.clone()));
+            return;
+        }
+        let handle = self.pools.get(&id).map(|live| live.handle.clone());
+        let applied = match &handle {
+            Some(handle) => handle.apply(new.clone()).await,
             None => Err(Failure::internal(format!("pool {id} is not running"))),
+        };
+        match (applied, handle) {
+            (Ok(()), Some(handle)) if !old.same_engine(new) => {
+                self.starts += 1;
+                let aim = Aim::Taken {
+                    before: Box::new(old.clone()),
+                    next: None,
+                };
+                self.aims.insert(id.clone(), (self.starts, aim));
+                self.settling
+                    .push(Box::pin(reloaded(id, self.starts, handle)));
+            }
+            (Err(failure), _) => {
+                // It goes on with what it had.
+                self.config.pools.insert(id.clone(), old.clone());
+                inbox.note(&id, PoolProgress::Failed, Some(failure));
+            }
+            (Ok(()), _) => inbox.note(&id, PoolProgress::Done, None),
         }
     }
 
@@ -280,7 +319,7 @@ impl Reloader {
 
     /// Starts a pool, and watches it until it is ready or has failed.
     fn bring_up(&mut self, id: PoolId, pool: &PoolConfig, aim: Aim, inbox: &Inbox) {
-        match self.launcher.launch(&id, pool) {
+        match self.launcher.launch(&id, pool, self.config.drain()) {
             Ok(live) => {
                 let handle = live.handle.clone();
                 self.show(|pools| drop(pools.insert(id.clone(), handle.clone())));
@@ -306,18 +345,36 @@ impl Reloader {
             return;
         };
         match (outcome, aim) {
-            (Ok(()), Aim::Back(failure)) => {
+            (
+                _,
+                Aim::Taken {
+                    next: Some(next), ..
+                },
+            ) => {
+                let live = self.pools.get(&id);
+                let now = live.map(|live| Arc::clone(&live.handle.settings().config));
+                if let Some(now) = now {
+                    self.adjust(id, &now, &next, inbox).await;
+                }
+            }
+            (Outcome::Ready, Aim::Back(failure)) => {
                 inbox.note(&id, PoolProgress::RolledBack, Some(failure));
             }
-            (Ok(()), _) => inbox.note(&id, PoolProgress::Done, None),
-            (Err(failure), Aim::Other(before)) => {
+            (Outcome::Ready, _) => inbox.note(&id, PoolProgress::Done, None),
+            (Outcome::RolledBack(failure), Aim::Taken { before, .. }) => {
+                self.config.pools.insert(id.clone(), *before);
+                inbox.note(&id, PoolProgress::RolledBack, Some(failure));
+            }
+            (Outcome::Failed(failure), Aim::Other(before)) => {
                 tracing::error!(pool = %id, "the old settings come back: {}", failure.message);
                 let ending = self.end(id, None, inbox);
                 let (id, _) = inbox.refusing(ending).await;
                 self.config.pools.insert(id.clone(), (*before).clone());
                 self.bring_up(id, &before, Aim::Back(failure), inbox);
             }
-            (Err(failure), _) => inbox.note(&id, PoolProgress::Failed, Some(failure)),
+            (Outcome::Failed(failure) | Outcome::RolledBack(failure), _) => {
+                inbox.note(&id, PoolProgress::Failed, Some(failure));
+            }
         }
         self.finish_if_settled(inbox);
     }
@@ -340,20 +397,46 @@ impl Reloader {
 /// Whether a pool can be given new settings while it lives. Otherwise it makes
 /// way for a pool that is started with them.
 fn can_take(old: &PoolConfig, new: &PoolConfig) -> bool {
-    old.same_engine(new)
+    old.engine == new.engine
 }
 
-/// Waits until a pool is ready, or is said not to become it.
+/// Waits until a pool that was started is ready, or is said not to become it.
 async fn settled(id: PoolId, start: u64, pool: PoolHandle) -> Settled {
     let settled = |phase| matches!(phase, Phase::Ready | Phase::Failed | Phase::Stopped);
     let snapshot = pool.wait_for(|snapshot| settled(snapshot.phase)).await;
     let outcome = match snapshot {
-        Some(snapshot) if snapshot.phase == Phase::Ready => Ok(()),
-        snapshot => Err(snapshot
-            .and_then(|snapshot| snapshot.last_error)
-            .unwrap_or_else(|| Failure::internal("the pool stopped"))),
+        Some(snapshot) if snapshot.phase == Phase::Ready => Outcome::Ready,
+        snapshot => Outcome::Failed(
+            snapshot
+                .and_then(|snapshot| snapshot.last_error)
+                .unwrap_or_else(stopped),
+        ),
     };
     (id, start, outcome)
+}
+
+/// Waits until a pool's own reload is over, one way or the other.
+async fn reloaded(id: PoolId, start: u64, pool: PoolHandle) -> Settled {
+    let is_over = |reload: &ReloadView| reload.state.is_over();
+    let snapshot = pool
+        .wait_for(|snapshot| snapshot.reload.as_ref().is_some_and(is_over))
+        .await;
+    let outcome = match snapshot.and_then(|snapshot| snapshot.reload) {
+        Some(reload) => {
+            let why = reload.error.unwrap_or_else(stopped);
+            match reload.state {
+                ReloadState::Done => Outcome::Ready,
+                ReloadState::RolledBack => Outcome::RolledBack(why),
+                _ => Outcome::Failed(why),
+            }
+        }
+        None => Outcome::Failed(stopped()),
+    };
+    (id, start, outcome)
+}
+
+fn stopped() -> Failure {
+    Failure::internal("the pool stopped")
 }
 
 fn failure_of(error: &StartError) -> Failure {
