@@ -277,6 +277,35 @@ async fn a_pool_whose_new_engine_fails_goes_back_to_what_it_was() {
 }
 
 #[tokio::test]
+async fn no_admitted_task_is_lost_when_its_pool_gets_another_engine() {
+    let script = Script {
+        token_ms: 20,
+        ..Script::endless(20)
+    };
+    let daemon = with_pools(&script, &["a"]).await;
+    let before = pid(&daemon.until_ready("a").await);
+    let running = daemon
+        .submit(json!({ "prompt": "a", "max_tokens": 60 }))
+        .await;
+    let mut reader = daemon.open_events(id(&running), "", None).await;
+    let mut events = vec![reader.next().await.unwrap()];
+    let queued = daemon
+        .submit(json!({ "prompt": "b", "max_tokens": 2 }))
+        .await;
+    daemon.rewrite_config(|config| config["pools"]["a"]["ctx"] = json!(512));
+    let output = daemon.beside(&["reload"]);
+    assert!(output.status.success(), "{}", said(&output).1);
+    assert_ne!(pid(&daemon.until_ready("a").await), before);
+    while let Some(event) = reader.next().await {
+        events.push(event);
+    }
+    assert_eq!(shape(&events), ["started", "token", "end"]);
+    text(&events);
+    let events = daemon.events(id(&queued), None).await;
+    assert_eq!(shape(&events), ["started", "token", "end"]);
+}
+
+#[tokio::test]
 async fn a_file_that_was_corrected_meanwhile_is_what_counts() {
     let daemon = with_pools(&Script::default(), &["a", "b"]).await;
     let untouched = pid(&daemon.until_ready("b").await);
