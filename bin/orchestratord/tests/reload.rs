@@ -277,29 +277,32 @@ async fn a_pool_whose_new_engine_fails_goes_back_to_what_it_was() {
 }
 
 #[tokio::test]
-async fn a_file_that_was_corrected_need_not_wait_for_the_wrong_engine() {
+async fn a_file_that_was_corrected_meanwhile_is_what_counts() {
     let daemon = with_pools(&Script::default(), &["a", "b"]).await;
     let untouched = pid(&daemon.until_ready("b").await);
     let slow = Script {
-        load_ms: 3_600_000,
+        load_ms: 2000,
         ..Script::default()
     };
-    let right = daemon.engine_dir().join("llama-server");
     let wrong = install(&daemon.runtime_dir().join("slow"), &slow);
+    let right = install(&daemon.runtime_dir().join("right"), &Script::default());
     daemon.rewrite_config(|config| config["pools"]["a"]["provision"]["path"] = json!(wrong));
     let begun = daemon.post("/v2/admin/reload", json!({})).await;
     assert_eq!(begun.status(), 202);
+    daemon.rewrite_config(|config| config["pools"]["a"]["provision"]["path"] = json!(right));
+    // Refused only while the first drains and stops the pool.
     daemon
-        .until("the wrong engine loads", async || {
-            let pool = daemon.get_json("/v2/pools/a").await;
-            (pool["state"] == "starting").then_some(())
+        .until("the second reload begins", async || {
+            let begun = daemon.post("/v2/admin/reload", json!({})).await;
+            (begun.status() == 202).then_some(())
         })
         .await;
-    daemon.rewrite_config(|config| config["pools"]["a"]["provision"]["path"] = json!(right));
-    let output = daemon.beside(&["reload"]);
-    assert!(output.status.success(), "{}", said(&output).1);
-    assert_eq!(daemon.get_json("/v2/pools/a").await["state"], "ready");
-    assert_eq!(daemon.get_json("/v2/admin/reload").await["id"], 2);
+    let report = reloaded(&daemon, 2).await;
+    assert_eq!(report["state"], "done", "{report}");
+    let pool = daemon.until_ready("a").await;
+    let engine = std::fs::read(format!("/proc/{}/cmdline", pid(&pool))).unwrap();
+    let engine = String::from_utf8_lossy(&engine);
+    assert!(engine.contains("/right/"), "{engine}");
     assert_eq!(pid(&daemon.until_ready("b").await), untouched);
 }
 

@@ -41,10 +41,12 @@ pub async fn reload(
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<ReloadReport>), ApiError> {
     let body = body?;
-    let request = if body.is_empty() {
-        AdminReload::default()
-    } else {
-        serde_json::from_slice(&body).map_err(|error| ApiError::invalid(error.to_string()))?
+    let request: AdminReload = match body.trim_ascii_start().first() {
+        None => AdminReload::default(),
+        Some(b'{') => serde_json::from_slice(&body)
+            .map_err(|error| ApiError::invalid(format!("the body cannot be read: {error}")))?,
+        // A list would otherwise be taken for the fields in their order.
+        Some(_) => return Err(ApiError::invalid("a JSON object is expected")),
     };
     let report = state.reloads.reload(request.dry_run).await?;
     let status = if request.dry_run {
