@@ -19,7 +19,7 @@ use crate::services::pool::{Bound, Change, LogTail, Order, Wanted};
 const TAIL_LINES: usize = 8;
 
 /// What a pool's own limit on the tasks of a replaced engine may be overrun by.
-const RETIRE_MARGIN: Duration = Duration::from_secs(60);
+const RETIRE_MARGIN: Duration = Duration::from_mins(1);
 
 /// An engine that serves, and what it was started with.
 #[derive(Debug)]
@@ -96,7 +96,7 @@ impl Keeper {
             };
             match interruption {
                 Interruption::Stop => return self.end().await,
-                Interruption::NewOrder => self.follow().await,
+                Interruption::NewOrder => Box::pin(self.follow()).await,
             }
         }
     }
@@ -105,8 +105,8 @@ impl Keeper {
         let Order { serial, wanted } = self.orders.borrow_and_update().clone();
         self.order = serial;
         match wanted {
-            Wanted::Start { config, prove } => self.start(config, prove).await,
-            Wanted::Replace(config) if self.kept.is_some() => self.replace(config).await,
+            Wanted::Start { config, prove } => Box::pin(self.start(config, prove)).await,
+            Wanted::Replace(config) if self.kept.is_some() => Box::pin(self.replace(config)).await,
             Wanted::Keep | Wanted::Replace(_) => {
                 let change = match &self.kept {
                     Some(kept) => Change::Ready(kept.bound()),
@@ -334,7 +334,10 @@ fn crashed(context: &ProvisionedContext, exit: &EngineExit) -> Failure {
     tracing::error!(pool = %context.pool_id, status = status, log = tail.join("\n"), "engine ended by itself");
     let message = format!("the engine ended by itself: {status}");
     Failure::new(ErrorCode::PoolUnavailable, message)
-        .with_hint("GET /v2/pools/{id} has its last lines, its log in the cache directory all")
+        .with_hint(format!(
+            "GET /v2/pools/{} has its last lines, its log in the cache directory all",
+            context.pool_id
+        ))
         .retriable()
 }
 

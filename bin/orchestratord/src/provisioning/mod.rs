@@ -18,6 +18,8 @@ mod liveness;
 mod proof;
 mod provide;
 mod room;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -29,7 +29,7 @@ impl Parts {
     ) -> Result<RunningEngine, ProvisionError> {
         let begun = Instant::now();
         self.pool.report(order, Change::Provisioning).await;
-        let (model, installation) = self.provide(Some(order), config).await?;
+        let (model, installation) = Box::pin(self.provide(Some(order), config)).await?;
         self.pool.report(order, Change::Starting).await;
         let spec = self.launch_spec(config, model);
         let started = match lock {
@@ -61,7 +61,7 @@ impl Parts {
         running: &Running,
         lock: PoolLock,
     ) -> Result<Beside, ProvisionError> {
-        let (model, installation) = self.provide(None, config).await?;
+        let (model, installation) = Box::pin(self.provide(None, config)).await?;
         let spec = self.launch_spec(config, model);
         let uses_gpu = room::uses_gpu(&installation, &spec);
         let machine = room::Machine::look(uses_gpu).await;

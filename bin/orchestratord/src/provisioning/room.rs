@@ -102,9 +102,8 @@ pub(super) fn enough(need: u64, machine: &Machine) -> Result<(), String> {
         Some(_) => {}
     }
     match machine.gpu {
-        Gpu::NotUsed => Ok(()),
         Gpu::Free(free) if free < wanted => short("the GPU's memory", free),
-        Gpu::Free(_) => Ok(()),
+        Gpu::Free(_) | Gpu::NotUsed => Ok(()),
         Gpu::Unknown => {
             Err("the engine uses a GPU, and how much of its memory is free is not known".to_owned())
         }
@@ -114,16 +113,53 @@ pub(super) fn enough(need: u64, machine: &Machine) -> Result<(), String> {
 impl Machine {
     pub(super) async fn look(uses_gpu: bool) -> Self {
         let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let machine = available(&meminfo);
         let gpu = if uses_gpu {
             free_of_gpu().await.map_or(Gpu::Unknown, Gpu::Free)
         } else {
             Gpu::NotUsed
         };
         Self {
-            available: available(&meminfo),
+            available: match room_in_group() {
+                Some(in_group) => machine.map(|machine| machine.min(in_group)),
+                None => machine,
+            },
             gpu,
         }
     }
+}
+
+/// What the limits of our control group and of those around it leave, in
+/// bytes; `None` where there is no limit.
+fn room_in_group() -> Option<u64> {
+    let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let own = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let path = std::path::Path::new("/sys/fs/cgroup").join(own);
+    path.ancestors()
+        .take_while(|group| group.starts_with("/sys/fs/cgroup"))
+        .filter_map(|group| {
+            let read = |name: &str| std::fs::read_to_string(group.join(name)).ok();
+            left_in_group(
+                &read("memory.max")?,
+                &read("memory.current")?,
+                &read("memory.stat")?,
+            )
+        })
+        .min()
+}
+
+/// What one group has left: files in the page cache can be given back.
+fn left_in_group(max: &str, current: &str, stat: &str) -> Option<u64> {
+    // Without a limit it says `max`.
+    let max: u64 = max.trim().parse().ok()?;
+    let current: u64 = current.trim().parse().ok()?;
+    let files: u64 = stat
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .filter(|(name, _)| matches!(*name, "inactive_file" | "active_file"))
+        .filter_map(|(_, bytes)| bytes.trim().parse::<u64>().ok())
+        .sum();
+    Some(max.saturating_sub(current.saturating_sub(files)))
 }
 
 fn available(meminfo: &str) -> Option<u64> {
@@ -209,6 +245,14 @@ mod tests {
             gpu: Gpu::NotUsed,
         };
         assert!(enough(MIB, &unknown).is_err());
+    }
+
+    #[test]
+    fn a_groups_limit_counts_without_what_it_can_give_back() {
+        let stat = "anon 5\ninactive_file 300\nactive_file 100\nslab 9\n";
+        assert_eq!(left_in_group("1000\n", "900\n", stat), Some(500));
+        assert_eq!(left_in_group("1000\n", "2000\n", ""), Some(0));
+        assert_eq!(left_in_group("max\n", "900\n", stat), None);
     }
 
     #[test]

@@ -139,7 +139,9 @@ impl Failure {
 
     pub fn drained(pool: &PoolId) -> Self {
         Self::new(ErrorCode::PoolUnready, "the pool is being drained, or is")
-            .with_hint("POST /v2/pools/{id}/resume lets it take tasks again")
+            .with_hint(format!(
+                "POST /v2/pools/{pool}/resume lets it take tasks again"
+            ))
             .retriable()
             .in_pool(pool)
     }

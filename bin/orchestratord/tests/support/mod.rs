@@ -7,6 +7,8 @@
     reason = "a test that cannot go on fails, and says what the daemon said"
 )]
 
+pub(crate) mod pools;
+
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};

@@ -5,12 +5,11 @@
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use llama_orch_types::ErrorCode;
 use metrics::counter;
 
 use super::actor::Actor;
 use super::lifecycle::{
-    Drain, Effect, Engine, Event, Move, Phase, Refusal, ReloadMode, RestartCause, Which,
+    Drain, Effect, Engine, Event, Move, Phase, ReloadMode, RestartCause, Which,
 };
 use super::orders::Request;
 use super::{
@@ -24,9 +23,10 @@ use crate::services::telemetry;
 const TRANSITIONS: usize = 20;
 
 impl Actor {
-    /// Takes in what the supervisor says, unless a newer order overtook it.
+    /// Takes in what the supervisor says, unless a newer order overtook it. That
+    /// an engine has retired is true under any order.
     pub(super) fn report(&mut self, serial: u64, change: Change) {
-        if serial < self.serial() {
+        if serial < self.serial() && !matches!(change, Change::Retired) {
             tracing::debug!(pool = %self.settings.id, ?change, "a report that was overtaken");
             return;
         }
@@ -83,25 +83,34 @@ impl Actor {
             Request::Resume => self.event(Event::Resume, "resume was asked for"),
             Request::Reload(request) => {
                 let config = reloaded(&self.settings.config, request);
-                self.begin_reload(Arc::new(config))
+                self.begin_reload(config)
             }
-            Request::Apply(config) if *config == *self.settings.config => Ok(()),
-            Request::Apply(config) if config.same_engine(&self.settings.config) => {
-                self.adopt(Arc::from(config));
-                Ok(())
-            }
-            Request::Apply(config) => self.begin_reload(Arc::from(config)),
+            Request::Apply(config) => self.apply(*config),
         }
     }
 
-    fn begin_reload(&mut self, config: Arc<PoolConfig>) -> Result<(), Failure> {
-        let candidate = self.candidate.replace(Arc::clone(&config));
+    fn apply(&mut self, config: PoolConfig) -> Result<(), Failure> {
+        let coming = self.candidate.as_ref();
+        let current = coming.unwrap_or(&self.settings.config);
+        if config == **current {
+            return Ok(());
+        }
+        if coming.is_none() && config.same_engine(current) {
+            self.adopt(Arc::new(config));
+            return Ok(());
+        }
+        self.begin_reload(config)
+    }
+
+    fn begin_reload(&mut self, config: PoolConfig) -> Result<(), Failure> {
+        let model = config.model.clone();
+        let candidate = self.candidate.replace(Arc::new(config));
         let last = self.reload.take();
         let begun = self.event(Event::Reload, "reload was asked for");
         if begun.is_err() {
             (self.candidate, self.reload) = (candidate, last);
         } else {
-            self.show_reload(&config.model);
+            self.show_reload(model);
         }
         begun
     }
@@ -275,11 +284,11 @@ impl Actor {
         }
     }
 
-    fn show_reload(&mut self, model: &str) {
+    fn show_reload(&mut self, model: String) {
         self.reload = self.lifecycle.reload().map(|reload| ReloadView {
             state: reload.state,
             mode: reload.mode,
-            model: model.to_owned(),
+            model,
             note: match reload.mode {
                 ReloadMode::Restart => Some("no engine was running".to_owned()),
                 _ => None,
@@ -304,8 +313,10 @@ impl Actor {
                 "the engine ended {crashes} times within {window} s and is not started again for now; the last time: {}",
                 error.message
             );
-            let hint = "its log tells more; POST /v2/pools/{id}/resume tries it again, and /reload with another model or other flags";
-            error.hint = Some(hint.to_owned());
+            error.hint = Some(format!(
+                "its log tells more; POST /v2/pools/{}/resume tries it again, and /reload with another model or other flags",
+                self.settings.id
+            ));
         }
     }
 
@@ -322,72 +333,6 @@ impl Actor {
             cause: cause.to_owned(),
             at: SystemTime::now(),
         });
-    }
-
-    fn refused(&self, refusal: Refusal) -> Failure {
-        let pool = &self.settings.id;
-        match refusal {
-            Refusal::ShuttingDown => Failure::shutting_down(pool),
-            Refusal::ReloadUnderWay => {
-                Failure::new(ErrorCode::AdmissionReject, "another reload is under way")
-                    .with_hint("GET /v2/pools/{id} shows how far it is, under `reload`")
-                    .retriable()
-                    .in_pool(pool)
-            }
-            Refusal::BeingDrained => {
-                Failure::new(ErrorCode::AdmissionReject, "the pool is being drained")
-                    .with_hint("POST /v2/pools/{id}/resume first, or wait until it has stopped")
-                    .retriable()
-                    .in_pool(pool)
-            }
-        }
-    }
-
-    /// Why no task is taken now, if none is.
-    pub(super) fn refusal(&self) -> Option<Failure> {
-        match (self.phase(), self.lifecycle.drain()) {
-            (Phase::Failed, _) => Some(self.unavailable()),
-            (Phase::Draining | Phase::Stopping | Phase::Stopped, Some(Drain::Shutdown)) => {
-                Some(Failure::shutting_down(&self.settings.id))
-            }
-            // The next engine takes them.
-            (Phase::Draining | Phase::Stopping, Some(Drain::Reload)) => None,
-            (Phase::Draining | Phase::Stopping | Phase::Stopped, _) => Some(self.drained()),
-            _ => None,
-        }
-    }
-
-    /// Why queued tasks have no future, if they have none.
-    pub(super) fn doom(&self) -> Option<Failure> {
-        let served = self.phase() == Phase::Draining
-            && self.lifecycle.drain() == Some(Drain::Operator)
-            && self.lifecycle.engine() != Engine::None
-            && self.lifecycle.deadline().is_some();
-        self.refusal().filter(|_| !served)
-    }
-
-    /// Why running tasks are ended by us.
-    fn ends_for(&self) -> Failure {
-        match self.lifecycle.drain() {
-            Some(Drain::Shutdown) => Failure::shutting_down(&self.settings.id),
-            Some(Drain::Operator) => self.drained(),
-            _ => Failure::engine_replaced(&self.settings.id),
-        }
-    }
-
-    fn drained(&self) -> Failure {
-        Failure::drained(&self.settings.id)
-    }
-
-    fn unavailable(&self) -> Failure {
-        let last = self.last_error.clone();
-        let mut failure = last
-            .unwrap_or_else(|| Failure::new(ErrorCode::PoolUnavailable, "the pool has failed"))
-            .in_pool(&self.settings.id);
-        if let Some(next_try) = self.lifecycle.next_try() {
-            failure = failure.retry_after(next_try.saturating_duration_since(Instant::now()));
-        }
-        failure
     }
 
     pub(super) fn phase(&self) -> Phase {

@@ -29,6 +29,7 @@
 //! the new engine then cannot be started, the old configuration is. Without a
 //! running engine the new configuration is simply the one that is tried.
 
+mod requests;
 mod step;
 #[cfg(test)]
 mod tests;

@@ -14,6 +14,7 @@ mod actor;
 mod engine;
 pub mod lifecycle;
 mod orders;
+mod refusals;
 pub mod restart;
 #[cfg(test)]
 mod tests;

@@ -13,8 +13,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(30);
 
 /// One event being taken in.
 pub(super) struct Step<'a> {
-    life: &'a mut Lifecycle,
-    now: Instant,
+    pub(super) life: &'a mut Lifecycle,
+    pub(super) now: Instant,
     random: f64,
     out: Reaction,
 }
@@ -51,7 +51,7 @@ impl<'a> Step<'a> {
         Ok(self.out)
     }
 
-    fn enter(&mut self, phase: Phase, until: Option<Instant>) {
+    pub(super) fn enter(&mut self, phase: Phase, until: Option<Instant>) {
         let from = self.life.phase;
         self.life.until = until;
         if from != phase {
@@ -63,11 +63,11 @@ impl<'a> Step<'a> {
         }
     }
 
-    fn effect(&mut self, effect: Effect) {
+    pub(super) fn effect(&mut self, effect: Effect) {
         self.out.effects.push(effect);
     }
 
-    fn ignore(&mut self) {
+    pub(super) fn ignore(&mut self) {
         self.out.ignored = true;
     }
 
@@ -82,7 +82,7 @@ impl<'a> Step<'a> {
         self.out.counted = Some(cause);
     }
 
-    fn start(&mut self, which: Which) {
+    pub(super) fn start(&mut self, which: Which) {
         self.life.engine = Engine::Starting;
         self.life.loading = false;
         self.life.drain = None;
@@ -97,7 +97,7 @@ impl<'a> Step<'a> {
         }
     }
 
-    fn reload_is(&self, state: ReloadState) -> bool {
+    pub(super) fn reload_is(&self, state: ReloadState) -> bool {
         self.life.reload.is_some_and(|reload| reload.state == state)
     }
 
@@ -109,7 +109,7 @@ impl<'a> Step<'a> {
     }
 
     /// Ends a reload that could still be rolled back, if there is one.
-    fn end_reload(&mut self, state: ReloadState) {
+    pub(super) fn end_reload(&mut self, state: ReloadState) {
         let Some(reload) = self.life.reload.filter(|reload| !reload.state.is_over()) else {
             return;
         };
@@ -292,8 +292,10 @@ impl<'a> Step<'a> {
             Phase::Stopping => self.engine_is_gone(),
             Phase::Provisioning | Phase::Starting | Phase::Ready => self.lost(),
             Phase::Draining if self.life.engine != Engine::None => self.drained_engine_gone(),
-            _ => self.ignore(),
+            _ => return self.ignore(),
         }
+        // One that was retiring is gone, too.
+        self.retired();
     }
 
     fn lost(&mut self) {
@@ -362,115 +364,6 @@ impl<'a> Step<'a> {
     fn retired(&mut self) {
         if self.reload_is(ReloadState::Retiring) {
             self.set_reload(ReloadState::Done);
-        }
-    }
-
-    fn drain(&mut self, until: Instant) -> Result<(), Refusal> {
-        if self.life.drain == Some(Drain::Shutdown) {
-            return Err(Refusal::ShuttingDown);
-        }
-        match self.life.phase {
-            Phase::Stopped => {}
-            Phase::Stopping => {
-                self.life.resume = false;
-                if self.life.drain == Some(Drain::Reload) {
-                    self.effect(Effect::EndQueued);
-                }
-                self.end_reload(ReloadState::Abandoned);
-                self.life.drain = Some(Drain::Operator);
-            }
-            _ => self.begin_drain(Drain::Operator, until),
-        }
-        Ok(())
-    }
-
-    fn begin_drain(&mut self, why: Drain, until: Instant) {
-        let preparing = self.reload_is(ReloadState::Preparing);
-        // A candidate that is the one engine under way is kept for the tasks
-        // that wait; anything else of a reload is given up.
-        if self.life.engine != Engine::Starting {
-            self.end_reload(ReloadState::Abandoned);
-        }
-        if preparing {
-            self.effect(Effect::Keep);
-        }
-        self.life.drain = Some(why);
-        self.enter(Phase::Draining, Some(until));
-        if why == Drain::Shutdown || self.life.engine == Engine::None {
-            self.effect(Effect::EndQueued);
-        }
-    }
-
-    fn resume(&mut self) -> Result<(), Refusal> {
-        if self.life.drain == Some(Drain::Shutdown) {
-            return Err(Refusal::ShuttingDown);
-        }
-        match (self.life.phase, self.life.drain) {
-            (Phase::Draining, Some(Drain::Operator)) => {
-                self.life.drain = None;
-                match (self.life.engine, self.life.loading) {
-                    (Engine::Up, _) => self.enter(Phase::Ready, None),
-                    (Engine::Starting, true) => self.enter(Phase::Starting, None),
-                    (Engine::Starting, false) => self.enter(Phase::Provisioning, None),
-                    (Engine::None | Engine::Stopping, _) => self.start(Which::Current),
-                }
-            }
-            (Phase::Stopping, Some(Drain::Operator)) => self.life.resume = true,
-            (Phase::Stopped | Phase::Backoff | Phase::Failed, _) => {
-                self.life.history.forget();
-                self.start(Which::Current);
-            }
-            // It is on its way already.
-            _ => {}
-        }
-        Ok(())
-    }
-
-    fn reload(&mut self) -> Result<(), Refusal> {
-        if self.life.drain == Some(Drain::Shutdown) {
-            return Err(Refusal::ShuttingDown);
-        }
-        if self.life.reload_under_way() {
-            return Err(Refusal::ReloadUnderWay);
-        }
-        let mut mode = ReloadMode::Restart;
-        match self.life.phase {
-            Phase::Draining | Phase::Stopping => return Err(Refusal::BeingDrained),
-            Phase::Ready => {
-                mode = ReloadMode::Beside;
-                self.effect(Effect::Replace);
-            }
-            Phase::Provisioning
-            | Phase::Starting
-            | Phase::Backoff
-            | Phase::Failed
-            | Phase::Stopped => {
-                self.life.history.forget();
-                self.effect(Effect::Adopt);
-                self.start(Which::Current);
-            }
-        }
-        let state = match mode {
-            ReloadMode::Beside => ReloadState::Preparing,
-            _ => ReloadState::Starting,
-        };
-        self.life.reload = Some(Reload { mode, state });
-        Ok(())
-    }
-
-    fn shut_down(&mut self, until: Instant) {
-        match self.life.phase {
-            Phase::Stopped => {
-                self.life.drain = Some(Drain::Shutdown);
-                self.effect(Effect::End);
-            }
-            Phase::Stopping => {
-                self.end_reload(ReloadState::Abandoned);
-                self.life.drain = Some(Drain::Shutdown);
-                self.effect(Effect::EndQueued);
-            }
-            Phase::Draining if self.life.drain == Some(Drain::Shutdown) => {}
-            _ => self.begin_drain(Drain::Shutdown, until),
         }
     }
 

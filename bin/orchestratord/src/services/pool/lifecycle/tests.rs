@@ -302,7 +302,7 @@ fn track_candidate(candidate: &mut bool, event: Event, effects: &[Effect]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
     fn no_order_of_events_breaks_an_invariant(
