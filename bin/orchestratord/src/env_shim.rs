@@ -19,7 +19,8 @@ use worker_adapters_llamacpp_http::{AdapterSettings, LlamaCppAdapter};
 
 use crate::app::env;
 use crate::services::event_log::Failure;
-use crate::services::pool::{Change, PoolHandle};
+use crate::services::pool::lifecycle::RestartCause;
+use crate::services::pool::{Change, PoolHandle, Wanted};
 
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -80,16 +81,30 @@ pub async fn supervise(
         "ENV SHIM: this pool is bound to an engine that was not provisioned; development only"
     );
     let mut bound = false;
+    let mut orders = pool.orders();
     while !stop.is_cancelled() {
+        let wanted = orders.borrow_and_update().wanted.clone();
+        if matches!(wanted, Wanted::Rest) {
+            host.unbind(&target.pool, &target.replica);
+            bound = false;
+            pool.change(Change::Stopped).await;
+            tokio::select! {
+                changed = orders.changed() => if changed.is_err() { return },
+                () = stop.cancelled() => return,
+            }
+            continue;
+        }
         match (look(&target).await, bound) {
+            (Ok(_), true) if matches!(wanted, Wanted::Replace(_)) => {
+                pool.change(Change::NotReplaced(not_ours())).await;
+            }
             (Ok(Some(props)), false) => bound = bind(&target, &props, &pool, &host).await,
             (Ok(None), false) => pool.change(Change::Starting).await,
             (Err(error), _) => {
                 host.unbind(&target.pool, &target.replica);
                 // Not told again and again while nothing changes.
                 if bound || pool.snapshot().last_error.is_none() {
-                    pool.change(Change::Backoff(Failure::from_worker(&error)))
-                        .await;
+                    pool.change(gone(Failure::from_worker(&error))).await;
                 }
                 bound = false;
             }
@@ -98,7 +113,7 @@ pub async fn supervise(
                     // Not ours to end: bound again when it answers.
                     host.unbind(&target.pool, &target.replica);
                     let failure = Failure::new(ErrorCode::PoolUnavailable, reason).retriable();
-                    pool.change(Change::Backoff(failure)).await;
+                    pool.change(gone(failure)).await;
                     bound = false;
                 }
             }
@@ -109,6 +124,18 @@ pub async fn supervise(
         }
     }
     host.unbind(&target.pool, &target.replica);
+}
+
+fn gone(failure: Failure) -> Change {
+    let cause = RestartCause::Crash;
+    Change::Exited { cause, failure }
+}
+
+fn not_ours() -> Failure {
+    Failure::new(
+        ErrorCode::InvalidParams,
+        "the pool's engine is not ours and cannot be replaced",
+    )
 }
 
 /// What the engine says of itself; `None` while it loads.
@@ -129,16 +156,13 @@ async fn bind(
     let context = context_from(target, props);
     match host.bind(context.clone()) {
         Ok(()) => {
-            pool.change(Change::Ready(Arc::new(context))).await;
+            pool.change(Change::Ready(Arc::new(context).into())).await;
             true
         }
         Err(error) => {
             let failure = Failure::new(ErrorCode::PoolUnavailable, error.to_string());
-            pool.change(Change::Failed {
-                failure,
-                exited: false,
-            })
-            .await;
+            let log = Vec::new();
+            pool.change(Change::NotStarted { failure, log }).await;
             false
         }
     }

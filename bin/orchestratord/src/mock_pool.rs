@@ -8,12 +8,40 @@ use llama_orch_types::{EngineKind, ErrorCode, ProvisionedContext, ProvisioningMo
 use tokio_util::sync::CancellationToken;
 
 use crate::services::event_log::Failure;
-use crate::services::pool::{Change, PoolHandle};
+use crate::services::pool::{Change, PoolHandle, Wanted};
 
 pub async fn supervise(pool: PoolHandle, host: AdapterHost, slots: u32, stop: CancellationToken) {
-    tracing::warn!(pool = %pool.settings().id, "SCRIPTED ENGINE: no model answers here; development only");
+    tracing::warn!(pool = %pool.id(), "SCRIPTED ENGINE: no model answers here; development only");
+    let mut orders = pool.orders();
+    loop {
+        let order = orders.borrow_and_update().clone();
+        let change = match order.wanted {
+            Wanted::Rest => {
+                host.unbind(pool.id(), &ReplicaId::first());
+                Change::Stopped
+            }
+            // Every other order is met by an engine that is always the same.
+            Wanted::Start { .. } | Wanted::Keep => bind(&pool, &host, slots),
+            Wanted::Replace(_) => match bind(&pool, &host, slots) {
+                Change::Ready(bound) => Change::Replaced(bound),
+                change => change,
+            },
+        };
+        let replaced = matches!(change, Change::Replaced(_));
+        pool.report(order.serial, change).await;
+        if replaced {
+            pool.report(order.serial, Change::Retired).await;
+        }
+        tokio::select! {
+            changed = orders.changed() => if changed.is_err() { return },
+            () = stop.cancelled() => return,
+        }
+    }
+}
+
+fn bind(pool: &PoolHandle, host: &AdapterHost, slots: u32) -> Change {
     let context = ProvisionedContext {
-        pool_id: pool.settings().id.clone(),
+        pool_id: pool.id().clone(),
         replica_id: ReplicaId::first(),
         url: "mock:".to_owned(),
         engine: EngineKind::Mock,
@@ -26,13 +54,11 @@ pub async fn supervise(pool: PoolHandle, host: AdapterHost, slots: u32, stop: Ca
         flags: Vec::new(),
         pid: None,
     };
-    let change = match host.bind(context.clone()) {
-        Ok(()) => Change::Ready(Arc::new(context)),
-        Err(error) => Change::Failed {
+    match host.bind(context.clone()) {
+        Ok(()) => Change::Ready(Arc::new(context).into()),
+        Err(error) => Change::NotStarted {
             failure: Failure::new(ErrorCode::PoolUnavailable, error.to_string()),
-            exited: false,
+            log: Vec::new(),
         },
-    };
-    pool.change(change).await;
-    stop.cancelled().await;
+    }
 }

@@ -1,413 +1,359 @@
-//! The configuration is changed while the daemon runs.
+//! Another engine in the place of the one that serves.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test may panic, and its helpers with it"
+)]
 
 mod support;
 
-use std::process::{Output, Stdio};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use support::{Daemon, Setup, id, is_alive, output, shape, text};
-use test_harness_fake_engine::{LoadFailure, Script, install};
+use support::pools::{
+    ask, engine_of, pid_in, quick_restarts, send, spare_pid_files, until_gone, until_reload,
+};
+use support::{Daemon, Setup, exists, id, is_alive, shape, text};
+use test_harness_fake_engine::{Fault, LoadFailure, Script, install, starts};
 
-/// A daemon with the named pools, all alike, all ready.
-async fn with_pools(script: &Script, names: &[&str]) -> Daemon {
-    let setup = Setup::new(script);
-    let pool = setup.pool_settings();
-    let pools: serde_json::Map<String, Value> = names
-        .iter()
-        .map(|name| ((*name).to_owned(), pool.clone()))
-        .collect();
-    let daemon = setup.top("pools", pools).start();
-    for name in names {
-        daemon.until_ready(name).await;
-    }
-    daemon
-}
-
-fn pid(pool: &Value) -> u64 {
-    pool["replica"]["pid"].as_u64().unwrap()
-}
-
-async fn reloaded(daemon: &Daemon, number: u64) -> Value {
-    daemon
-        .until(&format!("reload {number} is over"), async || {
-            let report = daemon.get_json("/v2/admin/reload").await;
-            let over = report["id"] == number && report["state"] != "running";
-            over.then_some(report)
-        })
-        .await
-}
-
-fn said(output: &Output) -> (String, String) {
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    (text(&output.stdout), text(&output.stderr))
+/// Another model, byte for byte.
+fn other_model(daemon: &Daemon) -> PathBuf {
+    let model = daemon.engine_dir().join("other.gguf");
+    let mut bytes = std::fs::read(daemon.model()).unwrap();
+    bytes.extend([0; 32]);
+    std::fs::write(&model, bytes).unwrap();
+    model
 }
 
 #[tokio::test]
-async fn a_hangup_applies_the_difference_and_touches_nothing_else() {
-    let script = Script {
-        token_ms: 20,
-        ..Script::endless(20)
-    };
-    let daemon = with_pools(&script, &["keep", "tuned", "other", "gone"]).await;
-    let (keep, tuned, other, gone) = (
-        daemon.until_ready("keep").await,
-        daemon.until_ready("tuned").await,
-        daemon.until_ready("other").await,
-        daemon.until_ready("gone").await,
-    );
+async fn a_reload_starts_beside_and_switches_without_touching_what_runs() {
+    let daemon = Setup::new(&Script::endless(5)).ready().await;
+    let old = engine_of(&daemon.pool().await);
     let running = daemon
-        .submit(json!({ "prompt": "a", "pool_id": "keep", "max_tokens": 200 }))
+        .submit(json!({ "prompt": "a", "max_tokens": 4000 }))
         .await;
     let mut reader = daemon.open_events(id(&running), "", None).await;
-    let mut events = vec![reader.next().await.unwrap()];
-    let finished = daemon
-        .submit(json!({ "prompt": "a", "pool_id": "gone", "max_tokens": 2 }))
+    reader.next().await.unwrap();
+    let queued = daemon
+        .submit(json!({ "prompt": "b", "max_tokens": 3 }))
         .await;
-    assert_eq!(
-        shape(&daemon.events(id(&finished), None).await),
-        ["started", "token", "end"]
+    // The next engine answers in words of its own.
+    install(
+        &daemon.engine_dir(),
+        &Script::with_pieces(&["new ", "words"]),
     );
+    let model = other_model(&daemon);
+    let view = ask(&daemon, "reload", json!({ "model": model })).await;
+    assert_eq!(view["reload"]["mode"], "beside");
+    let pool = until_reload(&daemon, "retiring").await;
+    let new = engine_of(&pool);
+    assert_ne!(new, old);
+    assert!(is_alive(old), "its task is not over");
+    assert_eq!(pool["model"], model.to_str().unwrap());
+    // The new engine's slot is free although the old one's is not.
+    assert_eq!(text(&daemon.events(id(&queued), None).await), "new words");
+    // The files are the new engine's already.
+    assert_eq!(pid_in(&daemon.pid_file()), new);
+    assert_eq!(pid_in(&daemon.handoff()), new);
+    let busy = daemon.post("/v2/pools/default/reload", json!({})).await;
+    assert_eq!(busy.status(), 409);
+    let busy: Value = busy.json().await.unwrap();
+    assert_eq!(busy["error"]["code"], "ADMISSION_REJECT");
+    let cancelled = daemon
+        .post(&format!("/v2/tasks/{}/cancel", id(&running)), json!({}))
+        .await;
+    assert_eq!(cancelled.json::<Value>().await.unwrap()["cancelled"], true);
+    let pool = until_reload(&daemon, "done").await;
+    until_gone(&daemon, old).await;
+    assert_eq!(pool["restarts"]["reload"], 1);
+    assert_eq!(pool["engine_exits"], 0);
+    assert!(spare_pid_files(&daemon).iter().all(|path| !exists(path)));
+    assert!(exists(&daemon.pid_file()) && exists(&daemon.handoff()));
+    let log = daemon.cache_dir().join("run/llamacpp-default.log");
+    assert!(exists(&log) && !exists(&log.with_file_name("llamacpp-default+next.log")));
+}
 
-    daemon.rewrite_config(|config| {
-        let pool = config["pools"]["gone"].take();
-        config["pools"].as_object_mut().unwrap().remove("gone");
-        config["pools"]["added"] = pool;
-        config["pools"]["tuned"]["queue_capacity"] = json!(128);
-        config["pools"]["other"]["flags"] = json!(["--verbose"]);
-    });
-    daemon.signal(Signal::SIGHUP);
-    let report = reloaded(&daemon, 1).await;
-    assert_eq!(report["state"], "done", "{report}");
-    let changes: Vec<(&str, &str)> = report["pools"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|pool| {
-            (
-                pool["pool_id"].as_str().unwrap(),
-                pool["change"].as_str().unwrap(),
-            )
+#[tokio::test]
+async fn a_crash_of_the_new_engine_leaves_the_old_ones_tasks_alone() {
+    let daemon = Setup::new(&Script::endless(5))
+        .pool("restart", quick_restarts(5))
+        .ready()
+        .await;
+    let old = engine_of(&daemon.pool().await);
+    let running = daemon
+        .submit(json!({ "prompt": "a", "max_tokens": 4000 }))
+        .await;
+    let mut reader = daemon.open_events(id(&running), "", None).await;
+    reader.next().await.unwrap();
+    ask(&daemon, "reload", json!({})).await;
+    let crashed = engine_of(&until_reload(&daemon, "retiring").await);
+    send(crashed, Signal::SIGKILL);
+    let pool = daemon
+        .until("a third engine is ready", async || {
+            let pool = daemon.pool().await;
+            (pool["state"] == "ready" && pool["restarts"]["crash"] == 1).then_some(pool)
         })
-        .collect();
-    assert_eq!(
-        changes,
-        [
-            ("added", "added"),
-            ("gone", "removed"),
-            ("keep", "unchanged"),
-            ("other", "reloaded"),
-            ("tuned", "changed"),
-        ]
-    );
-
-    assert_eq!(pid(&daemon.until_ready("keep").await), pid(&keep));
-    let tuned_now = daemon.until_ready("tuned").await;
-    assert_eq!(pid(&tuned_now), pid(&tuned), "its engine went on");
-    assert_eq!(tuned_now["queue"]["capacity"], 128);
-    assert_ne!(pid(&daemon.until_ready("other").await), pid(&other));
-    assert!(!is_alive(pid(&other)) && !is_alive(pid(&gone)));
-    assert_eq!(daemon.get("/v2/pools/gone").await.status(), 404);
-    let added = daemon
-        .submit(json!({ "prompt": "a", "pool_id": "added", "max_tokens": 1 }))
+        .await;
+    let third = engine_of(&pool);
+    assert!(third != old && third != crashed && is_alive(old));
+    assert_eq!(pid_in(&daemon.pid_file()), third);
+    let next = daemon
+        .submit(json!({ "prompt": "b", "max_tokens": 2 }))
         .await;
     assert_eq!(
-        shape(&daemon.events(id(&added), None).await),
+        shape(&daemon.events(id(&next), None).await),
         ["started", "token", "end"]
     );
-
-    // What a pool did can be read after it is gone.
-    let kept = daemon
-        .get_json(&format!("/v2/tasks/{}", id(&finished)))
+    let view = daemon
+        .get_json(&format!("/v2/tasks/{}", id(&running)))
         .await;
-    assert_eq!(kept["status"], "completed", "{kept}");
-    assert_eq!(
-        shape(&daemon.events(id(&finished), None).await),
-        ["started", "token", "end"]
-    );
-    let over = daemon
-        .post(&format!("/v2/tasks/{}/cancel", id(&finished)), json!({}))
+    assert_eq!(view["status"], "running", "{view}");
+    daemon
+        .post(&format!("/v2/tasks/{}/cancel", id(&running)), json!({}))
         .await;
-    assert_eq!(over.json::<Value>().await.unwrap()["cancelled"], false);
-
-    // The stream of the pool that did not change has no gap.
-    while let Some(event) = reader.next().await {
-        events.push(event);
-    }
-    assert_eq!(shape(&events), ["started", "token", "end"]);
-    text(&events);
+    until_reload(&daemon, "done").await;
+    until_gone(&daemon, old).await;
+    assert_eq!(pid_in(&daemon.pid_file()), third);
 }
 
 #[tokio::test]
-async fn a_dry_run_says_what_would_be_done_and_does_nothing() {
-    let daemon = with_pools(&Script::default(), &["a", "b", "c", "d"]).await;
-    let before = daemon.get_json("/v2/pools").await;
-    daemon.rewrite_config(|config| {
-        let pools = config["pools"].as_object_mut().unwrap();
-        let pool = pools.remove("d").unwrap();
-        pools.insert("e".to_owned(), pool);
-        pools["e"]["model"] = json!("haiku");
-        pools["b"]["queue_capacity"] = json!(128);
-        pools["c"]["ctx"] = json!(512);
-        pools["c"]["flags"] = json!(["--verbose"]);
-        config["drain_seconds"] = json!(6);
-        config["listen"] = json!("127.0.0.1:1");
-        config["auth"] = json!({ "token": "s3cret" });
-    });
-    let output = daemon.beside(&["reload", "--dry-run"]);
-    assert!(output.status.success());
-    let (stdout, stderr) = said(&output);
-    insta::assert_snapshot!(stdout, @r#"
-    pool a: unchanged
-    pool b: changed without restart: queue_capacity 64 → 128
-    pool c: reloaded: ctx (default) → 512, flags [] → ["--verbose"]
-    pool d: removed (drained)
-    pool e: added: model haiku
-    daemon: drain_seconds 5 → 6
-    daemon: the token changed
-    "#);
-    insta::assert_snapshot!(stderr, @r"
-    This would be done:
-    warning: listen 127.0.0.1:0 → 127.0.0.1:1 needs a restart of the daemon
-    ");
-    let after = daemon.get_json("/v2/pools").await;
-    let pids = |pools: &Value| -> Vec<u64> {
-        pools["pools"].as_array().unwrap().iter().map(pid).collect()
+async fn a_daemon_killed_in_a_reload_takes_both_engines_with_it() {
+    let mut daemon = Setup::new(&Script::default()).ready().await;
+    let old = engine_of(&daemon.pool().await);
+    let hangs = Script {
+        load_hang: true,
+        ..Script::default()
     };
-    assert_eq!(pids(&before), pids(&after));
-    assert_eq!(daemon.get_json("/v2/admin/reload").await["state"], "none");
+    install(&daemon.engine_dir(), &hangs);
+    ask(&daemon, "reload", json!({})).await;
+    let [next, _] = spare_pid_files(&daemon);
+    daemon
+        .until("the second engine runs", async || {
+            exists(&next).then_some(())
+        })
+        .await;
+    let new = pid_in(&next);
+    assert!(is_alive(old) && is_alive(new));
+    daemon.signal(Signal::SIGKILL);
+    daemon.wait();
+    until_gone(&daemon, old).await;
+    until_gone(&daemon, new).await;
 }
 
 #[tokio::test]
-async fn the_command_waits_until_the_pools_are_ready() {
-    let daemon = with_pools(&Script::default(), &["a", "b"]).await;
-    let before = daemon.until_ready("a").await;
-    daemon.rewrite_config(|config| {
-        config["pools"]["a"]["ctx"] = json!(512);
-        config["pools"].as_object_mut().unwrap().remove("b");
-    });
-    let output = daemon.beside(&["reload"]);
-    let (stdout, stderr) = said(&output);
-    assert!(output.status.success(), "{stderr}");
-    insta::assert_snapshot!(stdout, @r"
-    pool a: reloaded: ctx (default) → 512
-    pool b: removed (drained)
-    ");
-    assert!(stderr.contains("waiting for: a"), "{stderr}");
-    let after = daemon.get_json("/v2/pools/a").await;
-    assert_eq!(after["state"], "ready");
-    assert_ne!(pid(&after), pid(&before));
-
-    // The same again is nothing to do.
-    let output = daemon.beside(&["reload"]);
-    assert!(output.status.success());
-    assert_eq!(said(&output).0, "pool a: unchanged\n");
-    assert_eq!(pid(&daemon.get_json("/v2/pools/a").await), pid(&after));
+async fn a_drain_gives_up_a_reload_and_a_resumed_pool_can_be_reloaded() {
+    let daemon = Setup::new(&Script::default()).ready().await;
+    let old = engine_of(&daemon.pool().await);
+    let hangs = Script {
+        load_hang: true,
+        ..Script::default()
+    };
+    install(&daemon.engine_dir(), &hangs);
+    ask(&daemon, "reload", json!({})).await;
+    let [next, _] = spare_pid_files(&daemon);
+    daemon
+        .until("the second engine runs", async || {
+            exists(&next).then_some(())
+        })
+        .await;
+    let new = pid_in(&next);
+    ask(&daemon, "drain", json!({})).await;
+    let pool = daemon.until_state("stopped").await;
+    assert_eq!(pool["reload"]["state"], "abandoned");
+    until_gone(&daemon, old).await;
+    until_gone(&daemon, new).await;
+    install(&daemon.engine_dir(), &Script::default());
+    ask(&daemon, "resume", json!({})).await;
+    daemon.until_state("ready").await;
+    ask(&daemon, "reload", json!({})).await;
+    until_reload(&daemon, "done").await;
 }
 
 #[tokio::test]
-async fn a_wrong_file_changes_nothing_at_all() {
-    let daemon = with_pools(&Script::default(), &["a"]).await;
-    let before = pid(&daemon.until_ready("a").await);
-    daemon.rewrite_config(|config| {
-        config["pools"]["new"] = config["pools"]["a"].clone();
-        config["pools"]["a"]["slotz"] = json!(2);
-    });
-    for args in [&["reload"][..], &["reload", "--dry-run"]] {
-        let output = daemon.beside(args);
-        assert_eq!(output.status.code(), Some(1));
-        let (stdout, stderr) = said(&output);
-        assert!(stdout.is_empty(), "{stdout}");
-        let file = daemon.config_file();
-        assert!(
-            stderr.contains(&format!("{}:", file.display())) && stderr.contains("`slotz`"),
-            "{stderr}"
-        );
-        assert!(stderr.contains("hint: did you mean `slots`?"), "{stderr}");
-    }
-    daemon.signal(Signal::SIGHUP);
-    // Answered after the signal was heeded: both go to the same place.
-    let refused = daemon.post("/v2/admin/reload", json!({})).await;
-    assert_eq!(refused.status(), 400);
-    let error = refused.json::<Value>().await.unwrap();
-    assert_eq!(error["error"]["code"], "INVALID_PARAMS", "{error}");
-    assert_eq!(daemon.get_json("/v2/admin/reload").await["id"], 0);
-    assert_eq!(daemon.get("/v2/pools/new").await.status(), 404);
-    assert_eq!(pid(&daemon.until_ready("a").await), before);
-
-    // A file that is gone is wrong, too; it does not stand for the defaults.
-    std::fs::remove_file(daemon.config_file()).unwrap();
-    let refused = daemon.post("/v2/admin/reload", json!({})).await;
-    assert_eq!(refused.status(), 400);
-    assert_eq!(pid(&daemon.until_ready("a").await), before);
-}
-
-#[tokio::test]
-async fn a_pool_whose_new_engine_fails_goes_back_to_what_it_was() {
-    let daemon = with_pools(&Script::default(), &["a"]).await;
-    let broken = Script {
+async fn a_reload_that_fails_is_rolled_back_with_the_reason_and_the_old_engine_untouched() {
+    let daemon = Setup::new(&Script::default()).ready().await;
+    let old = engine_of(&daemon.pool().await);
+    let dies = Script {
         load_failure: Some(LoadFailure {
             exit_code: 1,
             message: "no room for the tensors".to_owned(),
         }),
         ..Script::default()
     };
-    let engine = install(&daemon.runtime_dir().join("broken"), &broken);
-    daemon.rewrite_config(|config| config["pools"]["a"]["provision"]["path"] = json!(engine));
-    let output = daemon.beside(&["reload"]);
-    assert_eq!(output.status.code(), Some(1));
-    let (stdout, _) = said(&output);
+    let cannot_answer = Script {
+        fault: Some(Fault::Status500),
+        ..Script::default()
+    };
+    let trials = [
+        (
+            json!({ "model": "/no/such/model.gguf" }),
+            Script::default(),
+            "/no/such/model.gguf",
+        ),
+        (
+            json!({ "flags": ["--port", "1"] }),
+            Script::default(),
+            "port",
+        ),
+        (json!({}), dies, "no room for the tensors"),
+        (json!({}), cannot_answer, "trial task"),
+    ];
+    for (request, script, reason) in trials {
+        install(&daemon.engine_dir(), &script);
+        ask(&daemon, "reload", request).await;
+        let pool = until_reload(&daemon, "rolled_back").await;
+        let said = pool["reload"]["error"]["message"].as_str().unwrap();
+        assert!(said.contains(reason), "{said}");
+        assert_eq!(
+            (pool["state"].as_str(), engine_of(&pool)),
+            (Some("ready"), old)
+        );
+        assert_eq!(pool["model"], daemon.model().to_str().unwrap());
+        let task = daemon.submit(json!({ "prompt": "a" })).await;
+        assert_eq!(
+            shape(&daemon.events(id(&task), None).await),
+            ["started", "token", "end"]
+        );
+    }
+    assert!(spare_pid_files(&daemon).iter().all(|path| !exists(path)));
+    assert_eq!(pid_in(&daemon.pid_file()), old);
+}
+
+#[tokio::test]
+async fn reloads_under_load_lose_no_task() {
+    let script = Script {
+        token_ms: 3,
+        ..Script::default()
+    };
+    let setup = Setup::new(&script)
+        .pool("slots", 2)
+        .pool("queue_capacity", 200);
+    let daemon = setup.ready().await;
+    let mut tasks = Vec::new();
+    for reload in 1..=4 {
+        for _ in 0..25 {
+            tasks.push(daemon.submit(json!({ "prompt": "a" })).await);
+        }
+        ask(&daemon, "reload", json!({})).await;
+        daemon
+            .until("the reload is over", async || {
+                let pool = daemon.pool().await;
+                (pool["restarts"]["reload"] == reload && pool["reload"]["state"] == "done")
+                    .then_some(())
+            })
+            .await;
+    }
+    for task in &tasks {
+        let events = daemon.events(id(task), None).await;
+        assert_eq!(shape(&events), ["started", "token", "end"], "{events:?}");
+        assert_eq!(text(&events), Script::default().pieces.concat());
+    }
+    let pool = daemon.pool().await;
+    assert_eq!(pool["restarts"]["crash"], 0);
+    assert_eq!(starts(&daemon.engine_dir()), 5);
+}
+
+/// A directory with an `nvidia-smi` that knows a GPU with hardly any room.
+fn full_gpu(dir: &Path) -> PathBuf {
+    let programs = dir.join("programs");
+    std::fs::create_dir_all(&programs).unwrap();
+    let program = programs.join("nvidia-smi");
+    std::fs::write(&program, "#!/bin/sh\necho 10\n").unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    programs
+}
+
+#[tokio::test]
+async fn without_room_for_two_the_old_engine_goes_first_and_the_queue_waits() {
+    let setup = Setup::new(&Script::endless(5)).pool("gpu_layers", 9);
+    let path = std::env::var("PATH").unwrap();
+    let path = format!("{}:{path}", full_gpu(&setup.engine_dir()).display());
+    let daemon = setup.env("PATH", &path).ready().await;
+    let old = engine_of(&daemon.pool().await);
+    let running = daemon
+        .submit(json!({ "prompt": "a", "max_tokens": 4000 }))
+        .await;
+    let mut reader = daemon.open_events(id(&running), "", None).await;
+    reader.next().await.unwrap();
+    let mut waiting = Vec::new();
+    for _ in 0..4 {
+        waiting.push(
+            daemon
+                .submit(json!({ "prompt": "b", "max_tokens": 2 }))
+                .await,
+        );
+    }
+    // Slow to load, so that the queue can be looked at meanwhile.
+    let slow = Script {
+        load_ms: 1500,
+        ..Script::with_pieces(&["new ", "words"])
+    };
+    install(&daemon.engine_dir(), &slow);
+    ask(&daemon, "reload", json!({})).await;
+    let pool = daemon.until_state("draining").await;
+    assert_eq!(pool["reload"]["mode"], "drain_first");
+    let note = pool["reload"]["note"].as_str().unwrap();
     assert!(
-        stdout.starts_with("pool a: rolled back; reloaded: provision.path"),
-        "{stdout}"
+        note.contains("the GPU's memory") && note.contains("10 MiB"),
+        "{note}"
     );
-    assert!(stdout.contains("no room for the tensors"), "{stdout}");
+    waiting.push(
+        daemon
+            .submit(json!({ "prompt": "c", "max_tokens": 2 }))
+            .await,
+    );
+    daemon
+        .post(&format!("/v2/tasks/{}/cancel", id(&running)), json!({}))
+        .await;
+    daemon.until_state("starting").await;
+    assert!(!is_alive(old));
+    for (position, task) in waiting.iter().enumerate() {
+        let view = daemon.get_json(&format!("/v2/tasks/{}", id(task))).await;
+        assert_eq!(view["queue_position"], position, "{view}");
+    }
+    for task in &waiting {
+        assert_eq!(text(&daemon.events(id(task), None).await), "new words");
+    }
+    let pool = until_reload(&daemon, "done").await;
+    assert_eq!(pool["restarts"]["reload"], 1);
+
+    // And back, if the next one cannot be had.
     let task = daemon
-        .submit(json!({ "prompt": "a", "max_tokens": 1 }))
+        .submit(json!({ "prompt": "d", "max_tokens": 2 }))
+        .await;
+    assert_eq!(text(&daemon.events(id(&task), None).await), "new words");
+    let old = engine_of(&daemon.pool().await);
+    let faulty = Script {
+        fault: Some(Fault::Status500),
+        faulty_completions: Some(1),
+        ..Script::with_pieces(&["old ", "words"])
+    };
+    install(&daemon.engine_dir(), &faulty);
+    // The first start fails its trial; the second, of the old configuration, has none.
+    ask(&daemon, "reload", json!({ "flags": ["--mlock"] })).await;
+    let pool = until_reload(&daemon, "rolled_back").await;
+    assert_eq!(pool["state"], "ready");
+    assert_ne!(engine_of(&pool), old);
+    let said = pool["reload"]["error"]["message"].as_str().unwrap();
+    assert!(said.contains("trial task"), "{said}");
+}
+
+#[tokio::test]
+async fn a_failed_pool_is_reloaded_with_what_works() {
+    let daemon = Setup::new(&Script::default())
+        .pool("model", "/no/such/model.gguf")
+        .start();
+    daemon.until_state("failed").await;
+    let view = ask(&daemon, "reload", json!({ "model": daemon.model() })).await;
+    assert_eq!(view["reload"]["mode"], "restart");
+    let pool = daemon.until_state("ready").await;
+    assert_eq!(pool["reload"]["state"], "done");
+    let task = daemon
+        .submit(json!({ "prompt": "a", "model": daemon.model() }))
         .await;
     assert_eq!(
         shape(&daemon.events(id(&task), None).await),
         ["started", "token", "end"]
     );
-    // The file still says otherwise, and so it is tried again.
-    let again = daemon.beside(&["reload", "--dry-run"]);
-    assert!(said(&again).0.contains("pool a: reloaded: provision.path"));
-}
-
-#[tokio::test]
-async fn the_token_changes_at_once_and_so_does_who_may_ask() {
-    let setup = Setup::new(&Script::default());
-    let file = setup.engine_dir().join("token");
-    std::fs::write(&file, "first\n").unwrap();
-    let daemon = setup.top("auth", json!({ "token_file": file })).start();
-    let status = async |token: &str| {
-        let request = daemon.client.get(format!("{}/v2/pools", daemon.url));
-        request.bearer_auth(token).send().await.unwrap().status()
-    };
-    assert_eq!(status("first").await, 200);
-    let refused = daemon.post("/v2/admin/reload", json!({})).await;
-    assert_eq!(refused.status(), 401);
-    std::fs::write(&file, "second\n").unwrap();
-    let output = daemon.beside(&["reload"]);
-    assert!(!output.status.success(), "it has the new token only");
-    assert!(said(&output).1.contains("SIGHUP"), "{}", said(&output).1);
-    daemon.signal(Signal::SIGHUP);
-    daemon
-        .until("the new token opens", async || {
-            (status("second").await == 200).then_some(())
-        })
-        .await;
-    assert_eq!(status("first").await, 401);
-    let output = daemon.beside(&["reload"]);
-    assert!(output.status.success(), "{}", said(&output).1);
-    assert!(!said(&output).0.contains("second"));
-}
-
-#[tokio::test]
-async fn a_stop_in_the_middle_of_a_reload_ends_cleanly() {
-    let setup = Setup::new(&Script::endless(5));
-    let pool = setup.pool_settings();
-    let setup = setup.top("pools", json!({ "a": pool, "b": pool }));
-    let mut daemon = setup.top("drain_seconds", 3600).start();
-    let engines = [
-        pid(&daemon.until_ready("a").await),
-        pid(&daemon.until_ready("b").await),
-    ];
-    let task = daemon
-        .submit(json!({ "prompt": "a", "pool_id": "b", "max_tokens": 4000 }))
-        .await;
-    let mut reader = daemon.open_events(id(&task), "", None).await;
-    reader.next().await.unwrap();
-    daemon.rewrite_config(|config| {
-        config["pools"].as_object_mut().unwrap().remove("b");
-    });
-    let begun = daemon.post("/v2/admin/reload", json!({})).await;
-    assert_eq!(begun.status(), 202);
-    // The pool drains: its task goes on, and a second reload is refused.
-    let busy = daemon.post("/v2/admin/reload", json!({})).await;
-    assert_eq!(busy.status(), 409);
-    let draining = daemon.get_json("/v2/pools/b").await;
-    assert_eq!(draining["state"], "draining", "{draining}");
-    assert!(reader.next().await.is_some());
-    daemon.signal(Signal::SIGTERM);
-    daemon
-        .until("the other pool drains, too", async || {
-            let pool = daemon.get_json("/v2/pools/a").await;
-            (pool["state"] != "ready").then_some(())
-        })
-        .await;
-    daemon.signal(Signal::SIGTERM);
-    assert!(daemon.wait().success());
-    assert!(engines.iter().all(|engine| !is_alive(*engine)));
-    assert!(!daemon.runtime_dir().join("orchestratord.json").exists());
-}
-
-#[test]
-fn without_a_daemon_the_command_says_where_it_looked() {
-    let output = output(&Setup::new(&Script::default()), &["reload"]);
-    assert_eq!(output.status.code(), Some(1));
-    let (_, stderr) = said(&output);
-    assert!(
-        stderr.contains("runtime/orchestratord.json") && stderr.contains("--url"),
-        "{stderr}"
-    );
-}
-
-#[tokio::test]
-async fn a_hangup_of_a_terminal_that_was_closed_stops_the_daemon() {
-    let setup = Setup::new(&Script::default());
-    let terminal = nix::pty::openpty(None, None).unwrap();
-    let mut child = setup
-        .command(&["serve"])
-        .stdin(terminal.slave)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
-    // It listens for signals before it says where it listens.
-    let presence = setup
-        .engine_dir()
-        .with_file_name("runtime/orchestratord.json");
-    support::until_exists(&presence);
-    // With the terminal open the signal asks for a reload, and it lives on.
-    nix::sys::signal::kill(pid, Signal::SIGHUP).unwrap();
-    let text = std::fs::read_to_string(&presence).unwrap();
-    let url = serde_json::from_str::<Value>(&text).unwrap()["url"].clone();
-    let url = format!("{}/v2/admin/reload", url.as_str().unwrap());
-    let client = reqwest::Client::new();
-    let begun = std::time::Instant::now();
-    loop {
-        let report: Value = client.get(&url).send().await.unwrap().json().await.unwrap();
-        if report["id"] == 1 {
-            break;
-        }
-        assert!(begun.elapsed() < support::DEADLINE, "it was not reloaded");
-        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-    }
-    assert!(child.try_wait().unwrap().is_none());
-    drop(terminal.master);
-    nix::sys::signal::kill(pid, Signal::SIGHUP).unwrap();
-    assert!(support::wait(&mut child).success());
-    assert!(!presence.exists());
-}
-
-/// Directories that nothing can be written to are noticed before a port is
-/// bound.
-#[test]
-fn a_start_without_a_place_to_write_is_refused_with_the_key_and_a_hint() {
-    for key in ["cache_dir", "runtime_dir"] {
-        let setup = Setup::new(&Script::default());
-        let file = setup.engine_dir().join("a-file");
-        std::fs::write(&file, "").unwrap();
-        let setup = setup.top(key, file.join("below").to_str().unwrap());
-        let output = output(&setup, &["serve"]);
-        assert_eq!(output.status.code(), Some(1));
-        let (_, stderr) = said(&output);
-        assert!(
-            stderr.contains(&format!("`{key}`")) && stderr.contains("hint:"),
-            "{stderr}"
-        );
-        assert!(!stderr.contains("listening"), "{stderr}");
-    }
 }

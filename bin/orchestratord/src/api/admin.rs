@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::error::{ApiError, ErrorBody};
+use super::pools::parse;
 use crate::app::reload::ReloadReport;
 use crate::app::state::AppState;
 
@@ -18,7 +19,7 @@ use crate::app::state::AppState;
 /// defaults.
 #[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
-pub struct ReloadRequest {
+pub struct AdminReload {
     /// Only say what would be done.
     pub dry_run: bool,
 }
@@ -28,7 +29,7 @@ pub struct ReloadRequest {
 /// is. A wrong configuration changes nothing.
 #[utoipa::path(
     post, path = "/v2/admin/reload", tag = "admin",
-    request_body = Option<ReloadRequest>,
+    request_body = Option<AdminReload>,
     responses(
         (status = 200, description = "What would be done", body = ReloadReport),
         (status = 202, description = "What is being done", body = ReloadReport),
@@ -40,12 +41,7 @@ pub async fn reload(
     State(state): State<Arc<AppState>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<ReloadReport>), ApiError> {
-    let body = body?;
-    let request = if body.is_empty() {
-        ReloadRequest::default()
-    } else {
-        serde_json::from_slice(&body).map_err(|error| ApiError::invalid(error.to_string()))?
-    };
+    let request: AdminReload = parse(&body?)?;
     let report = state.reloads.reload(request.dry_run).await?;
     let status = if request.dry_run {
         StatusCode::OK

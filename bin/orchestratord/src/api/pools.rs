@@ -1,13 +1,17 @@
 //! `/v2/pools`: what there is, and how it is.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use axum::Json;
-use axum::extract::rejection::PathRejection;
+use axum::body::Bytes;
+use axum::extract::rejection::{BytesRejection, PathRejection};
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::http::header::RETRY_AFTER;
 use axum::response::{IntoResponse, Response};
+use llama_orch_types::ErrorCode;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -15,7 +19,13 @@ use super::error::{ApiError, ErrorBody};
 use super::tasks::Preparation;
 use crate::app::state::AppState;
 use crate::services::event_log::Failure;
-use crate::services::pool::{Phase, PoolHandle};
+use crate::services::pool::{Phase, PoolHandle, ReloadRequest, ReloadView, Restarts, Transition};
+
+/// Log lines that a view shows.
+const LOG_LINES: usize = 20;
+
+/// A day.
+const MAX_DEADLINE_MS: u64 = 86_400_000;
 
 /// A pool as it is now.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
@@ -37,11 +47,56 @@ pub struct PoolView {
     pub measured_tasks: u64,
     /// Engines that ended without being asked to.
     pub engine_exits: u64,
+    /// Engines that had to be started again, by cause.
+    pub restarts: Restarts,
+    /// How long until the engine is tried again, in milliseconds, in `backoff`
+    /// and `failed`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next_try_ms: Option<u64>,
+    /// The last changes of state, the oldest first; at most 20.
+    pub transitions: Vec<TransitionView>,
+    /// The reload under way, or the last one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reload: Option<ReloadView>,
+    /// The last lines of the engine's log; of the last engine, if none runs.
+    pub engine_log: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub replica: Option<ReplicaView>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_error: Option<Failure>,
     pub preparation: Preparation,
+}
+
+/// One change of a pool's state.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct TransitionView {
+    pub from: Phase,
+    pub to: Phase,
+    pub cause: String,
+    /// Milliseconds since the Unix epoch.
+    pub at: u64,
+}
+
+impl TransitionView {
+    fn of(transition: &Transition) -> Self {
+        let since_epoch = transition.at.duration_since(SystemTime::UNIX_EPOCH);
+        Self {
+            from: transition.from,
+            to: transition.to,
+            cause: transition.cause.clone(),
+            at: since_epoch.unwrap_or_default().as_millis() as u64,
+        }
+    }
+}
+
+/// How a pool is to be drained.
+#[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct DrainRequest {
+    /// How long admitted tasks may go on, in milliseconds (0 to 86400000).
+    /// Default: `drain_seconds` of the configuration.
+    #[schema(maximum = 86_400_000)]
+    pub deadline_ms: Option<u64>,
 }
 
 /// What waits in a pool.
@@ -87,7 +142,8 @@ pub struct PoolHealth {
 
 impl PoolView {
     pub fn of(pool: &PoolHandle) -> Self {
-        let (settings, snapshot) = (pool.settings(), pool.snapshot());
+        let snapshot = pool.snapshot();
+        let settings = &snapshot.settings;
         let replica = snapshot.context.as_ref().map(|context| ReplicaView {
             replica_id: context.replica_id.to_string(),
             engine_version: context.engine_version.clone(),
@@ -114,6 +170,18 @@ impl PoolView {
             mean_service_ms: snapshot.times.mean().as_millis() as u64,
             measured_tasks: snapshot.times.measured(),
             engine_exits: snapshot.engine_exits,
+            restarts: snapshot.restarts,
+            next_try_ms: snapshot.next_try.map(|next| {
+                let left = next.saturating_duration_since(Instant::now());
+                left.as_millis() as u64
+            }),
+            transitions: snapshot
+                .transitions
+                .iter()
+                .map(TransitionView::of)
+                .collect(),
+            reload: snapshot.reload,
+            engine_log: snapshot.engine_log.last(LOG_LINES),
             replica,
             last_error: snapshot.last_error,
             preparation: Preparation::of(pool),
@@ -175,4 +243,102 @@ pub async fn health(
         )
             .into_response()
     })
+}
+
+/// Let a pool finish what it has admitted, and stop its engine. New tasks are
+/// refused from now on, until the pool is resumed. Tasks that are not over in
+/// time end with one retriable error. Answers at once; `state` shows how far
+/// it is.
+#[utoipa::path(
+    post, path = "/v2/pools/{id}/drain", tag = "pools",
+    params(("id" = String, Path)), request_body = DrainRequest,
+    responses(
+        (status = 202, body = PoolView), (status = 400, body = ErrorBody),
+        (status = 404, body = ErrorBody), (status = 503, body = ErrorBody),
+    )
+)]
+pub async fn drain(
+    State(state): State<Arc<AppState>>,
+    path: Result<Path<String>, PathRejection>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<(StatusCode, Json<PoolView>), ApiError> {
+    let Path(id) = path?;
+    let pool = state.pool(&id)?;
+    let request: DrainRequest = parse(&body?)?;
+    let deadline = match request.deadline_ms {
+        Some(ms) if ms > MAX_DEADLINE_MS => {
+            let message = format!("`deadline_ms` must be at most {MAX_DEADLINE_MS}");
+            return Err(ApiError::invalid(message));
+        }
+        Some(ms) => Duration::from_millis(ms),
+        None => pool.settings().drain,
+    };
+    pool.drain_pool(deadline).await?;
+    Ok((StatusCode::ACCEPTED, Json(PoolView::of(&pool))))
+}
+
+/// Take tasks again: ends a drain, and starts the engine of a pool that is
+/// stopped, has failed or waits for its next try. A pool that is ready or on
+/// its way stays as it is.
+#[utoipa::path(
+    post, path = "/v2/pools/{id}/resume", tag = "pools",
+    params(("id" = String, Path)),
+    responses((status = 202, body = PoolView), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody))
+)]
+pub async fn resume(
+    State(state): State<Arc<AppState>>,
+    path: Result<Path<String>, PathRejection>,
+) -> Result<(StatusCode, Json<PoolView>), ApiError> {
+    let Path(id) = path?;
+    let pool = state.pool(&id)?;
+    pool.resume().await?;
+    Ok((StatusCode::ACCEPTED, Json(PoolView::of(&pool))))
+}
+
+/// Replace a pool's engine by one with another model or other flags, or by a
+/// new one of the same. Where memory allows, the new engine is started beside
+/// the old one and takes over once it has completed a task; if it cannot, the
+/// old one stays. No admitted task is lost. Answers at once; `reload` shows how
+/// far it is. 409 while another reload is under way or the pool is drained.
+#[utoipa::path(
+    post, path = "/v2/pools/{id}/reload", tag = "pools",
+    params(("id" = String, Path)), request_body = ReloadRequest,
+    responses(
+        (status = 202, body = PoolView), (status = 400, body = ErrorBody), (status = 404, body = ErrorBody),
+        (status = 409, body = ErrorBody), (status = 503, body = ErrorBody),
+    )
+)]
+pub async fn reload(
+    State(state): State<Arc<AppState>>,
+    path: Result<Path<String>, PathRejection>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<(StatusCode, Json<PoolView>), ApiError> {
+    let Path(id) = path?;
+    let pool = state.pool(&id)?;
+    let request: ReloadRequest = parse(&body?)?;
+    pool.reload(request).await.map_err(conflict)?;
+    Ok((StatusCode::ACCEPTED, Json(PoolView::of(&pool))))
+}
+
+/// A reload is refused for the pool's state, not for how often it is asked.
+fn conflict(failure: Failure) -> ApiError {
+    let refused = failure.code == ErrorCode::AdmissionReject;
+    let error = ApiError::from(failure);
+    if refused {
+        error.with_status(StatusCode::CONFLICT)
+    } else {
+        error
+    }
+}
+
+/// A body of JSON; none at all stands for the defaults.
+pub(super) fn parse<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, ApiError> {
+    match body.trim_ascii_start().first() {
+        None => return Ok(T::default()),
+        Some(b'{') => {}
+        // A list would otherwise be taken for the fields in their order.
+        Some(_) => return Err(ApiError::invalid("a JSON object is expected")),
+    }
+    serde_json::from_slice(body)
+        .map_err(|error| ApiError::invalid(format!("the body cannot be read: {error}")))
 }

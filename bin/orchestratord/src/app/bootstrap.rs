@@ -248,6 +248,7 @@ pub fn check_directories(config: &Config) -> Result<(), StartError> {
 /// Starts every pool's owner and supervisor, and the reloader, which owns them.
 pub fn start(plan: Plan) -> Result<App, StartError> {
     let config = plan.loaded.config.clone();
+    #[cfg(feature = "provisioning")]
     let dirs = directories(&config)?;
     let host = AdapterHost::new(HostSettings {
         first_token_timeout: Duration::from_secs(config.tasks.first_token_seconds),

@@ -57,10 +57,17 @@ impl LivePool {
 }
 
 impl Launcher {
-    /// Starts a pool's owner and its supervisor; returns at once.
-    pub(super) fn launch(&self, id: &PoolId, pool: &PoolConfig) -> Result<LivePool, StartError> {
+    /// Starts a pool's owner and its supervisor; returns at once. `drain` is how
+    /// long its running tasks may go on when their engine is to end.
+    pub(super) fn launch(
+        &self,
+        id: &PoolId,
+        pool: &PoolConfig,
+        drain: Duration,
+    ) -> Result<LivePool, StartError> {
         let board = PreparationBoard::new(Arc::clone(&self.reporter));
-        let handle = PoolHandle::start(PoolSettings::new(id, pool), self.host.clone(), board);
+        let settings = PoolSettings::new(id.clone(), Arc::new(pool.clone()), drain);
+        let handle = PoolHandle::start(settings, self.host.clone(), board);
         let stop = self.stop.child_token();
         let supervisor = self.supervise(id, pool, &handle, stop.clone())?;
         Ok(LivePool {
@@ -100,7 +107,7 @@ impl Launcher {
             // The pool's own board takes the progress, so that it shows where it belongs.
             let models = model_provisioner(&self.models, &self.dirs, handle.board().clone())?;
             let supervisor =
-                crate::provisioning::Supervisor::new(handle, host, pool, models, &self.dirs, stop);
+                crate::provisioning::Supervisor::new(handle, host, models, &self.dirs, stop);
             Ok(self.supervisors.spawn(supervisor.run()))
         }
         #[cfg(not(feature = "provisioning"))]
@@ -125,15 +132,26 @@ pub(super) fn model_provisioner(
 #[cfg(not(feature = "provisioning"))]
 async fn no_engine(pool: PoolHandle, stop: CancellationToken) {
     use crate::services::event_log::Failure;
+    use crate::services::pool::{Change, Wanted};
     let failure = Failure::new(
         llama_orch_types::ErrorCode::PoolUnavailable,
         "this build of orchestratord provisions no engine",
     )
     .with_hint("use a build with the feature `provisioning`, which is on by default");
-    pool.change(crate::services::pool::Change::Failed {
-        failure,
-        exited: false,
-    })
-    .await;
-    stop.cancelled().await;
+    let mut orders = pool.orders();
+    loop {
+        let wanted = orders.borrow_and_update().wanted.clone();
+        let change = match wanted {
+            Wanted::Start { .. } => Change::NotStarted {
+                failure: failure.clone(),
+                log: Vec::new(),
+            },
+            _ => Change::Stopped,
+        };
+        pool.change(change).await;
+        tokio::select! {
+            changed = orders.changed() => if changed.is_err() { return },
+            () = stop.cancelled() => return,
+        }
+    }
 }

@@ -6,21 +6,21 @@ use std::sync::Arc;
 use clap::Subcommand;
 use provision_kit::progress::Silent;
 
-use super::{Context, report};
+use super::{Context, Listen, report};
 use crate::app::bootstrap::{Plan, StartError, directories};
 use crate::app::config::Config;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ConfigCommand {
     /// Read the configuration and say whether it can be used.
-    Check,
+    Check(Listen),
     /// Print the JSON schema of the configuration file.
     Schema,
 }
 
 pub(super) fn config(context: &Context, command: &ConfigCommand) -> ExitCode {
     match command {
-        ConfigCommand::Check => match check(context) {
+        ConfigCommand::Check(_) => match check(context) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => report::error(&error),
         },
@@ -32,7 +32,7 @@ pub(super) fn config(context: &Context, command: &ConfigCommand) -> ExitCode {
 }
 
 fn check(context: &Context) -> Result<(), StartError> {
-    let plan = Plan::read(context.common.source(), Arc::new(Silent))?;
+    let plan = Plan::read(context.source.clone(), Arc::new(Silent))?;
     let config = &plan.loaded.config;
     let (cache, runtime) = directories(config)?;
     let origin = plan.loaded.origin.as_ref();

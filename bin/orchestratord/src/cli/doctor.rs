@@ -19,7 +19,7 @@ pub(super) async fn doctor(context: &Context) -> ExitCode {
 
 /// Says whether everything needed is here.
 async fn examine(context: &Context) -> Result<bool, StartError> {
-    let loaded = context.common.source().load().map_err(StartError::Setup)?;
+    let loaded = context.source.load().map_err(StartError::Setup)?;
     let (cache, runtime) = bootstrap::directories(&loaded.config)?;
     report::line(format!("orchestratord {}", env!("CARGO_PKG_VERSION")));
     report::line(format!("cache        {}", cache.root().display()));

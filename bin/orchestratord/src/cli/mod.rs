@@ -14,6 +14,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use indicatif::MultiProgress;
 
+use self::config::ConfigCommand;
 use crate::app::config::Source;
 use crate::app::env;
 use crate::ui::logging::{self, LogFormat};
@@ -29,6 +30,8 @@ use crate::ui::logging::{self, LogFormat};
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
+    #[command(flatten)]
+    listen: Listen,
     #[command(flatten)]
     common: Common,
 }
@@ -52,9 +55,6 @@ struct Common {
     /// working directory, if it is there.
     #[arg(long, short, global = true, env = env::CONFIG, value_name = "PATH")]
     config: Option<PathBuf>,
-    /// Address to listen on; port 0 takes any free one.
-    #[arg(long, global = true, env = env::LISTEN, value_name = "ADDRESS:PORT")]
-    listen: Option<SocketAddr>,
     /// Where engines, models and logs are kept.
     #[arg(long, global = true, value_name = "DIR")]
     cache_dir: Option<PathBuf>,
@@ -70,10 +70,21 @@ struct Common {
     log_level: Option<String>,
 }
 
+/// For the commands that listen, or say something about it.
+#[derive(Debug, Default, Args)]
+struct Listen {
+    /// Address to listen on; port 0 takes any free one.
+    #[arg(long, env = env::LISTEN, value_name = "ADDRESS:PORT")]
+    listen: Option<SocketAddr>,
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serve the configured pools over HTTP (what happens without a command).
-    Serve,
+    ///
+    /// SIGINT and SIGTERM let running tasks finish and stop the engines; SIGHUP
+    /// reads the configuration again, as `reload` does.
+    Serve(Listen),
     /// Provide engine and model, answer one prompt on the terminal, and exit.
     Run(run::RunArgs),
     /// Have a running daemon read its configuration again and do what changed.
@@ -83,46 +94,59 @@ enum Command {
     /// case nothing changes, or if a pool failed or was rolled back.
     Reload(reload::ReloadArgs),
     /// Say what this machine has and lacks.
-    Doctor,
+    Doctor(Listen),
     /// Check or describe the configuration.
     #[command(subcommand)]
-    Config(config::ConfigCommand),
-}
-
-impl Common {
-    /// Where the configuration comes from.
-    fn source(&self) -> Source {
-        Source {
-            file: self.config.clone(),
-            listen: self.listen,
-            cache_dir: self.cache_dir.clone(),
-            runtime_dir: self.runtime_dir.clone(),
-        }
-    }
+    Config(ConfigCommand),
 }
 
 /// What every command is given.
 #[derive(Debug)]
 struct Context {
-    common: Common,
+    /// Where the configuration comes from.
+    source: Source,
+    log_format: LogFormat,
     bars: MultiProgress,
+}
+
+impl Cli {
+    /// The configuration's file, and what the command line says over it.
+    fn source(&self) -> Source {
+        let listen = match &self.command {
+            Some(
+                Command::Serve(own)
+                | Command::Doctor(own)
+                | Command::Config(ConfigCommand::Check(own)),
+            ) => own.listen,
+            _ => None,
+        };
+        Source {
+            file: self.common.config.clone(),
+            listen: listen.or(self.listen.listen),
+            cache_dir: self.common.cache_dir.clone(),
+            runtime_dir: self.common.runtime_dir.clone(),
+        }
+    }
 }
 
 pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
-    let command = cli.command.unwrap_or(Command::Serve);
+    let source = cli.source();
+    let command = cli.command.unwrap_or(Command::Serve(cli.listen));
     let bars = MultiProgress::new();
     let default_level = match command {
         // The Hub's client calls an attempt that has a fallback an error.
-        Command::Serve => "info,hf_hub=off",
-        // The answer is what counts: only progress and trouble beside it.
-        Command::Run(_) => "warn,orchestratord::ui=info,hf_hub=off",
-        Command::Reload(_) | Command::Doctor | Command::Config(_) => "error",
+        Command::Serve(_) => "info,hf_hub=off",
+        // The answer is what counts: only progress beside it. What goes wrong
+        // is said once, at the end.
+        Command::Run(_) => "warn,orchestratord=off,orchestratord::ui=info,hf_hub=off",
+        Command::Reload(_) | Command::Doctor(_) | Command::Config(_) => "error",
     };
     let level = cli.common.log_level.as_deref().unwrap_or(default_level);
     logging::set_up(cli.common.log_format, level, &bars);
     let context = Context {
-        common: cli.common,
+        source,
+        log_format: cli.common.log_format,
         bars,
     };
     let runtime = match tokio::runtime::Runtime::new() {
@@ -140,10 +164,10 @@ pub(crate) fn main() -> ExitCode {
 
 async fn dispatch(command: Command, context: Context) -> ExitCode {
     match command {
-        Command::Serve => serve::serve(context).await,
+        Command::Serve(_) => serve::serve(context).await,
         Command::Run(args) => run::run(context, args).await,
         Command::Reload(args) => reload::reload(&context, &args).await,
-        Command::Doctor => doctor::doctor(&context).await,
+        Command::Doctor(_) => doctor::doctor(&context).await,
         Command::Config(command) => config::config(&context, &command),
     }
 }

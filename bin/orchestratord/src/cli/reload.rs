@@ -11,12 +11,12 @@ use serde::de::DeserializeOwned;
 
 use super::serve::Listening;
 use super::{Context, report};
-use crate::api::admin::ReloadRequest;
+use crate::api::admin::AdminReload;
 use crate::api::error::ErrorBody;
 use crate::app::bootstrap::StartError;
 use crate::app::config::Config;
 use crate::app::env;
-use crate::app::reload::{PoolReport, Progress, ReloadReport, ReloadState};
+use crate::app::reload::{PoolProgress, PoolReport, ReloadReport, ReloadStage};
 use crate::services::event_log::Failure;
 
 /// How long the daemon may take for one answer: it reads the file meanwhile.
@@ -42,7 +42,7 @@ pub(super) struct ReloadArgs {
 /// Why there is nothing to tell.
 #[derive(Debug, thiserror::Error)]
 enum ReloadError {
-    #[error("the daemon cannot be looked for")]
+    #[error("nothing is changed")]
     Setup(#[source] StartError),
     #[error("no daemon runs here: there is no {}", .path.display())]
     NoDaemon { path: std::path::PathBuf },
@@ -62,6 +62,8 @@ enum ReloadError {
     Refused { url: String },
     #[error("the daemon at {url} answered with {status} and not as this version does")]
     Unknown { url: String, status: StatusCode },
+    #[error("reload {id} began meanwhile, and tells how it goes on")]
+    Overtaken { id: u64 },
     #[error("{}", .0.message)]
     Failure(Box<Failure>),
 }
@@ -80,6 +82,7 @@ impl Hinted for ReloadError {
                 env::TOKEN
             )),
             Self::Unknown { .. } => None,
+            Self::Overtaken { .. } => Some("GET /v2/admin/reload has its report".to_owned()),
             Self::Failure(failure) => failure.hint.clone(),
         }
     }
@@ -87,7 +90,7 @@ impl Hinted for ReloadError {
 
 pub(super) async fn reload(context: &Context, args: &ReloadArgs) -> ExitCode {
     match try_reload(context, args).await {
-        Ok(report) if report.state == ReloadState::Failed => ExitCode::FAILURE,
+        Ok(report) if report.state == ReloadStage::Failed => ExitCode::FAILURE,
         Ok(_) => ExitCode::SUCCESS,
         Err(error) => report::error(&error),
     }
@@ -95,11 +98,11 @@ pub(super) async fn reload(context: &Context, args: &ReloadArgs) -> ExitCode {
 
 async fn try_reload(context: &Context, args: &ReloadArgs) -> Result<ReloadReport, ReloadError> {
     let daemon = Daemon::find(context, args)?;
-    let request = ReloadRequest {
+    let request = AdminReload {
         dry_run: args.dry_run,
     };
     let begun: ReloadReport = daemon.ask(Method::POST, Some(&request)).await?;
-    if begun.state == ReloadState::Planned {
+    if begun.state == ReloadStage::Planned {
         report::aside("This would be done:");
     }
     for warning in begun.warnings() {
@@ -126,26 +129,20 @@ struct Daemon {
 
 impl Daemon {
     fn find(context: &Context, args: &ReloadArgs) -> Result<Self, ReloadError> {
-        let loaded = context.common.source().load();
-        let url = if let Some(url) = &args.url {
-            url.trim_end_matches('/').to_owned()
-        } else {
-            // Only the place of the runtime directory counts: what else is
-            // wrong with the file the daemon says.
-            let config = match &loaded {
-                Ok(loaded) => loaded.config.clone(),
-                Err(_) => Config {
-                    runtime_dir: context.common.runtime_dir.clone(),
-                    ..Config::default()
-                },
-            };
-            listening(&config)?
+        let loaded = context.source.load();
+        let (url, config) = match (&args.url, loaded) {
+            (Some(url), loaded) => {
+                let url = url.trim_end_matches('/').to_owned();
+                (url, loaded.map(|loaded| loaded.config).unwrap_or_default())
+            }
+            (None, Ok(loaded)) => (listening(&loaded.config)?, loaded.config),
+            // A wrong file ends here: it says where the daemon is.
+            (None, Err(error)) => return Err(ReloadError::Setup(StartError::Setup(error))),
         };
         let from_env = std::env::var(env::TOKEN).ok();
-        let from_file = loaded
-            .ok()
-            .and_then(|loaded| loaded.config.token(None).ok());
-        let from_file = from_file.flatten().map(|token| token.reveal().to_owned());
+        // One that cannot be read is left to the daemon to complain about.
+        let from_file = config.token(None).ok().flatten();
+        let from_file = from_file.map(|token| token.reveal().to_owned());
         // Without a proxy: the daemon is on this machine or named.
         let client = reqwest::Client::builder()
             .no_proxy()
@@ -166,7 +163,7 @@ impl Daemon {
     async fn ask<T: DeserializeOwned>(
         &self,
         method: Method,
-        body: Option<&ReloadRequest>,
+        body: Option<&AdminReload>,
     ) -> Result<T, ReloadError> {
         let tokens = self.tokens.iter().map(Some);
         let none = self.tokens.is_empty().then_some(None);
@@ -211,7 +208,7 @@ impl Daemon {
         let id = begun.id;
         let mut last = begun;
         let mut said = String::new();
-        while last.state == ReloadState::Running {
+        while last.state == ReloadStage::Running {
             let waiting = waiting_for(&last);
             if waiting != said {
                 report::aside(&waiting);
@@ -220,8 +217,7 @@ impl Daemon {
             tokio::time::sleep(LOOK_EVERY).await;
             let now: ReloadReport = self.ask(Method::GET, None).await?;
             if now.id != id {
-                report::aside("another reload has taken the place of this one");
-                return Ok(last);
+                return Err(ReloadError::Overtaken { id: now.id });
             }
             last = now;
         }
@@ -231,7 +227,7 @@ impl Daemon {
 
 fn waiting_for(report: &ReloadReport) -> String {
     let unfinished =
-        |pool: &&PoolReport| matches!(pool.state, Progress::Planned | Progress::Working);
+        |pool: &&PoolReport| matches!(pool.state, PoolProgress::Planned | PoolProgress::Working);
     let pools = report.pools.iter().filter(unfinished);
     let names: Vec<&str> = pools.map(|pool| pool.pool_id.as_str()).collect();
     format!("waiting for: {}", names.join(", "))

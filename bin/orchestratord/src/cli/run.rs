@@ -94,13 +94,13 @@ pub(super) async fn run(context: Context, args: RunArgs) -> ExitCode {
 }
 
 fn start(context: &Context, args: &RunArgs) -> Result<(App, Shutdown), StartError> {
-    let source = context.common.source();
+    let source = context.source.clone();
     let mut loaded = source.load().map_err(StartError::Setup)?;
     // A pool of its own, so that a daemon on this machine is not disturbed.
     let pool = choose_pool(&loaded.config, args).map_err(StartError::Setup)?;
     let (cache, _) = bootstrap::directories(&loaded.config)?;
     loaded.config.pools = BTreeMap::from([(own_pool_id(&cache), pool)]);
-    let reporter = progress_reporter(context.common.log_format, &context.bars);
+    let reporter = progress_reporter(context.log_format, &context.bars);
     let plan = Plan::new(source, loaded, reporter)?;
     let signals = Signals::listen().map_err(StartError::Signals)?;
     bootstrap::check_directories(&plan.loaded.config)?;

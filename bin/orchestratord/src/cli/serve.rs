@@ -24,8 +24,8 @@ pub(super) async fn serve(context: Context) -> ExitCode {
 }
 
 async fn try_serve(context: Context) -> Result<(), StartError> {
-    let reporter = progress_reporter(context.common.log_format, &context.bars);
-    let plan = Plan::read(context.common.source(), reporter)?;
+    let reporter = progress_reporter(context.log_format, &context.bars);
+    let plan = Plan::read(context.source.clone(), reporter)?;
     let config = plan.loaded.config.clone();
     let signals = Signals::listen().map_err(StartError::Signals)?;
     bootstrap::check_directories(&config)?;

@@ -1,48 +1,58 @@
-//! Drives both provisioners for one pool, and keeps its engine running.
+//! Drives both provisioners for one pool, and keeps its engine as the pool
+//! orders.
 //!
 //! ```text
 //! model ─┐
 //!        ├─► start ─► health 200 ─► ProvisionedContext ─► bind ─► Ready
 //! engine ┘                                                   │
-//!   ▲                                                        ▼ engine exited
-//!   └──────────────── wait (restart policy) ◄──────────── unbind
+//!                                          watch: exit, distrust, liveness, orders
 //! ```
+//!
+//! Nothing is decided here about when an engine is wanted: that is the pool's
+//! business ([`crate::services::pool::lifecycle`]). A [`Supervisor`] follows
+//! the newest order, and reports what came of it. If it breaks, by a fault of
+//! ours, its engine goes with it, the pool is told, and another one begins.
 
-pub mod restart;
+mod keeper;
+mod liveness;
+mod proof;
+mod provide;
+mod room;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use adapter_host::AdapterHost;
-use llama_orch_types::{ErrorCode, Hinted, ModelMetadata, ReplicaId};
-use metrics::histogram;
+use llama_orch_types::{ErrorCode, Hinted, ReplicaId};
+use provision_kit::chain::one_line;
 use provision_kit::dirs::{CacheDirs, RuntimeDirs};
 use provision_kit::progress::Reporter;
-use provisioners_engine_provisioner::{
-    EngineError, EngineInstallation, EngineProvisioner, LaunchSpec, RunningEngine,
-};
+use provisioners_engine_provisioner::{EngineError, EngineProvisioner};
 use provisioners_model_provisioner::{ModelError, ModelProvisioner};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use self::restart::{Ending, RestartPolicy, Verdict};
-use crate::app::config::PoolConfig;
+use self::keeper::Keeper;
+use self::proof::ProofError;
 use crate::services::event_log::Failure;
-use crate::services::pool::{Change, Phase, PoolHandle};
-use crate::services::telemetry;
-use provision_kit::chain::one_line;
+use crate::services::pool::{Change, PoolHandle};
 
 /// How long an engine may take to end after it was asked to.
 const STOP_GRACE: Duration = Duration::from_secs(5);
 
-/// Log lines of a dead engine that its error repeats.
-const TAIL_LINES: usize = 8;
-
 /// Owns one pool's engine process.
 #[derive(Debug)]
 pub struct Supervisor {
+    parts: Arc<Parts>,
+}
+
+/// What supervising needs and never changes.
+#[derive(Debug)]
+struct Parts {
     pool: PoolHandle,
     host: AdapterHost,
-    config: PoolConfig,
     models: ModelProvisioner,
     engines: EngineProvisioner,
     stop: CancellationToken,
@@ -58,6 +68,8 @@ enum ProvisionError {
     Start(#[source] EngineError),
     #[error("the engine could not be bound")]
     Bind(#[source] adapter_host::HostError),
+    #[error("the new engine did not complete a trial task")]
+    Unproved(#[source] ProofError),
 }
 
 impl ProvisionError {
@@ -66,11 +78,20 @@ impl ProvisionError {
             Self::Model(error) => (error.hint(), error.retriable()),
             Self::Engine(error) | Self::Start(error) => (error.hint(), error.retriable()),
             Self::Bind(_) => (None, false),
+            Self::Unproved(_) => (None, true),
         };
         Failure {
             hint,
             retriable,
             ..Failure::new(ErrorCode::PoolUnavailable, one_line(self))
+        }
+    }
+
+    /// The engine's last lines, if it came to any.
+    fn log(&self) -> Vec<String> {
+        match self {
+            Self::Start(error) => error.log_tail().to_vec(),
+            _ => Vec::new(),
         }
     }
 }
@@ -79,187 +100,45 @@ impl Supervisor {
     pub fn new(
         pool: PoolHandle,
         host: AdapterHost,
-        config: &PoolConfig,
         models: ModelProvisioner,
         (cache, runtime): &(CacheDirs, RuntimeDirs),
         stop: CancellationToken,
     ) -> Self {
         // The pool's own board, so that progress shows where it belongs.
         let reporter: Arc<dyn Reporter> = pool.board().clone();
-        Self {
-            models,
-            engines: EngineProvisioner::new(cache.clone(), runtime.clone(), reporter),
+        let engines = EngineProvisioner::new(cache.clone(), runtime.clone(), reporter);
+        let parts = Parts {
             pool,
             host,
-            config: config.clone(),
+            models,
+            engines,
             stop,
+        };
+        Self {
+            parts: Arc::new(parts),
         }
     }
 
     /// Runs until told to stop. Whatever it was doing then is dropped, which
     /// ends every process it had started.
     pub async fn run(self) {
-        let stop = self.stop.clone();
-        let mut policy = RestartPolicy::default();
+        let parts = self.parts;
+        // Orders up to this one are none of the next keeper's business.
+        let mut seen = 0;
         loop {
-            let (ending, failure) = tokio::select! {
-                biased;
-                () = stop.cancelled() => return,
-                brought_up = self.bring_up() => match brought_up {
-                    Ok(engine) => match self.watch(engine).await {
-                        Some((lived, failure)) => (Ending::Exited { lived }, failure),
-                        None => return,
-                    },
-                    Err(error) => {
-                        let failure = error.failure();
-                        (Ending::NotStarted { retriable: failure.retriable }, failure)
-                    }
-                },
-            };
-            // A pool that is being shut down gets no new engine.
-            if matches!(self.pool.snapshot().phase, Phase::Draining | Phase::Stopped) {
-                return;
+            // A set, so that the keeper ends when this future is dropped.
+            let mut keeping = JoinSet::new();
+            keeping.spawn(Keeper::new(Arc::clone(&parts), seen).run());
+            match keeping.join_next().await {
+                Some(Err(broken)) if broken.is_panic() => {}
+                _ => return,
             }
-            let exited = matches!(ending, Ending::Exited { .. });
-            let delay = self.tell(policy.decide(ending), failure, exited).await;
-            tokio::select! {
-                () = tokio::time::sleep(delay) => {}
-                () = stop.cancelled() => return,
-            }
+            let pool = parts.pool.id();
+            tracing::error!(%pool, "the pool's supervisor broke; its engine is ended and another supervisor begins");
+            parts.host.unbind(pool, &ReplicaId::first());
+            seen = parts.pool.orders().borrow().serial;
+            let failure = Failure::internal("the pool's supervisor broke").retriable();
+            parts.pool.report(seen, Change::Lost(failure)).await;
         }
-    }
-
-    async fn bring_up(&self) -> Result<RunningEngine, ProvisionError> {
-        let begun = Instant::now();
-        self.pool.change(Change::Provisioning).await;
-        let (model, installation) = self.provide().await?;
-        self.pool.change(Change::Starting).await;
-        let engine = self
-            .engines
-            .start(&installation, self.launch_spec(model))
-            .await
-            .map_err(ProvisionError::Start)?;
-        let context = engine.context().clone();
-        self.host
-            .bind(context.clone())
-            .map_err(ProvisionError::Bind)?;
-        histogram!(telemetry::READY_AFTER, "pool" => self.pool.settings().id.to_string())
-            .record(begun.elapsed());
-        tracing::info!(
-            pool = %context.pool_id, engine = context.engine_version, mode = %context.provisioning_mode,
-            model = self.config.model, ctx = context.ctx, slots = context.slots, url = context.url,
-            took_ms = begun.elapsed().as_millis() as u64, "pool ready"
-        );
-        self.pool.change(Change::Ready(Arc::new(context))).await;
-        Ok(engine)
-    }
-
-    /// Model and engine side by side: they do not depend on each other, and one's
-    /// failure does not throw away what the other has done so far.
-    async fn provide(&self) -> Result<(ModelMetadata, EngineInstallation), ProvisionError> {
-        let model = async {
-            self.models
-                .ensure(&self.config.model)
-                .await
-                .map_err(ProvisionError::Model)
-        };
-        let engine = async {
-            self.engines
-                .ensure(&self.config.provision)
-                .await
-                .map_err(ProvisionError::Engine)
-        };
-        let (model, engine) = tokio::join!(model, engine);
-        Ok((model?, engine?))
-    }
-
-    fn launch_spec(&self, model: ModelMetadata) -> LaunchSpec {
-        LaunchSpec {
-            pool_id: self.pool.settings().id.clone(),
-            replica_id: ReplicaId::first(),
-            model,
-            ctx: self.config.ctx,
-            slots: self.config.slots,
-            profile: self.config.effective_profile(),
-            threads: self.config.threads,
-            gpu_layers: self.config.gpu_layers,
-            flags: self.config.flags.clone(),
-            load_timeout: Duration::from_secs(self.config.load_timeout_seconds),
-            stop_grace: STOP_GRACE,
-        }
-    }
-
-    /// Waits until the engine ends by itself, and says how long it lived and
-    /// why it ended; `None` once it was stopped because we were told to.
-    async fn watch(&self, mut engine: RunningEngine) -> Option<(Duration, Failure)> {
-        let ready = Instant::now();
-        let context = engine.context().clone();
-        let exit = tokio::select! {
-            exit = engine.wait_exit() => Some(exit),
-            reason = self.distrusted() => {
-                self.host.unbind(&context.pool_id, &context.replica_id);
-                return Some((ready.elapsed(), self.end_hung(engine, &reason).await));
-            }
-            () = self.stop.cancelled() => None,
-        };
-        self.host.unbind(&context.pool_id, &context.replica_id);
-        let Some(exit) = exit else {
-            engine.stop().await;
-            return None;
-        };
-        let status = exit
-            .status
-            .map_or_else(|| "unknown status".to_owned(), |status| status.to_string());
-        let tail = exit.log_tail.iter().rev().take(TAIL_LINES).rev();
-        let tail: Vec<&str> = tail.map(String::as_str).collect();
-        tracing::error!(pool = %context.pool_id, status = status, log = tail.join("\n"), "engine ended by itself");
-        let message = format!("the engine ended by itself: {status}");
-        let failure = Failure::new(ErrorCode::PoolUnavailable, message)
-            .with_hint("its log in the cache directory tells more")
-            .retriable();
-        Some((ready.elapsed(), failure))
-    }
-
-    /// Why the pool no longer relies on its engine, once it does not.
-    async fn distrusted(&self) -> String {
-        let snapshot = self
-            .pool
-            .wait_for(|snapshot| snapshot.distrust.is_some())
-            .await;
-        match snapshot.and_then(|snapshot| snapshot.distrust) {
-            Some(reason) => reason,
-            // The pool is gone, and we are about to be told.
-            None => std::future::pending().await,
-        }
-    }
-
-    /// Ends an engine that runs and gives no tokens.
-    async fn end_hung(&self, engine: RunningEngine, reason: &str) -> Failure {
-        let report = engine.stop().await;
-        tracing::error!(pool = %self.pool.settings().id, reason, killed = report.killed, "a hung engine was ended");
-        let message = format!("the engine hung and was ended: {reason}");
-        Failure::new(ErrorCode::PoolUnavailable, message)
-            .with_hint(
-                "the machine may be overloaded, or the prompt too long for `first_token_seconds`",
-            )
-            .retriable()
-    }
-
-    async fn tell(&self, verdict: Verdict, failure: Failure, exited: bool) -> Duration {
-        let pool = &self.pool.settings().id;
-        let (change, delay) = match verdict {
-            Verdict::Restart { after } => {
-                tracing::warn!(%pool, after_ms = after.as_millis() as u64, "engine is started again");
-                (Change::Backoff(failure), after)
-            }
-            Verdict::Fail { retry_after } => {
-                let (message, hint) = (&failure.message, failure.hint.as_deref().unwrap_or(""));
-                tracing::error!(%pool, hint, "pool failed: {message}");
-                let failure = failure.retry_after(retry_after);
-                (Change::Failed { failure, exited }, retry_after)
-            }
-        };
-        self.pool.change(change).await;
-        delay
     }
 }

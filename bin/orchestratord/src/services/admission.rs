@@ -103,8 +103,7 @@ impl<T> AdmissionQueue<T> {
         self.capacity
     }
 
-    /// Other limits from now on. Tasks that wait are kept, even if there are
-    /// more than may wait now.
+    /// Changes the limits. Tasks beyond a smaller capacity stay.
     pub fn set_limits(&mut self, capacity: usize, ageing: Duration) {
         self.capacity = capacity;
         self.ageing = ageing;

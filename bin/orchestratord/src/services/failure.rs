@@ -129,9 +129,31 @@ impl Failure {
     }
 
     pub fn shutting_down(pool: &PoolId) -> Self {
-        Self::new(ErrorCode::PoolUnavailable, "the daemon is shutting down")
+        Self::new(
+            ErrorCode::PoolUnavailable,
+            format!("pool {pool} is shutting down"),
+        )
+        .retriable()
+        .in_pool(pool)
+    }
+
+    pub fn drained(pool: &PoolId) -> Self {
+        Self::new(ErrorCode::PoolUnready, "the pool is being drained, or is")
+            .with_hint(format!(
+                "POST /v2/pools/{pool}/resume lets it take tasks again"
+            ))
             .retriable()
             .in_pool(pool)
+    }
+
+    /// For a task that its engine, which another replaces, did not finish in time.
+    pub fn engine_replaced(pool: &PoolId) -> Self {
+        Self::new(
+            ErrorCode::WorkerReset,
+            "the engine is being replaced, and the task's time on it is up",
+        )
+        .retriable()
+        .in_pool(pool)
     }
 
     pub fn internal(message: impl Into<String>) -> Self {

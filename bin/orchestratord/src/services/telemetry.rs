@@ -9,6 +9,7 @@ pub const RUNNING: &str = "orchestratord_running_tasks";
 pub const SLOTS: &str = "orchestratord_slots";
 pub const READY: &str = "orchestratord_pool_ready";
 pub const ENGINE_EXITS: &str = "orchestratord_engine_exits_total";
+pub const RESTARTS: &str = "orchestratord_engine_restarts_total";
 pub const TOKENS_IN: &str = "orchestratord_prompt_tokens_total";
 pub const TOKENS_OUT: &str = "orchestratord_generated_tokens_total";
 pub const QUEUE_WAIT: &str = "orchestratord_queue_wait_seconds";
@@ -40,6 +41,10 @@ pub fn describe() {
     describe_counter!(
         ENGINE_EXITS,
         "Engines that ended without being asked to, by pool"
+    );
+    describe_counter!(
+        RESTARTS,
+        "Engines that had to be started again, by pool and cause (crash, hang, load_failure, reload)"
     );
     describe_counter!(TOKENS_IN, "Prompt tokens of completed tasks, by pool");
     describe_counter!(TOKENS_OUT, "Generated tokens of completed tasks, by pool");

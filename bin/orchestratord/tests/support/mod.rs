@@ -7,6 +7,8 @@
     reason = "a test that cannot go on fails, and says what the daemon said"
 )]
 
+pub(crate) mod pools;
+
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -228,6 +230,11 @@ impl Daemon {
 
     pub(crate) fn engine_dir(&self) -> PathBuf {
         self.setup.engine_dir()
+    }
+
+    /// The model that the pool serves unless the test says otherwise.
+    pub(crate) fn model(&self) -> PathBuf {
+        self.setup.dir.path().join("tiny.gguf")
     }
 
     pub(crate) fn handoff(&self) -> PathBuf {

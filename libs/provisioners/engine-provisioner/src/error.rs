@@ -226,6 +226,16 @@ pub enum EngineError {
     Lock(#[from] LockError),
 }
 
+impl EngineError {
+    /// The last lines of the engine's log, where an engine was started in vain.
+    pub fn log_tail(&self) -> &[String] {
+        match self {
+            Self::DiedLoading { tail, .. } | Self::LoadTimeout { tail, .. } => tail,
+            _ => &[],
+        }
+    }
+}
+
 impl Hinted for EngineError {
     fn hint(&self) -> Option<String> {
         match self {

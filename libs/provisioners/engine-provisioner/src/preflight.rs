@@ -156,19 +156,6 @@ fn check(
 
 fn gpu_checks(gpu: Gpu, distribution: Distribution) -> Vec<Check> {
     let vulkan = gpu.can_build_vulkan();
-    let driver = match gpu.nvidia_driver {
-        Some(version) => CheckState::Found {
-            path: None,
-            details: version,
-        },
-        None => CheckState::Missing {
-            details: "not loaded".to_owned(),
-            remedy: format!(
-                "for an NVIDIA GPU: {}",
-                distribution.install_command(Need::NvidiaDriver)
-            ),
-        },
-    };
     let vulkan = if vulkan {
         CheckState::Found {
             path: gpu.glslc.map(|program| program.path),
@@ -180,16 +167,40 @@ fn gpu_checks(gpu: Gpu, distribution: Distribution) -> Vec<Check> {
             remedy: format!("for a GPU: {}", distribution.install_command(Need::Vulkan)),
         }
     };
+    let vulkan = Check {
+        name: "Vulkan",
+        state: vulkan,
+        required: false,
+    };
+    let mut checks = nvidia_checks(gpu.nvidia_driver, gpu.nvcc, distribution);
+    checks.push(vulkan);
+    checks
+}
+
+/// Only where they are of use: without a card nothing of it is missing.
+fn nvidia_checks(
+    driver: Option<String>,
+    nvcc: Option<Program>,
+    distribution: Distribution,
+) -> Vec<Check> {
+    if driver.is_none() && nvcc.is_none() && !machine::has_nvidia_card() {
+        return Vec::new();
+    }
+    let driver = match driver {
+        Some(version) => CheckState::Found {
+            path: None,
+            details: version,
+        },
+        None => CheckState::Missing {
+            details: "not loaded".to_owned(),
+            remedy: distribution.install_command(Need::NvidiaDriver),
+        },
+    };
     vec![
-        check("nvcc", Need::Nvcc, gpu.nvcc, distribution, false),
+        check("nvcc", Need::Nvcc, nvcc, distribution, false),
         Check {
             name: "NVIDIA driver",
             state: driver,
-            required: false,
-        },
-        Check {
-            name: "Vulkan",
-            state: vulkan,
             required: false,
         },
     ]

@@ -3,7 +3,7 @@
 //! stopped here.
 //!
 //! A setting is one of three kinds:
-//! - of a pool, and changed while its engine runs ([`LIVE_IN_POOL`])
+//! - of a pool, and changed while its engine runs ([`PoolConfig::same_engine`])
 //! - of a pool, and changed by giving it a new engine (all others)
 //! - of the daemon: taken over ([`LIVE_IN_DAEMON`]), or named as needing a
 //!   restart of the daemon. One that this module does not know is of the
@@ -20,14 +20,6 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::{Config, PoolConfig};
-
-/// Settings of a pool that its running engine does not notice.
-const LIVE_IN_POOL: [&str; 4] = [
-    "queue_capacity",
-    "batch_ageing_seconds",
-    "default_max_tokens",
-    "load_timeout_seconds",
-];
 
 /// Settings of the daemon that are taken over while it runs.
 const LIVE_IN_DAEMON: [&str; 1] = ["drain_seconds"];
@@ -118,8 +110,7 @@ fn pool_change(old: Option<&PoolConfig>, new: Option<&PoolConfig>) -> Option<Poo
         (Some(old), Some(new)) if old == new => None,
         (Some(old), Some(new)) => {
             let settings = changed_settings(old, new);
-            let live = |change: &SettingChange| LIVE_IN_POOL.contains(&change.key.as_str());
-            Some(if settings.iter().all(live) {
+            Some(if old.same_engine(new) {
                 PoolChange::Changed(new.clone(), settings)
             } else {
                 PoolChange::Reloaded(new.clone(), settings)

@@ -10,6 +10,7 @@ mod limits;
 mod loaded;
 mod read;
 mod source;
+mod supervision;
 #[cfg(test)]
 mod tests;
 
@@ -33,6 +34,7 @@ pub use self::limits::Limits;
 pub use self::loaded::{DEFAULT_FILE, Loaded, Place, SetupError};
 use self::read::{address, engine_kind, ranged, ranged_option};
 pub use self::source::Source;
+pub use self::supervision::{LivenessConfig, RestartConfig};
 
 /// The whole configuration. It is also written, as JSON, to see what differs
 /// between two ([`difference`]); what is secret is left out there.
@@ -221,6 +223,8 @@ pub struct PoolConfig {
     #[serde(deserialize_with = "ranged::<_, u64, 1, 86_400>")]
     #[schemars(range(min = 1, max = 86_400))]
     pub load_timeout_seconds: u64,
+    pub restart: RestartConfig,
+    pub liveness: LivenessConfig,
     /// How the engine is provided. Default: whatever works first of `system`,
     /// `cache`, `release`, `source`.
     #[cfg(feature = "provisioning")]
@@ -243,9 +247,28 @@ impl Default for PoolConfig {
             batch_ageing_seconds: 30,
             default_max_tokens: 512,
             load_timeout_seconds: 120,
+            restart: RestartConfig::default(),
+            liveness: LivenessConfig::default(),
             #[cfg(feature = "provisioning")]
             provision: EngineConfig::default(),
         }
+    }
+}
+
+impl PoolConfig {
+    /// Whether an engine of this configuration is one of the other: they
+    /// differ at most in what concerns the queue and the engine's watchers.
+    pub fn same_engine(&self, other: &Self) -> bool {
+        let like_other = Self {
+            queue_capacity: other.queue_capacity,
+            batch_ageing_seconds: other.batch_ageing_seconds,
+            default_max_tokens: other.default_max_tokens,
+            load_timeout_seconds: other.load_timeout_seconds,
+            restart: other.restart.clone(),
+            liveness: other.liveness.clone(),
+            ..self.clone()
+        };
+        like_other == *other
     }
 }
 

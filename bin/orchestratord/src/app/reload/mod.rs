@@ -10,10 +10,12 @@
 //! One actor, the [`Reloader`], owns the pools' supervisors and the
 //! configuration in force, so there is one reload at a time. While pools are
 //! drained, stopped or started a second reload is refused, and a SIGHUP is kept
-//! until after; one that comes while pools only get ready takes the place of
-//! the first. Pools that did not change are never touched. Removed pools go
+//! until after; one that comes while pools only get ready begins at once, and
+//! waits for them, too. Pools that did not change are never touched. Removed pools go
 //! before added ones come, so that both need not fit into memory at once.
 
+mod examine;
+mod inbox;
 mod report;
 
 use std::collections::BTreeMap;
@@ -21,97 +23,30 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::http::StatusCode;
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use llama_orch_types::{ErrorCode, Hinted, PoolId};
 use provision_kit::chain::one_line;
 use provision_kit::progress::Reporter;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-pub use self::report::{ChangeKind, PoolReport, Progress, ReloadReport, ReloadState};
+use self::examine::Examined;
+use self::inbox::Command;
+pub use self::inbox::ReloadHandle;
+pub(super) use self::inbox::{Inbox, channel};
+pub use self::report::{ChangeKind, PoolProgress, PoolReport, ReloadReport, ReloadStage};
 use super::bootstrap::{Plan, STOP_LIMIT, StartError};
-use super::config::difference::{Difference, PoolChange};
-use super::config::{Config, Loaded, PoolConfig, Source, Token};
+use super::config::difference::PoolChange;
+use super::config::{Config, Loaded, PoolConfig, Source};
 use super::launch::{Launcher, LivePool};
 use super::state::AppState;
 use crate::api::error::ApiError;
 use crate::services::event_log::Failure;
-use crate::services::pool::{Phase, PoolHandle};
-
-/// Commands that may wait before senders have to.
-const COMMAND_QUEUE: usize = 16;
-
-/// How long the configuration and the token may take to be read.
-const READ_LIMIT: Duration = Duration::from_secs(10);
-
-enum Command {
-    Reload {
-        dry_run: bool,
-        reply: oneshot::Sender<Result<ReloadReport, ApiError>>,
-    },
-    /// SIGHUP: nobody waits for an answer.
-    HangUp,
-}
-
-/// The way to the reloader. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct ReloadHandle {
-    commands: mpsc::Sender<Command>,
-    report: watch::Receiver<ReloadReport>,
-}
-
-/// The reloader's end of it.
-#[derive(Debug)]
-pub(super) struct Inbox {
-    commands: mpsc::Receiver<Command>,
-    report: watch::Sender<ReloadReport>,
-    /// A SIGHUP came that was not heeded yet.
-    again: bool,
-}
-
-pub(super) fn channel() -> (ReloadHandle, Inbox) {
-    let (sender, commands) = mpsc::channel(COMMAND_QUEUE);
-    let (publish, report) = watch::channel(ReloadReport::default());
-    let handle = ReloadHandle {
-        commands: sender,
-        report,
-    };
-    let inbox = Inbox {
-        commands,
-        report: publish,
-        again: false,
-    };
-    (handle, inbox)
-}
-
-impl ReloadHandle {
-    /// Reads the configuration again and begins to do what it says, or only
-    /// says what that would be. A wrong one changes nothing.
-    pub async fn reload(&self, dry_run: bool) -> Result<ReloadReport, ApiError> {
-        let (reply, answer) = oneshot::channel();
-        // Both fail only when the reloader has ended.
-        let _ = self.commands.send(Command::Reload { dry_run, reply }).await;
-        answer.await.unwrap_or_else(|_| {
-            let stopping = Failure::new(ErrorCode::PoolUnavailable, "the daemon is shutting down");
-            Err(stopping.into())
-        })
-    }
-
-    /// The same for a signal: what comes of it is logged.
-    pub async fn hang_up(&self) {
-        // Fails only when the reloader has ended, and with it the daemon.
-        let _ = self.commands.send(Command::HangUp).await;
-    }
-
-    /// The last reload, as far as it is.
-    pub fn last(&self) -> ReloadReport {
-        self.report.borrow().clone()
-    }
-}
+use crate::services::pool::lifecycle::ReloadState;
+use crate::services::pool::{Phase, PoolHandle, ReloadView};
 
 /// The reloader at work.
 #[derive(Debug)]
@@ -132,8 +67,17 @@ impl RunningReloader {
     }
 }
 
-/// How a pool did after it was started: ready, or why not.
-type Settled = (PoolId, Result<(), Failure>);
+/// How a pool did after it was started or given other settings, with the
+/// number of that.
+type Settled = (PoolId, u64, Outcome);
+
+/// How it did.
+enum Outcome {
+    Ready,
+    /// What it had before is in force.
+    RolledBack(Failure),
+    Failed(Failure),
+}
 
 /// Owns the pools' lives and the configuration in force.
 pub(super) struct Reloader {
@@ -147,8 +91,10 @@ pub(super) struct Reloader {
     pools: BTreeMap<PoolId, LivePool>,
     /// Pools that were started and are not ready yet.
     settling: FuturesUnordered<BoxFuture<'static, Settled>>,
-    /// What comes of them when they are.
-    aims: BTreeMap<PoolId, Aim>,
+    /// What comes of them when they are, with the numbers of their starts.
+    aims: BTreeMap<PoolId, (u64, Aim)>,
+    /// Pools started so far.
+    starts: u64,
 }
 
 /// What a pool that was started is to become.
@@ -159,15 +105,12 @@ enum Aim {
     Other(Box<PoolConfig>),
     /// What it was before: with the other settings it failed.
     Back(Failure),
-}
-
-/// A new configuration that can be used.
-struct Examined {
-    config: Config,
-    file: Option<PathBuf>,
-    token: Option<Token>,
-    difference: Difference,
-    report: ReloadReport,
+    /// It takes other settings by itself, and goes back by itself if it cannot.
+    Taken {
+        before: Box<PoolConfig>,
+        /// What a later reload wants of it, when that is over.
+        next: Option<Box<PoolConfig>>,
+    },
 }
 
 impl Reloader {
@@ -181,7 +124,7 @@ impl Reloader {
         let Loaded { config, origin } = plan.loaded;
         let mut pools = BTreeMap::new();
         for (id, pool) in &config.pools {
-            pools.insert(id.clone(), launcher.launch(id, pool)?);
+            pools.insert(id.clone(), launcher.launch(id, pool, config.drain())?);
         }
         let reloader = Self {
             state,
@@ -193,6 +136,7 @@ impl Reloader {
             pools,
             settling: FuturesUnordered::new(),
             aims: BTreeMap::new(),
+            starts: 0,
         };
         reloader.show(|shown| {
             let handles = reloader.pools.iter();
@@ -247,7 +191,7 @@ impl Reloader {
                 let _ = reply.send(Ok(examined.report));
             }
             Ok(examined) => {
-                let _ = reply.send(Ok(inbox.begin(&examined.report)));
+                let _ = reply.send(Ok(inbox.begin(&examined.report, self.aims.keys())));
                 self.apply(examined, inbox).await;
             }
         }
@@ -260,53 +204,10 @@ impl Reloader {
                 tracing::error!(hint, "nothing is changed: {}", failure.message);
             }
             Ok(examined) => {
-                inbox.begin(&examined.report);
+                inbox.begin(&examined.report, self.aims.keys());
                 self.apply(examined, inbox).await;
             }
         }
-    }
-
-    /// Reads and checks; changes nothing.
-    async fn examine(&mut self) -> Result<Examined, Failure> {
-        let (source, reporter) = (self.source.clone(), Arc::clone(&self.reporter));
-        // On a thread that may wait: the file may lie anywhere.
-        let read = tokio::task::spawn_blocking(move || Plan::read(source, reporter));
-        let plan = match tokio::time::timeout(READ_LIMIT, read).await {
-            Ok(Ok(plan)) => plan.map_err(|error| unusable(&error))?,
-            Ok(Err(_)) => return Err(Failure::internal("reading the configuration broke off")),
-            Err(_) => {
-                let limit = READ_LIMIT.as_secs();
-                let message = format!("the configuration could not be read within {limit} s");
-                return Err(Failure::new(ErrorCode::InvalidParams, message));
-            }
-        };
-        let Loaded { config, origin } = plan.loaded;
-        if let (Some(file), None) = (&self.file, &origin) {
-            let message = format!("the configuration file {} is gone", file.display());
-            return Err(Failure::new(ErrorCode::InvalidParams, message)
-                .with_hint("an empty file stands for the defaults"));
-        }
-        let difference = Difference::between(&self.config, &config);
-        let in_force = Loaded {
-            config: difference.apply_to(&self.config, &config),
-            origin,
-        };
-        // What needs a restart stays as it is, and the rest must fit to that.
-        in_force
-            .check(plan.token.is_some(), plan.real_only)
-            .map_err(|error| unusable(&StartError::Setup(error)))?;
-        let mut report = ReloadReport::of(&difference, &self.config, &config);
-        report.state = ReloadState::Planned;
-        report.token_changed = plan.token != *self.state.token.get();
-        let file = in_force.origin.map(|(path, _)| path);
-        report.config = file.as_ref().map(|path| path.display().to_string());
-        Ok(Examined {
-            config: in_force.config,
-            file,
-            token: plan.token,
-            difference,
-            report,
-        })
     }
 
     async fn apply(&mut self, examined: Examined, inbox: &mut Inbox) {
@@ -315,45 +216,79 @@ impl Reloader {
         }
         self.file = examined.file;
         let old = std::mem::replace(&mut self.config, examined.config);
-        // Pools of an earlier reload are not watched any more.
-        self.settling.clear();
-        self.aims.clear();
-        let mut added = Vec::new();
+        let (mut added, mut good) = (Vec::new(), BTreeMap::new());
         let mut ending = FuturesUnordered::new();
         for (id, change) in examined.difference.pools {
             match change {
                 PoolChange::Added(pool) => added.push((id, pool)),
-                PoolChange::Changed(pool, _) => {
-                    inbox.note(&id, Progress::Working, None);
-                    let outcome = self.adjust(&id, &pool).await;
-                    inbox.note_outcome(&id, outcome);
-                }
                 PoolChange::Removed => ending.push(self.end(id, None, inbox)),
-                PoolChange::Reloaded(pool, _) => ending.push(self.end(id, Some(pool), inbox)),
+                PoolChange::Changed(pool, _) | PoolChange::Reloaded(pool, _) => {
+                    let before = old.pools.get(&id);
+                    if let Some(before) = before.filter(|before| can_take(before, &pool)) {
+                        self.adjust(id, before, &pool, inbox).await;
+                    } else {
+                        good.insert(id.clone(), self.last_good(&id, &old));
+                        ending.push(self.end(id, Some(pool), inbox));
+                    }
+                }
             }
         }
         while let Some((id, next)) = inbox.refusing(ending.next()).await {
             if let Some(pool) = next {
-                let before = old.pools.get(&id).cloned();
+                let before = good.remove(&id).flatten();
                 let aim = before.map_or(Aim::New, |before| Aim::Other(Box::new(before)));
                 self.bring_up(id, &pool, aim, inbox);
             } else {
                 self.show(|pools| drop(pools.remove(&id)));
-                inbox.note(&id, Progress::Done, None);
+                inbox.note(&id, PoolProgress::Done, None);
             }
         }
         for (id, pool) in added {
-            inbox.note(&id, Progress::Working, None);
+            inbox.note(&id, PoolProgress::Working, None);
             self.bring_up(id, &pool, Aim::New, inbox);
         }
         self.finish_if_settled(inbox);
     }
 
-    /// Changes what a pool's running engine does not notice.
-    async fn adjust(&mut self, id: &PoolId, pool: &PoolConfig) -> Result<(), Failure> {
-        match self.pools.get(id) {
-            Some(live) => live.handle.apply(pool.clone()).await,
+    /// The last settings with which a pool was ready, or may have been.
+    fn last_good(&self, id: &PoolId, old: &Config) -> Option<PoolConfig> {
+        match self.aims.get(id) {
+            Some((_, Aim::Other(before) | Aim::Taken { before, .. })) => Some((**before).clone()),
+            Some((_, Aim::New)) => None,
+            Some((_, Aim::Back(_))) | None => old.pools.get(id).cloned(),
+        }
+    }
+
+    /// Gives a pool new settings, and watches it until the engine that they
+    /// may need serves.
+    async fn adjust(&mut self, id: PoolId, old: &PoolConfig, new: &PoolConfig, inbox: &Inbox) {
+        inbox.note(&id, PoolProgress::Working, None);
+        if let Some((_, Aim::Taken { next, .. })) = self.aims.get_mut(&id) {
+            *next = Some(Box::new(new.clone()));
+            return;
+        }
+        let handle = self.pools.get(&id).map(|live| live.handle.clone());
+        let applied = match &handle {
+            Some(handle) => handle.apply(new.clone()).await,
             None => Err(Failure::internal(format!("pool {id} is not running"))),
+        };
+        match (applied, handle) {
+            (Ok(()), Some(handle)) if !old.same_engine(new) => {
+                self.starts += 1;
+                let aim = Aim::Taken {
+                    before: Box::new(old.clone()),
+                    next: None,
+                };
+                self.aims.insert(id.clone(), (self.starts, aim));
+                self.settling
+                    .push(Box::pin(reloaded(id, self.starts, handle)));
+            }
+            (Err(failure), _) => {
+                // It goes on with what it had.
+                self.config.pools.insert(id.clone(), old.clone());
+                inbox.note(&id, PoolProgress::Failed, Some(failure));
+            }
+            (Ok(()), _) => inbox.note(&id, PoolProgress::Done, None),
         }
     }
 
@@ -365,7 +300,9 @@ impl Reloader {
         next: Option<PoolConfig>,
         inbox: &Inbox,
     ) -> impl Future<Output = (PoolId, Option<PoolConfig>)> + use<> {
-        inbox.note(&id, Progress::Working, None);
+        inbox.note(&id, PoolProgress::Working, None);
+        // Nobody asks any more how its start went.
+        self.aims.remove(&id);
         let (live, drain) = (self.pools.remove(&id), self.config.drain());
         async move {
             let gone = match live {
@@ -382,43 +319,68 @@ impl Reloader {
 
     /// Starts a pool, and watches it until it is ready or has failed.
     fn bring_up(&mut self, id: PoolId, pool: &PoolConfig, aim: Aim, inbox: &Inbox) {
-        match self.launcher.launch(&id, pool) {
+        match self.launcher.launch(&id, pool, self.config.drain()) {
             Ok(live) => {
                 let handle = live.handle.clone();
                 self.show(|pools| drop(pools.insert(id.clone(), handle.clone())));
                 self.pools.insert(id.clone(), live);
-                self.aims.insert(id.clone(), aim);
-                self.settling.push(Box::pin(settled(id, handle)));
+                self.starts += 1;
+                self.aims.insert(id.clone(), (self.starts, aim));
+                self.settling
+                    .push(Box::pin(settled(id, self.starts, handle)));
             }
             Err(error) => {
                 self.show(|pools| drop(pools.remove(&id)));
                 self.config.pools.remove(&id);
-                inbox.note(&id, Progress::Failed, Some(failure_of(&error)));
+                inbox.note(&id, PoolProgress::Failed, Some(failure_of(&error)));
             }
         }
     }
 
     /// A pool that was started is ready, or goes back to what it was.
-    async fn settle(&mut self, (id, outcome): Settled, inbox: &mut Inbox) {
-        match (outcome, self.aims.remove(&id)) {
-            (Ok(()), Some(Aim::Back(failure))) => {
-                inbox.note(&id, Progress::RolledBack, Some(failure));
+    async fn settle(&mut self, (id, start, outcome): Settled, inbox: &mut Inbox) {
+        let current = self.aims.get(&id).is_some_and(|(last, _)| *last == start);
+        // It was ended in the meantime, or started again.
+        let Some((_, aim)) = current.then(|| self.aims.remove(&id)).flatten() else {
+            return;
+        };
+        match (outcome, aim) {
+            (
+                _,
+                Aim::Taken {
+                    next: Some(next), ..
+                },
+            ) => {
+                let live = self.pools.get(&id);
+                let now = live.map(|live| Arc::clone(&live.handle.settings().config));
+                if let Some(now) = now {
+                    self.adjust(id, &now, &next, inbox).await;
+                }
             }
-            (Ok(()), _) => inbox.note(&id, Progress::Done, None),
-            (Err(failure), Some(Aim::Other(before))) => {
+            (Outcome::Ready, Aim::Back(failure)) => {
+                inbox.note(&id, PoolProgress::RolledBack, Some(failure));
+            }
+            (Outcome::Ready, _) => inbox.note(&id, PoolProgress::Done, None),
+            (Outcome::RolledBack(failure), Aim::Taken { before, .. }) => {
+                self.config.pools.insert(id.clone(), *before);
+                inbox.note(&id, PoolProgress::RolledBack, Some(failure));
+            }
+            (Outcome::Failed(failure), Aim::Other(before)) => {
                 tracing::error!(pool = %id, "the old settings come back: {}", failure.message);
                 let ending = self.end(id, None, inbox);
                 let (id, _) = inbox.refusing(ending).await;
                 self.config.pools.insert(id.clone(), (*before).clone());
                 self.bring_up(id, &before, Aim::Back(failure), inbox);
             }
-            (Err(failure), _) => inbox.note(&id, Progress::Failed, Some(failure)),
+            (Outcome::Failed(failure) | Outcome::RolledBack(failure), _) => {
+                inbox.note(&id, PoolProgress::Failed, Some(failure));
+            }
         }
         self.finish_if_settled(inbox);
     }
 
     fn finish_if_settled(&self, inbox: &Inbox) {
-        if inbox.is_running() && self.settling.is_empty() {
+        if inbox.is_running() && self.aims.is_empty() {
             inbox.finish();
         }
     }
@@ -432,87 +394,49 @@ impl Reloader {
     }
 }
 
-impl Inbox {
-    /// Publishes a new reload.
-    fn begin(&self, report: &ReloadReport) -> ReloadReport {
-        let begun = ReloadReport {
-            id: self.report.borrow().id + 1,
-            state: ReloadState::Running,
-            ..report.clone()
-        };
-        tracing::info!(reload = begun.id, "the configuration is read again");
-        for warning in begun.warnings() {
-            tracing::warn!("{warning}");
-        }
-        let mut done = begun.clone();
-        for pool in &mut done.pools {
-            // There is nothing to do for it.
-            if pool.change == ChangeKind::Unchanged {
-                pool.state = Progress::Done;
-            }
-        }
-        self.report.send_replace(done.clone());
-        done
-    }
-
-    fn note(&self, pool: &PoolId, state: Progress, error: Option<Failure>) {
-        self.report
-            .send_modify(|report| report.note(pool, state, error));
-    }
-
-    fn note_outcome(&self, pool: &PoolId, outcome: Result<(), Failure>) {
-        match outcome {
-            Ok(()) => self.note(pool, Progress::Done, None),
-            Err(failure) => self.note(pool, Progress::Failed, Some(failure)),
-        }
-    }
-
-    fn is_running(&self) -> bool {
-        self.report.borrow().state == ReloadState::Running
-    }
-
-    fn finish(&self) {
-        self.report.send_modify(|report| {
-            report.state = if report.has_failed() {
-                ReloadState::Failed
-            } else {
-                ReloadState::Done
-            };
-        });
-        let report = self.report.borrow().clone();
-        for line in report.lines() {
-            tracing::info!(reload = report.id, "{line}");
-        }
-    }
-
-    /// Waits for work that must not be mixed with another reload.
-    async fn refusing<T>(&mut self, work: impl Future<Output = T>) -> T {
-        let mut work = std::pin::pin!(work);
-        loop {
-            tokio::select! {
-                done = &mut work => return done,
-                Some(command) = self.commands.recv() => match command {
-                    Command::Reload { reply, .. } => {
-                        let _ = reply.send(Err(busy()));
-                    }
-                    Command::HangUp => self.again = true,
-                },
-            }
-        }
-    }
+/// Whether a pool can be given new settings while it lives. Otherwise it makes
+/// way for a pool that is started with them.
+fn can_take(old: &PoolConfig, new: &PoolConfig) -> bool {
+    old.engine == new.engine
 }
 
-/// Waits until a pool is ready, or is said not to become it.
-async fn settled(id: PoolId, pool: PoolHandle) -> Settled {
+/// Waits until a pool that was started is ready, or is said not to become it.
+async fn settled(id: PoolId, start: u64, pool: PoolHandle) -> Settled {
     let settled = |phase| matches!(phase, Phase::Ready | Phase::Failed | Phase::Stopped);
     let snapshot = pool.wait_for(|snapshot| settled(snapshot.phase)).await;
     let outcome = match snapshot {
-        Some(snapshot) if snapshot.phase == Phase::Ready => Ok(()),
-        snapshot => Err(snapshot
-            .and_then(|snapshot| snapshot.last_error)
-            .unwrap_or_else(|| Failure::internal("the pool stopped"))),
+        Some(snapshot) if snapshot.phase == Phase::Ready => Outcome::Ready,
+        snapshot => Outcome::Failed(
+            snapshot
+                .and_then(|snapshot| snapshot.last_error)
+                .unwrap_or_else(stopped),
+        ),
     };
-    (id, outcome)
+    (id, start, outcome)
+}
+
+/// Waits until a pool's own reload is over, one way or the other.
+async fn reloaded(id: PoolId, start: u64, pool: PoolHandle) -> Settled {
+    let is_over = |reload: &ReloadView| reload.state.is_over();
+    let snapshot = pool
+        .wait_for(|snapshot| snapshot.reload.as_ref().is_some_and(is_over))
+        .await;
+    let outcome = match snapshot.and_then(|snapshot| snapshot.reload) {
+        Some(reload) => {
+            let why = reload.error.unwrap_or_else(stopped);
+            match reload.state {
+                ReloadState::Done => Outcome::Ready,
+                ReloadState::RolledBack => Outcome::RolledBack(why),
+                _ => Outcome::Failed(why),
+            }
+        }
+        None => Outcome::Failed(stopped()),
+    };
+    (id, start, outcome)
+}
+
+fn stopped() -> Failure {
+    Failure::internal("the pool stopped")
 }
 
 fn failure_of(error: &StartError) -> Failure {
@@ -520,22 +444,4 @@ fn failure_of(error: &StartError) -> Failure {
         hint: error.hint(),
         ..Failure::new(ErrorCode::PoolUnavailable, one_line(error))
     }
-}
-
-/// Why a configuration is not taken over.
-fn unusable(error: &StartError) -> Failure {
-    Failure {
-        code: ErrorCode::InvalidParams,
-        ..failure_of(error)
-    }
-}
-
-fn busy() -> ApiError {
-    let failure = Failure::new(
-        ErrorCode::AdmissionReject,
-        "another reload drains, stops or starts pools",
-    )
-    .retriable()
-    .with_hint("GET /v2/admin/reload says how far it is");
-    ApiError::from(failure).with_status(StatusCode::CONFLICT)
 }

@@ -11,7 +11,7 @@ use crate::services::event_log::Failure;
 /// Where a reload stands.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum ReloadState {
+pub enum ReloadStage {
     /// There was none since the daemon's start.
     #[default]
     None,
@@ -28,7 +28,7 @@ pub enum ReloadState {
 pub struct ReloadReport {
     /// Counts the reloads since the daemon's start; a dry run is none.
     pub id: u64,
-    pub state: ReloadState,
+    pub state: ReloadStage,
     /// The file that was read; none if everything is at its default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub config: Option<String>,
@@ -57,7 +57,7 @@ pub enum ChangeKind {
 /// How far a pool's change is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Progress {
+pub enum PoolProgress {
     Planned,
     /// It is drained, stopped or started.
     Working,
@@ -72,7 +72,7 @@ pub enum Progress {
 pub struct PoolReport {
     pub pool_id: String,
     pub change: ChangeKind,
-    pub state: Progress,
+    pub state: PoolProgress,
     /// The model it serves, or did before it was removed.
     pub model: String,
     pub settings: Vec<SettingChange>,
@@ -97,7 +97,7 @@ impl ReloadReport {
             PoolReport {
                 pool_id: id.to_string(),
                 change,
-                state: Progress::Planned,
+                state: PoolProgress::Planned,
                 model: pool.map(|pool| pool.model.clone()).unwrap_or_default(),
                 settings,
                 error: None,
@@ -112,7 +112,7 @@ impl ReloadReport {
     }
 
     /// Notes how far a pool is.
-    pub(super) fn note(&mut self, pool: &PoolId, state: Progress, error: Option<Failure>) {
+    pub(super) fn note(&mut self, pool: &PoolId, state: PoolProgress, error: Option<Failure>) {
         let mut pools = self.pools.iter_mut();
         if let Some(report) = pools.find(|report| report.pool_id == pool.as_str()) {
             report.state = state;
@@ -122,8 +122,9 @@ impl ReloadReport {
 
     /// Whether any pool did not become what the file says.
     pub(super) fn has_failed(&self) -> bool {
-        let failed =
-            |pool: &PoolReport| matches!(pool.state, Progress::RolledBack | Progress::Failed);
+        let failed = |pool: &PoolReport| {
+            matches!(pool.state, PoolProgress::RolledBack | PoolProgress::Failed)
+        };
         self.pools.iter().any(failed)
     }
 
@@ -160,9 +161,9 @@ impl PoolReport {
             ChangeKind::Unchanged => "unchanged".to_owned(),
         };
         let ending = match self.state {
-            Progress::RolledBack => "rolled back",
-            Progress::Failed => "failed",
-            Progress::Planned | Progress::Working | Progress::Done => "",
+            PoolProgress::RolledBack => "rolled back",
+            PoolProgress::Failed => "failed",
+            PoolProgress::Planned | PoolProgress::Working | PoolProgress::Done => "",
         };
         let error = self.error.as_ref().map(|error| error.message.as_str());
         match (ending, error) {

@@ -9,14 +9,17 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use adapter_host::AdapterHost;
-use llama_orch_types::{ErrorCode, ProvisionedContext, TaskId};
-use metrics::{counter, gauge};
+use llama_orch_types::{ProvisionedContext, TaskId};
+use metrics::gauge;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
+use super::lifecycle::{Event, Lifecycle, Phase};
 use super::work::Running;
-use super::{Change, Command, Phase, PoolSettings, PoolSnapshot, Submission};
-use crate::app::current::Current;
+use super::{
+    Command, LogTail, Order, PoolSettings, PoolSnapshot, ReloadView, Submission, Transition, Wanted,
+};
+use crate::app::config::PoolConfig;
 use crate::services::admission::{AdmissionQueue, Priority};
 use crate::services::dispatch::Finished;
 use crate::services::estimates::ServiceTimes;
@@ -26,85 +29,93 @@ use crate::services::telemetry;
 
 pub(super) struct Actor {
     pub(super) settings: Arc<PoolSettings>,
-    /// The same, for everybody else.
-    published_settings: Arc<Current<PoolSettings>>,
     pub(super) host: AdapterHost,
     pub(super) board: Arc<PreparationBoard>,
-    pub(super) phase: Phase,
-    pub(super) since: Instant,
+    pub(super) lifecycle: Lifecycle,
+    pub(super) transitions: Arc<Vec<Transition>>,
     pub(super) last_error: Option<Failure>,
+    /// The configuration that a reload brings, until it is adopted.
+    pub(super) candidate: Option<Arc<PoolConfig>>,
+    pub(super) reload: Option<ReloadView>,
     pub(super) context: Option<Arc<ProvisionedContext>>,
+    pub(super) engine_log: LogTail,
+    /// Engines that were ready so far.
+    pub(super) engines: u64,
+    /// When tasks on an engine that was replaced end.
+    pub(super) retire_until: Option<tokio::time::Instant>,
     pub(super) queue: AdmissionQueue<Submission>,
     pub(super) running: HashMap<TaskId, Running>,
     pub(super) runs: JoinSet<Finished>,
     pub(super) times: ServiceTimes,
-    pub(super) engine_exits: u64,
+    /// Tasks taken to an engine so far.
+    pub(super) dispatched: u64,
+    pub(super) doubt: u64,
     /// No task is taken to the engine before.
     pub(super) hold: Option<tokio::time::Instant>,
     pub(super) distrust: Option<String>,
+    /// Who waits for the pool's end.
     pub(super) drained: Vec<oneshot::Sender<()>>,
-    pub(super) publish: watch::Sender<PoolSnapshot>,
+    pub(super) ended: bool,
+    pub(super) orders: watch::Sender<Order>,
 }
 
 pub(super) fn spawn(
-    published_settings: Arc<Current<PoolSettings>>,
+    settings: Arc<PoolSettings>,
     host: AdapterHost,
     board: Arc<PreparationBoard>,
     commands: mpsc::Receiver<Command>,
-) -> watch::Receiver<PoolSnapshot> {
-    let settings = published_settings.get();
-    let (publish, snapshot) = watch::channel(PoolSnapshot {
-        phase: Phase::Provisioning,
-        since: Instant::now(),
-        last_error: None,
-        context: None,
-        queued_interactive: 0,
-        queued_batch: 0,
-        running: 0,
-        slots: settings.slots,
-        engine_exits: 0,
-        distrust: None,
-        times: ServiceTimes::default(),
-    });
+) -> (watch::Receiver<PoolSnapshot>, watch::Receiver<Order>) {
+    let wanted = Wanted::Start {
+        config: Arc::clone(&settings.config),
+        prove: false,
+    };
+    let (orders, ordered) = watch::channel(Order { serial: 1, wanted });
     let actor = Actor {
         queue: AdmissionQueue::new(settings.queue_capacity, settings.batch_ageing),
+        lifecycle: Lifecycle::new(settings.policy(), Instant::now()),
         settings,
-        published_settings,
         host,
         board,
-        phase: Phase::Provisioning,
-        since: Instant::now(),
+        transitions: Arc::default(),
         last_error: None,
+        candidate: None,
+        reload: None,
         context: None,
+        engine_log: LogTail::default(),
+        engines: 0,
+        retire_until: None,
         running: HashMap::new(),
         runs: JoinSet::new(),
         times: ServiceTimes::default(),
-        engine_exits: 0,
+        dispatched: 0,
+        doubt: 0,
         hold: None,
         distrust: None,
         drained: Vec::new(),
-        publish,
+        ended: false,
+        orders,
     };
+    let (publish, snapshot) = watch::channel(actor.snapshot());
     // Owned by the handles: it ends with the last of them, or when drained.
-    tokio::spawn(actor.run(commands));
-    snapshot
+    tokio::spawn(actor.run(commands, publish));
+    (snapshot, ordered)
 }
 
 impl Actor {
-    async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
-        let mut drain_deadline = None;
-        while self.phase != Phase::Stopped {
+    async fn run(
+        mut self,
+        mut commands: mpsc::Receiver<Command>,
+        publish: watch::Sender<PoolSnapshot>,
+    ) {
+        while !self.ended {
             self.end_expired();
             self.dispatch();
-            self.publish();
+            self.publish(&publish);
             let next_deadline = self.queue.next_deadline().map(Into::into);
+            let phase_end = self.lifecycle.deadline().map(Into::into);
             tokio::select! {
                 command = commands.recv() => match command {
-                    Some(Command::Drain(limit, reply)) => {
-                        drain_deadline.get_or_insert(tokio::time::Instant::now() + limit);
-                        self.begin_drain(reply);
-                    }
-                    Some(command) => self.handle(command),
+                    Some(command) => self.handle(command, &publish),
                     None => break,
                 },
                 Some(finished) = self.runs.join_next() => match finished {
@@ -113,22 +124,18 @@ impl Actor {
                 },
                 () = at(next_deadline), if next_deadline.is_some() => {}
                 () = at(self.hold), if self.hold.is_some() => self.hold = None,
-                () = at(drain_deadline), if drain_deadline.is_some() => {
-                    drain_deadline = None;
-                    self.cancel_all();
-                }
+                () = at(phase_end), if phase_end.is_some() => self.take(Event::TimeUp, "its time is up"),
+                () = at(self.retire_until), if self.retire_until.is_some() => self.end_retiring(),
             }
-            if self.phase == Phase::Draining && self.runs.is_empty() {
-                self.enter(Phase::Stopped);
-            }
+            self.settle_drain();
         }
-        self.publish();
+        self.publish(&publish);
         for reply in self.drained {
             let _ = reply.send(());
         }
     }
 
-    fn handle(&mut self, command: Command) {
+    fn handle(&mut self, command: Command, publish: &watch::Sender<PoolSnapshot>) {
         match command {
             Command::Submit(submission, reply) => {
                 let admitted = self.admit(*submission);
@@ -139,119 +146,62 @@ impl Actor {
                 let position = self.queue.position(id, Instant::now());
                 let _ = reply.send(position.map(|ahead| (ahead, self.until_start(ahead))));
             }
-            Command::Change(change) => self.change(change),
-            Command::Settings(settings, reply) => {
-                self.queue
-                    .set_limits(settings.queue_capacity, settings.batch_ageing);
-                self.published_settings.set(settings);
-                self.settings = self.published_settings.get();
-                let _ = reply.send(());
+            Command::Report(serial, change) => self.report(serial, *change),
+            Command::Request(request, reply) => {
+                let answer = self.request(request);
+                // Whoever asked sees at once what came of it.
+                self.publish(publish);
+                let _ = reply.send(answer);
             }
-            Command::Drain(..) => unreachable!("handled by the loop, which holds the deadline"),
-        }
-    }
-
-    pub(super) fn refusal(&self) -> Option<Failure> {
-        match self.phase {
-            Phase::Failed => Some(self.unavailable()),
-            Phase::Draining | Phase::Stopped => Some(Failure::shutting_down(&self.settings.id)),
-            Phase::Provisioning | Phase::Starting | Phase::Ready | Phase::Backoff => None,
-        }
-    }
-
-    pub(super) fn unavailable(&self) -> Failure {
-        let last = self.last_error.clone();
-        last.unwrap_or_else(|| Failure::new(ErrorCode::PoolUnavailable, "the pool has failed"))
-            .in_pool(&self.settings.id)
-    }
-
-    fn change(&mut self, change: Change) {
-        if matches!(self.phase, Phase::Draining | Phase::Stopped) {
-            return;
-        }
-        match change {
-            Change::Provisioning => self.enter(Phase::Provisioning),
-            Change::Starting => self.enter(Phase::Starting),
-            Change::Ready(context) => {
-                self.context = Some(context);
-                self.hold = None;
-                self.distrust = None;
-                self.enter(Phase::Ready);
-            }
-            Change::Backoff(failure) => {
-                self.count_exit();
-                self.lose_engine(failure);
-                self.enter(Phase::Backoff);
-            }
-            Change::Failed { failure, exited } => {
-                if exited {
-                    self.count_exit();
-                }
-                self.lose_engine(failure);
-                self.enter(Phase::Failed);
-                self.end_queued(&self.unavailable());
+            Command::ShutDown(limit, reply) => {
+                let until = Instant::now() + limit;
+                self.drained.push(reply);
+                self.take(Event::Shutdown { until }, "the daemon is shutting down");
             }
         }
-    }
-
-    fn count_exit(&mut self) {
-        self.engine_exits += 1;
-        counter!(telemetry::ENGINE_EXITS, "pool" => self.label()).increment(1);
-    }
-
-    fn lose_engine(&mut self, failure: Failure) {
-        self.context = None;
-        self.distrust = None;
-        self.last_error = Some(failure);
-    }
-
-    pub(super) fn enter(&mut self, phase: Phase) {
-        if self.phase != phase {
-            let cause = match phase {
-                Phase::Backoff | Phase::Failed => self.last_error.as_ref(),
-                _ => None,
-            };
-            let cause = cause.map(|error| error.message.as_str());
-            let (pool, from, to) = (&self.settings.id, self.phase.as_str(), phase.as_str());
-            tracing::info!(%pool, from, to, cause, "pool phase");
-            self.phase = phase;
-            self.since = Instant::now();
-        }
-    }
-
-    fn begin_drain(&mut self, reply: oneshot::Sender<()>) {
-        self.enter(Phase::Draining);
-        self.end_queued(&Failure::shutting_down(&self.settings.id));
-        self.drained.push(reply);
     }
 
     pub(super) fn label(&self) -> String {
         self.settings.id.to_string()
     }
 
-    fn publish(&self) {
-        let snapshot = PoolSnapshot {
-            phase: self.phase,
-            since: self.since,
+    fn snapshot(&self) -> PoolSnapshot {
+        let restarts = self.lifecycle.restarts();
+        PoolSnapshot {
+            settings: Arc::clone(&self.settings),
+            phase: self.lifecycle.phase(),
+            since: self.lifecycle.since(),
+            next_try: self.lifecycle.next_try(),
+            transitions: Arc::clone(&self.transitions),
+            restarts,
+            reload: self.reload.clone(),
+            engine_log: self.engine_log.clone(),
             last_error: self.last_error.clone(),
             context: self.context.clone(),
             queued_interactive: self.queue.len_of(Priority::Interactive),
             queued_batch: self.queue.len_of(Priority::Batch),
             running: self.running.len(),
+            retiring: self.running.len() - self.running_here(),
+            dispatched: self.dispatched,
+            engines: self.engines,
             slots: self.slots(),
-            engine_exits: self.engine_exits,
+            engine_exits: restarts.crash + restarts.hang,
             distrust: self.distrust.clone(),
+            doubt: self.doubt,
             times: self.times,
-        };
+        }
+    }
+
+    fn publish(&self, publish: &watch::Sender<PoolSnapshot>) {
         for priority in [Priority::Interactive, Priority::Batch] {
             gauge!(telemetry::QUEUED, "pool" => self.label(), "priority" => priority.as_str())
                 .set(self.queue.len_of(priority) as f64);
         }
         gauge!(telemetry::RUNNING, "pool" => self.label()).set(self.running.len() as f64);
-        gauge!(telemetry::SLOTS, "pool" => self.label()).set(f64::from(snapshot.slots));
+        gauge!(telemetry::SLOTS, "pool" => self.label()).set(f64::from(self.slots()));
         gauge!(telemetry::READY, "pool" => self.label())
-            .set(f64::from(u8::from(self.phase == Phase::Ready)));
-        self.publish.send_replace(snapshot);
+            .set(f64::from(u8::from(self.phase() == Phase::Ready)));
+        publish.send_replace(self.snapshot());
     }
 }
 

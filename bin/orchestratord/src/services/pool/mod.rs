@@ -1,23 +1,21 @@
 //! A pool: one model served by one engine, its queue, and its running tasks.
 //!
-//! ```text
-//!              ┌──────────────────────────────────────────────┐
-//!              ▼                                              │ engine exited
-//!   Provisioning ──► Starting ──► Ready ──────────────────► Backoff
-//!        │  ▲           │           │
-//!        ▼  │ retry     ▼           ▼ shutdown
-//!      Failed ◄─────────┘        Draining ──► Stopped
-//! ```
-//!
-//! Tasks are queued in every phase but `Failed`, `Draining` and `Stopped`,
-//! and go to the engine only in `Ready`. In `Failed` new tasks are refused and
-//! queued ones end with the reason; in `Backoff` queued ones are kept.
+//! Where its engine stands is a state machine of its own ([`lifecycle`], which
+//! has the diagram). Tasks are queued in every phase but `Failed` and in those of
+//! a drain, and go to the engine only in `Ready`, or to finish a drain. In
+//! `Failed` new tasks are refused and queued ones end with the reason; in
+//! `Backoff` and during a reload queued ones are kept.
 //!
 //! One actor owns all of it ([`actor`]). Everybody else holds a
 //! [`PoolHandle`]: it sends commands with a place for the answer, and reads
 //! the last published [`PoolSnapshot`].
 
 mod actor;
+mod engine;
+pub mod lifecycle;
+mod orders;
+mod refusals;
+pub mod restart;
 #[cfg(test)]
 mod tests;
 mod work;
@@ -27,17 +25,20 @@ use std::time::{Duration, Instant};
 
 use adapter_host::AdapterHost;
 use llama_orch_types::{EngineKind, PoolId, ProvisionedContext, TaskId};
-use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
-use utoipa::ToSchema;
 use worker_adapters_adapter_api::{CancelReport, EngineTask};
 
+use self::lifecycle::Policy;
+pub use self::lifecycle::{Phase, Restarts};
+use self::orders::Request;
+pub use self::orders::{
+    Bound, Change, LogTail, Order, ReloadRequest, ReloadView, Transition, Wanted,
+};
 use super::estimates::ServiceTimes;
 use super::event_log::{Failure, TaskEvent};
 use super::preparation::PreparationBoard;
 use super::tasks::{Admitted, TaskRecord};
 use crate::app::config::PoolConfig;
-use crate::app::current::Current;
 
 /// How long a command may take. The actor only decides, so only a fault of
 /// ours takes that long.
@@ -47,61 +48,20 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(10);
 /// its own until the engine's slot is free.
 const CANCEL_LIMIT: Duration = Duration::from_secs(30);
 
+/// How long cancelling what runs and stopping the engine may take together.
+const STOP_LIMIT: Duration = Duration::from_mins(1);
+
 /// Commands that may wait for the actor before senders have to.
 const COMMAND_QUEUE: usize = 256;
-
-/// Where a pool stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Phase {
-    /// The engine and the model are being provided.
-    Provisioning,
-    /// The engine is loading the model.
-    Starting,
-    /// Tasks go to the engine.
-    Ready,
-    /// The engine ended, or had to be ended, and will be started again.
-    Backoff,
-    /// The engine or the model could not be provided or started.
-    Failed,
-    /// The daemon is shutting down; running tasks are finishing.
-    Draining,
-    Stopped,
-}
-
-impl Phase {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Provisioning => "provisioning",
-            Self::Starting => "starting",
-            Self::Ready => "ready",
-            Self::Backoff => "backoff",
-            Self::Failed => "failed",
-            Self::Draining => "draining",
-            Self::Stopped => "stopped",
-        }
-    }
-}
-
-/// What the supervisor tells the pool.
-#[derive(Debug)]
-pub enum Change {
-    Provisioning,
-    Starting,
-    /// The engine is bound in the adapter host.
-    Ready(Arc<ProvisionedContext>),
-    Backoff(Failure),
-    Failed {
-        failure: Failure,
-        /// An engine that was ready has ended, for the last time in a row.
-        exited: bool,
-    },
-}
 
 /// What a pool is made from.
 #[derive(Debug, Clone)]
 pub struct PoolSettings {
     pub id: PoolId,
+    /// The configuration of the engine that serves, or is tried.
+    pub config: Arc<PoolConfig>,
+    /// How long running tasks may go on when their engine is to end.
+    pub drain: Duration,
     pub engine: EngineKind,
     /// The model as the configuration names it.
     pub model: String,
@@ -115,15 +75,26 @@ pub struct PoolSettings {
 }
 
 impl PoolSettings {
-    pub fn new(id: &PoolId, config: &PoolConfig) -> Self {
+    /// Those of a configured pool. `drain` is how long running tasks may go on
+    /// when their engine is to end.
+    pub fn new(id: PoolId, config: Arc<PoolConfig>, drain: Duration) -> Self {
         Self {
-            id: id.clone(),
+            id,
             engine: config.engine,
             model: config.model.clone(),
             slots: config.slots,
             queue_capacity: usize::try_from(config.queue_capacity).unwrap_or(usize::MAX),
             batch_ageing: Duration::from_secs(config.batch_ageing_seconds),
             default_max_tokens: config.default_max_tokens,
+            config,
+            drain,
+        }
+    }
+
+    fn policy(&self) -> Policy {
+        Policy {
+            restart: self.config.restart.policy(),
+            drain: self.drain,
         }
     }
 }
@@ -131,21 +102,40 @@ impl PoolSettings {
 /// A pool as last published.
 #[derive(Debug, Clone)]
 pub struct PoolSnapshot {
+    /// They change with a reload.
+    pub settings: Arc<PoolSettings>,
     pub phase: Phase,
     pub since: Instant,
     /// Why the pool failed or is backing off; the last such reason otherwise.
     pub last_error: Option<Failure>,
+    /// When the engine is tried again, in `Backoff` and `Failed`.
+    pub next_try: Option<Instant>,
+    /// The last changes of phase, the oldest first.
+    pub transitions: Arc<Vec<Transition>>,
+    pub restarts: Restarts,
+    /// The reload under way, or the last one.
+    pub reload: Option<ReloadView>,
+    /// The last lines of the engine's log; of the last engine, if none runs.
+    pub engine_log: LogTail,
     /// The bound engine, in `Ready` and `Draining`.
     pub context: Option<Arc<ProvisionedContext>>,
     pub queued_interactive: usize,
     pub queued_batch: usize,
     pub running: usize,
+    /// Those of them that run on an engine that another has replaced.
+    pub retiring: usize,
+    /// Tasks taken to an engine so far.
+    pub dispatched: u64,
+    /// Engines that were ready so far.
+    pub engines: u64,
     pub slots: u32,
     /// Engines that ended without being asked to, or had to be ended.
     pub engine_exits: u64,
     /// Why the engine is not given tasks although it runs: it gave no token in
     /// time. Its supervisor ends it.
     pub distrust: Option<String>,
+    /// How often a task's end made it doubtful that the engine works.
+    pub doubt: u64,
     pub times: ServiceTimes,
 }
 
@@ -199,19 +189,19 @@ enum Command {
     Submit(Box<Submission>, oneshot::Sender<Result<Admitted, Failure>>),
     Cancel(TaskId, oneshot::Sender<Cancelled>),
     Position(TaskId, oneshot::Sender<Option<(usize, Duration)>>),
-    Change(Change),
-    Drain(Duration, oneshot::Sender<()>),
-    /// Other limits for the queue and for tasks to come.
-    Settings(PoolSettings, oneshot::Sender<()>),
+    /// A report of the supervisor, and the order it had seen last.
+    Report(u64, Box<Change>),
+    Request(Request, oneshot::Sender<Result<(), Failure>>),
+    ShutDown(Duration, oneshot::Sender<()>),
 }
 
 /// The way to a pool's actor. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct PoolHandle {
-    /// Set by the actor alone.
-    settings: Arc<Current<PoolSettings>>,
+    id: PoolId,
     commands: mpsc::Sender<Command>,
     snapshot: watch::Receiver<PoolSnapshot>,
+    orders: watch::Receiver<Order>,
     board: Arc<PreparationBoard>,
 }
 
@@ -219,27 +209,26 @@ impl PoolHandle {
     /// Starts the pool's actor. It ends when it has been drained, or when all
     /// handles are gone.
     pub fn start(settings: PoolSettings, host: AdapterHost, board: Arc<PreparationBoard>) -> Self {
-        let settings = Arc::new(Current::new(settings));
+        let id = settings.id.clone();
         let (commands, receiver) = mpsc::channel(COMMAND_QUEUE);
-        let snapshot = actor::spawn(Arc::clone(&settings), host, Arc::clone(&board), receiver);
+        let (snapshot, orders) =
+            actor::spawn(Arc::new(settings), host, Arc::clone(&board), receiver);
         Self {
-            settings,
+            id,
             commands,
             snapshot,
+            orders,
             board,
         }
     }
 
-    pub fn settings(&self) -> Arc<PoolSettings> {
-        self.settings.get()
+    pub fn id(&self) -> &PoolId {
+        &self.id
     }
 
-    /// Takes over the settings that a running engine does not notice: the
-    /// queue's limits and the default for `max_tokens`.
-    pub async fn apply(&self, config: PoolConfig) -> Result<(), Failure> {
-        let settings = PoolSettings::new(&self.settings().id, &config);
-        self.ask(|reply| Command::Settings(settings, reply), COMMAND_LIMIT)
-            .await
+    /// As they are now.
+    pub fn settings(&self) -> Arc<PoolSettings> {
+        Arc::clone(&self.snapshot.borrow().settings)
     }
 
     pub fn board(&self) -> &Arc<PreparationBoard> {
@@ -284,17 +273,63 @@ impl PoolHandle {
             .await
     }
 
-    /// For the supervisor. Fails only when the actor is gone, in which case
-    /// nobody is left to be told.
-    pub async fn change(&self, change: Change) {
-        let _ = self.commands.send(Command::Change(change)).await;
+    /// What the pool wants of its supervisor.
+    pub fn orders(&self) -> watch::Receiver<Order> {
+        self.orders.clone()
     }
 
-    /// Refuses new tasks, ends queued ones, and returns when the running ones
-    /// are over, at the latest after `limit` plus what cancelling them takes.
+    /// For a supervisor that has seen every order.
+    pub async fn change(&self, change: Change) {
+        let serial = self.orders.borrow().serial;
+        self.report(serial, change).await;
+    }
+
+    /// For a supervisor that has seen this order and those before it. A report
+    /// that a later order overtook is dropped: that order has its own answer.
+    /// Fails only when the actor is gone, in which case nobody is left to be
+    /// told.
+    pub async fn report(&self, serial: u64, change: Change) {
+        let report = Command::Report(serial, Box::new(change));
+        let _ = self.commands.send(report).await;
+    }
+
+    /// Refuses new tasks and stops the engine when those that were admitted
+    /// are over, at the latest after `deadline`. Answers at once.
+    pub async fn drain_pool(&self, deadline: Duration) -> Result<(), Failure> {
+        self.request(Request::Drain(deadline)).await
+    }
+
+    /// Ends a drain, or tries a pool that waits or has failed again. Answers
+    /// at once.
+    pub async fn resume(&self) -> Result<(), Failure> {
+        self.request(Request::Resume).await
+    }
+
+    /// Replaces the engine by one with another model or other flags, or, if
+    /// none are named, by a new one. Answers at once; how it goes on is in the
+    /// snapshot. Refused while another reload can still be rolled back, and
+    /// while the pool is drained.
+    pub async fn reload(&self, request: ReloadRequest) -> Result<(), Failure> {
+        self.request(Request::Reload(request)).await
+    }
+
+    /// Gives the pool another configuration. The engine is reloaded only if it
+    /// is concerned; a configuration that is in force changes nothing.
+    pub async fn apply(&self, config: PoolConfig) -> Result<(), Failure> {
+        self.request(Request::Apply(Box::new(config))).await
+    }
+
+    async fn request(&self, request: Request) -> Result<(), Failure> {
+        self.ask(|reply| Command::Request(request, reply), COMMAND_LIMIT)
+            .await?
+    }
+
+    /// For the daemon's end: refuses new tasks, ends queued ones, and returns
+    /// when the running ones are over and the engine is stopped, at the latest
+    /// after `limit` plus what cancelling and stopping take.
     pub async fn drain(&self, limit: Duration) {
         let _ = self
-            .ask(|reply| Command::Drain(limit, reply), limit + CANCEL_LIMIT)
+            .ask(|reply| Command::ShutDown(limit, reply), limit + STOP_LIMIT)
             .await;
     }
 
@@ -311,10 +346,10 @@ impl PoolHandle {
         };
         match tokio::time::timeout(limit, asked).await {
             Ok(Some(answer)) => Ok(answer),
-            Ok(None) => Err(Failure::shutting_down(&self.settings().id)),
+            Ok(None) => Err(Failure::shutting_down(&self.id)),
             Err(_) => Err(Failure::internal(format!(
                 "pool {} did not answer within {} s",
-                self.settings().id,
+                self.id,
                 limit.as_secs()
             ))),
         }

@@ -17,6 +17,7 @@ use worker_adapters_adapter_api::{
 };
 
 use super::{Change, PoolHandle, PoolSettings, Submission};
+use crate::app::config::PoolConfig;
 use crate::services::admission::Priority;
 use crate::services::event_log::TaskEvent;
 use crate::services::preparation::PreparationBoard;
@@ -111,15 +112,12 @@ fn submission() -> Submission {
 }
 
 fn pool(host: &AdapterHost) -> PoolHandle {
-    let settings = PoolSettings {
-        id: PoolId::default_pool(),
-        engine: EngineKind::Llamacpp,
-        model: "x".to_owned(),
-        slots: 1,
+    let config = Arc::new(PoolConfig {
         queue_capacity: 4,
-        batch_ageing: DEADLINE,
         default_max_tokens: 1,
-    };
+        ..PoolConfig::default()
+    });
+    let settings = PoolSettings::new(PoolId::default_pool(), config, DEADLINE);
     PoolHandle::start(
         settings,
         host.clone(),
@@ -142,7 +140,7 @@ async fn a_run_that_breaks_ends_its_task_and_gives_its_slot_back() {
     let host = AdapterHost::new(HostSettings::default());
     host.bind_adapter(context(), Arc::new(BreaksOnce::default()));
     let pool = pool(&host);
-    pool.change(Change::Ready(Arc::new(context()))).await;
+    pool.change(Change::Ready(Arc::new(context()).into())).await;
     assert!(matches!(ending(&pool).await, TaskEvent::Error(_)));
     assert!(
         matches!(ending(&pool).await, TaskEvent::End(_)),

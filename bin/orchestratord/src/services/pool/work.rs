@@ -11,7 +11,8 @@ use tokio_util::sync::CancellationToken;
 use worker_adapters_adapter_api::{CancelReport, FinishReason};
 
 use super::actor::Actor;
-use super::{Cancelled, Phase, Submission};
+use super::lifecycle::Phase;
+use super::{Cancelled, Submission};
 use crate::services::admission::Entry;
 use crate::services::dispatch::{Finished, Outcome, TaskRun, receipt};
 use crate::services::estimates::Outlook;
@@ -31,9 +32,17 @@ pub(super) struct Running {
     /// The run's own id, by which it is known if it breaks.
     run: tokio::task::Id,
     record: Arc<TaskRecord>,
+    /// The engine that has it: not always the one that is bound now.
+    context: Arc<ProvisionedContext>,
     cancel: CancellationToken,
     /// Who waits for the engine's slot to be free.
     waiters: Vec<oneshot::Sender<Cancelled>>,
+}
+
+impl Running {
+    pub(super) fn is_on(&self, context: &Arc<ProvisionedContext>) -> bool {
+        Arc::ptr_eq(&self.context, context)
+    }
 }
 
 impl Actor {
@@ -87,7 +96,7 @@ impl Actor {
             let _ = reply.send(Cancelled::Queued);
         } else if let Some(running) = self.running.get_mut(&id) {
             // Closed before the engine is told, so no later token gets in.
-            let was_open = end_cancelled(&running.record, self.context.as_deref());
+            let was_open = end_cancelled(&running.record, Some(&running.context));
             running.cancel.cancel();
             if was_open || !running.waiters.is_empty() {
                 running.waiters.push(reply);
@@ -99,9 +108,10 @@ impl Actor {
         }
     }
 
-    pub(super) fn cancel_all(&mut self) {
-        for running in self.running.values() {
-            let mut failure = Failure::shutting_down(&self.settings.id);
+    /// Ends the running tasks that `which` chooses, each with this failure.
+    pub(super) fn cancel_running(&mut self, failure: &Failure, which: impl Fn(&Running) -> bool) {
+        for running in self.running.values().filter(|running| which(running)) {
+            let mut failure = failure.clone();
             failure.correlation_id = Some(running.record.correlation_id.clone());
             let _ = running
                 .record
@@ -109,6 +119,16 @@ impl Actor {
                 .append(TaskEvent::Error(Box::new(failure)));
             running.cancel.cancel();
         }
+    }
+
+    /// How many tasks run on the engine that is bound now. One that was
+    /// replaced has slots of its own.
+    pub(super) fn running_here(&self) -> usize {
+        let Some(context) = &self.context else {
+            return 0;
+        };
+        let here = self.running.values();
+        here.filter(|running| running.is_on(context)).count()
     }
 
     pub(super) fn end_queued(&mut self, failure: &Failure) {
@@ -141,11 +161,11 @@ impl Actor {
         let Some(context) = self
             .context
             .clone()
-            .filter(|_| self.phase == Phase::Ready && self.distrust.is_none())
+            .filter(|_| self.lifecycle.runs_tasks() && self.distrust.is_none())
         else {
             return;
         };
-        while self.hold.is_none() && self.running.len() < self.slots() as usize {
+        while self.hold.is_none() && self.running_here() < self.slots() as usize {
             let Some(Entry {
                 serial,
                 id,
@@ -168,10 +188,12 @@ impl Actor {
             let running = Running {
                 run,
                 record,
+                context: Arc::clone(&context),
                 cancel,
                 waiters: Vec::new(),
             };
             self.running.insert(id, running);
+            self.dispatched += 1;
         }
     }
 
@@ -200,7 +222,10 @@ impl Actor {
         let Some(running) = self.running.remove(&finished.id) else {
             return;
         };
-        if let Some(reason) = finished.distrust {
+        let here = self.context.as_ref();
+        if let Some(reason) = finished.distrust
+            && here.is_some_and(|context| running.is_on(context))
+        {
             tracing::warn!(pool = %self.settings.id, reason, "the engine is not trusted any more");
             self.distrust = Some(reason);
         }
@@ -220,6 +245,7 @@ impl Actor {
         let report = finished.cancelled.unwrap_or(CancelReport::NotRunning);
         if let CancelReport::NotSeenFree { .. } = report {
             self.hold_for(BUSY_HOLD);
+            self.raise_doubt("a slot was not seen free after a cancel");
         }
         if let CancelReport::Freed { after_ms } = report {
             histogram!(telemetry::CANCEL_FREED, "pool" => self.label())
@@ -242,12 +268,8 @@ impl Actor {
         }
         let queued = submission.record.created;
         self.queue.put_back(entry_of(submission, queued));
-        match self.phase {
-            Phase::Failed => self.end_queued(&self.unavailable()),
-            Phase::Draining | Phase::Stopped => {
-                self.end_queued(&Failure::shutting_down(&self.settings.id));
-            }
-            Phase::Provisioning | Phase::Starting | Phase::Ready | Phase::Backoff => {}
+        if let Some(failure) = self.doom() {
+            self.end_queued(&failure);
         }
     }
 
@@ -262,13 +284,13 @@ impl Actor {
     }
 
     pub(super) fn outlook(&self, ahead: usize) -> Outlook {
-        let preparation = match self.phase {
+        let preparation = match self.phase() {
             Phase::Ready => Duration::ZERO,
             _ => self.board.remaining(),
         };
         Outlook {
             ahead,
-            running: self.running.len(),
+            running: self.running_here(),
             slots: self.slots() as usize,
             preparation,
         }

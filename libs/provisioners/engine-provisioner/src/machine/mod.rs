@@ -239,6 +239,24 @@ impl Gpu {
     }
 }
 
+/// Whether a card of NVIDIA's is there, with a driver or without.
+pub(crate) fn has_nvidia_card() -> bool {
+    nvidia_card(Path::new("/sys/bus/pci/devices"))
+}
+
+/// Whether a PCI bus has a display controller of NVIDIA's.
+fn nvidia_card(devices: &Path) -> bool {
+    let entries = std::fs::read_dir(devices).into_iter().flatten();
+    let mut devices = entries.filter_map(Result::ok).map(|entry| entry.path());
+    devices.any(|device| {
+        let is = |file: &str, wanted: &str| {
+            let text = std::fs::read_to_string(device.join(file));
+            text.is_ok_and(|text| text.starts_with(wanted))
+        };
+        is("vendor", "0x10de") && is("class", "0x03")
+    })
+}
+
 /// Arch and NVIDIA's own packages install nvcc where PATH does not look.
 async fn nvcc() -> Option<Program> {
     if let Some(program) = probe("nvcc").await {
@@ -274,6 +292,24 @@ fn has_entries(directory: &str, prefix: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_card_is_known_by_vendor_and_class() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = |name: &str, vendor: &str, class: &str| {
+            let device = dir.path().join(name);
+            std::fs::create_dir(&device).unwrap();
+            std::fs::write(device.join("vendor"), vendor).unwrap();
+            std::fs::write(device.join("class"), class).unwrap();
+        };
+        device("0000:00:02.0", "0x8086\n", "0x030000\n");
+        // Its network adapters are no cards to compute on.
+        device("0000:01:00.0", "0x10de\n", "0x020000\n");
+        assert!(!nvidia_card(dir.path()));
+        device("0000:02:00.0", "0x10de\n", "0x030200\n");
+        assert!(nvidia_card(dir.path()));
+        assert!(!nvidia_card(&dir.path().join("no-such-bus")));
+    }
 
     #[test]
     fn features_do_not_depend_on_their_order() {

@@ -34,6 +34,8 @@ pub(crate) async fn clear(cache: &CacheDirs, runtime: &RuntimeDirs) {
         let Some(pool) = name.strip_suffix(".pid") else {
             continue;
         };
+        // `default+next` and `default+old` are engines of `default`, in the middle of a reload.
+        let pool = pool.split_once('+').map_or(pool, |(pool, _)| pool);
         let Ok(pool) = pool.parse::<PoolId>() else {
             continue;
         };

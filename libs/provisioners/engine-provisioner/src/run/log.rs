@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use provision_kit::fs::{FsError, create_dir_all};
@@ -49,10 +49,26 @@ impl Ring {
     }
 }
 
+/// The last lines of an engine's log, whether it still runs or not.
+#[derive(Debug, Clone)]
+pub struct LogLines(Ring);
+
+impl LogLines {
+    /// At most 50.
+    pub fn lines(&self) -> Vec<String> {
+        self.0.lines()
+    }
+}
+
+/// Where a log's file is; `None` once another engine has taken the name: then what is left of the
+/// file's size is written, and no new file is begun.
+type SharedPath = Arc<Mutex<Option<PathBuf>>>;
+
 /// A running pump. Dropping it ends the task.
 #[derive(Debug)]
 pub(super) struct LogPump {
     ring: Ring,
+    path: SharedPath,
     task: JoinHandle<()>,
 }
 
@@ -69,8 +85,31 @@ impl LogPump {
     {
         let file = LogFile::open(path, MAX_FILE).await?;
         let ring = Ring::default();
+        let path = Arc::clone(&file.path);
         let task = tokio::spawn(pump(file, ring.clone(), stdout, stderr));
-        Ok(Self { ring, task })
+        Ok(Self { ring, path, task })
+    }
+
+    pub(super) fn lines(&self) -> LogLines {
+        LogLines(self.ring.clone())
+    }
+
+    /// Makes room for another engine's log of the same name: what is written so far becomes the
+    /// newest of the older files, and little is added.
+    pub(super) fn retire(&self) -> Result<(), FsError> {
+        let Some(path) = lock(&self.path).take() else {
+            return Ok(());
+        };
+        shift(&path)
+    }
+
+    /// Gives the log another name.
+    pub(super) fn rename(&self, to: &Path) -> Result<(), FsError> {
+        let mut path = lock(&self.path);
+        if let Some(from) = path.replace(to.to_owned()) {
+            move_if_there(&from, to)?;
+        }
+        Ok(())
     }
 
     pub(super) fn tail(&self) -> Vec<String> {
@@ -191,9 +230,43 @@ impl LineSplitter {
     }
 }
 
+fn lock(path: &SharedPath) -> MutexGuard<'_, Option<PathBuf>> {
+    // A panic while the lock is held leaves a path, which is what this is.
+    path.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes the current file the newest of the older ones.
+fn shift(path: &Path) -> Result<(), FsError> {
+    for number in (1..FILES).rev() {
+        let from = match number {
+            1 => path.to_owned(),
+            _ => numbered(path, number - 1),
+        };
+        move_if_there(&from, &numbered(path, number))?;
+    }
+    Ok(())
+}
+
+fn move_if_there(from: &Path, to: &Path) -> Result<(), FsError> {
+    match std::fs::rename(from, to) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(FsError::at("rename", from)(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn numbered(path: &Path, number: u32) -> PathBuf {
+    let mut name = path.to_owned().into_os_string();
+    name.push(format!(".{number}"));
+    name.into()
+}
+
 /// `<pool>.log`, `<pool>.log.1`, `<pool>.log.2`: the newest lines are in the first.
 struct LogFile {
-    path: PathBuf,
+    path: SharedPath,
+    /// The name under which the file was opened.
+    opened: PathBuf,
     file: File,
     size: u64,
     limit: u64,
@@ -211,7 +284,8 @@ impl LogFile {
             .map_err(FsError::at("look at", path))?
             .len();
         let mut log = Self {
-            path: path.to_owned(),
+            path: Arc::new(Mutex::new(Some(path.to_owned()))),
+            opened: path.to_owned(),
             file,
             size,
             limit,
@@ -225,37 +299,29 @@ impl LogFile {
     async fn write_line(&mut self, line: &str) -> Result<(), FsError> {
         let text = format!("{line}\n");
         if self.size > 0 && self.size + text.len() as u64 > self.limit {
-            self.rotate().await?;
+            // An engine that retires says little more, and that is in memory.
+            if !self.rotate().await? {
+                return Ok(());
+            }
         }
         self.size += text.len() as u64;
         let written = self.file.write_all(text.as_bytes()).await;
-        written.map_err(FsError::at("write", &self.path))
+        written.map_err(FsError::at("write", &self.opened))
     }
 
-    async fn rotate(&mut self) -> Result<(), FsError> {
+    /// Begins a new file; without a name there is none, and the line goes nowhere.
+    async fn rotate(&mut self) -> Result<bool, FsError> {
         let flushed = self.file.flush().await;
-        flushed.map_err(FsError::at("write", &self.path))?;
-        for number in (1..FILES).rev() {
-            let from = match number {
-                1 => self.path.clone(),
-                _ => self.numbered(number - 1),
-            };
-            match fs::rename(&from, self.numbered(number)).await {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(FsError::at("rename", &from)(error));
-                }
-                _ => {}
-            }
-        }
-        self.file = open_append(&self.path).await?;
+        flushed.map_err(FsError::at("write", &self.opened))?;
+        let Some(path) = lock(&self.path).clone() else {
+            return Ok(false);
+        };
+        // A handful of renames in one directory.
+        shift(&path)?;
+        self.file = open_append(&path).await?;
+        self.opened = path;
         self.size = 0;
-        Ok(())
-    }
-
-    fn numbered(&self, number: u32) -> PathBuf {
-        let mut name = self.path.clone().into_os_string();
-        name.push(format!(".{number}"));
-        name.into()
+        Ok(true)
     }
 }
 

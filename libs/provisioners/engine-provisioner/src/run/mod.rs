@@ -7,11 +7,14 @@
 //!                                                          context, handoff, provenance
 //! ```
 //!
+//! A pool has one engine, but for the time in which another takes over: see [`beside`].
+//!
 //! A [`RunningEngine`] owns the process group, the log pump, the pool's lock and the files. When it
 //! is dropped, or the start is given up, the group is killed and the files go.
 
 pub(crate) mod abandoned;
 pub(crate) mod argv;
+mod beside;
 pub(crate) mod environment;
 mod handoff;
 mod load_watch;
@@ -22,12 +25,11 @@ mod ready;
 pub(crate) mod spec;
 mod usage;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use llama_orch_types::{EngineKind, ProvisionedContext};
-use provision_kit::fs::remove_file_if_there;
 use provision_kit::lock::{FileLock, LockError};
 use provision_kit::process::{self, ChildGroup, CommandSpec, ProcessError, ProcessIdentity};
 use provision_kit::progress::{Step, StepKind, Unit};
@@ -35,14 +37,17 @@ use provision_kit::progress::{Step, StepKind, Unit};
 use crate::error::{EngineError, brief, chain};
 use crate::provide::{EngineInstallation, EngineProvisioner, blocking, record_start};
 use crate::version;
+use beside::Seat;
 use environment::scrub;
 use log::LogPump;
 use pid_file::{PidFile, RunFiles};
 use port::Listener;
 use ready::{Readiness, Waited};
-use spec::LaunchSpec;
+use spec::{LaunchSpec, Profile};
 
+pub use beside::PoolLock;
 pub use handoff::handoff_path;
+pub use log::LogLines;
 
 /// How often another port is tried when somebody was quicker.
 const PORT_ATTEMPTS: u32 = 5;
@@ -59,9 +64,10 @@ const BIND_FAILURES: [&str; 2] = ["couldn't bind", "address already in use"];
 pub struct RunningEngine {
     // Dropped in this order: first the process, then what says that it runs, then the lock.
     process: EngineProcess,
-    _files: RunFiles,
-    _lock: FileLock,
+    files: RunFiles,
+    lock: PoolLock,
     context: ProvisionedContext,
+    profile: Profile,
     stop_grace: Duration,
 }
 
@@ -86,6 +92,19 @@ pub struct StopReport {
 impl RunningEngine {
     pub fn context(&self) -> &ProvisionedContext {
         &self.context
+    }
+
+    /// The engine's last lines, for others to look at while it runs and afterwards.
+    pub fn log_lines(&self) -> LogLines {
+        self.process.log.lines()
+    }
+
+    /// The memory, in bytes, that the engine's processes hold now, files that they have mapped
+    /// included; `None` if that cannot be learnt. Reads all of `/proc`, and so blocks for a moment.
+    pub fn resident_bytes(&self) -> Option<u64> {
+        port::members(self.process.group.pid())
+            .filter_map(port::resident_bytes)
+            .reduce(|sum, one| sum + one)
     }
 
     /// The last lines of the engine's log, at most 50.
@@ -179,20 +198,31 @@ impl EngineProvisioner {
         // Flags that do not fit are told before anything is touched.
         argv::render_argv(spec, 0).map_err(EngineError::Flags)?;
         let lock = self.lock_pool(spec).await?;
-        let pid_path = self.cache.run().join(format!("{}.pid", spec.pool_id));
-        pid_file::clear_leftovers(&spec.pool_id, &pid_path, spec.stop_grace).await?;
-        // A handoff speaks of an engine that runs; the crashed one's does not.
-        remove_file_if_there(&handoff_path(&self.runtime, &spec.pool_id))?;
+        self.clear(spec).await?;
+        self.start_at(installation, spec, Seat::Usual, PoolLock::new(lock), step)
+            .await
+    }
+
+    /// Starts under a lock that is held already, with the files of this seat.
+    async fn start_at(
+        &self,
+        installation: &EngineInstallation,
+        spec: &LaunchSpec,
+        seat: Seat,
+        lock: PoolLock,
+        step: &Step,
+    ) -> Result<RunningEngine, EngineError> {
         for _ in 0..PORT_ATTEMPTS {
-            let attempt = self.attempt(installation, spec, &pid_path, step).await?;
+            let attempt = self.attempt(installation, spec, seat, step).await?;
             if let Attempt::Ready(ready) = attempt {
                 let (process, files, context) = *ready;
                 record_start(&self.runtime, &context).await;
                 return Ok(RunningEngine {
                     process,
-                    _files: files,
-                    _lock: lock,
+                    files,
+                    lock,
                     context,
+                    profile: spec.profile,
                     stop_grace: spec.stop_grace,
                 });
             }
@@ -222,12 +252,13 @@ impl EngineProvisioner {
         &self,
         installation: &EngineInstallation,
         spec: &LaunchSpec,
-        pid_path: &Path,
+        seat: Seat,
         step: &Step,
     ) -> Result<Attempt, EngineError> {
         let port = port::free_port().map_err(EngineError::Port)?;
         let flags = argv::render_argv(spec, port).map_err(EngineError::Flags)?;
-        let log_path = self.log_path(spec);
+        let (pid_path, log_path) = self.run_paths(&spec.pool_id, seat);
+        let pid_path = pid_path.as_path();
         let mut process = spawn(installation, spec, &flags, &log_path).await?;
         let mut files = RunFiles::default();
         files.add(pid_path.to_owned());
@@ -291,16 +322,12 @@ impl EngineProvisioner {
             flags,
             process.group.pid(),
         );
-        let handoff = handoff_path(&self.runtime, &spec.pool_id);
-        handoff::write_handoff(&handoff, &context, spec.profile, &log_path)?;
-        files.add(handoff);
+        if seat == Seat::Usual {
+            let handoff = handoff_path(&self.runtime, &spec.pool_id);
+            handoff::write_handoff(&handoff, &context, spec.profile, &log_path)?;
+            files.add(handoff);
+        }
         Ok(Attempt::Ready(Box::new((process, files, context))))
-    }
-
-    fn log_path(&self, spec: &LaunchSpec) -> PathBuf {
-        self.cache
-            .run()
-            .join(format!("llamacpp-{}.log", spec.pool_id))
     }
 }
 

@@ -156,6 +156,11 @@ impl RunFiles {
     pub(super) fn add(&mut self, path: PathBuf) {
         self.paths.push(path);
     }
+
+    /// From now on these, and no other.
+    pub(super) fn replace(&mut self, paths: impl IntoIterator<Item = PathBuf>) {
+        self.paths = paths.into_iter().collect();
+    }
 }
 
 impl Drop for RunFiles {

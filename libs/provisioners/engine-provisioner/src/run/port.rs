@@ -91,6 +91,16 @@ pub(super) fn group_of(pid: u32) -> Option<u32> {
     rest.split_ascii_whitespace().nth(2)?.parse().ok()
 }
 
+/// What a process holds of memory, in bytes.
+pub(super) fn resident_bytes(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
 /// The inodes of sockets that listen on the port at 127.0.0.1 or at every address.
 fn listening_inodes(table: &str, port: u16) -> impl Iterator<Item = &str> {
     let suffix = format!(":{port:04X}");
@@ -106,6 +116,12 @@ fn listening_inodes(table: &str, port: u16) -> impl Iterator<Item = &str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_that_runs_holds_memory() {
+        assert!(resident_bytes(std::process::id()).unwrap() > 100_000);
+        assert_eq!(resident_bytes(u32::MAX), None);
+    }
 
     #[test]
     fn the_kernels_table_is_read() {

@@ -1,0 +1,81 @@
+//! A configuration is read again, and what it would change is found out. None
+//! of it has an effect.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use llama_orch_types::ErrorCode;
+
+use super::report::{ReloadReport, ReloadStage};
+use super::{Reloader, failure_of};
+use crate::app::bootstrap::{Plan, StartError};
+use crate::app::config::difference::Difference;
+use crate::app::config::{Config, Loaded, Token};
+use crate::services::event_log::Failure;
+
+/// How long the configuration and the token may take to be read.
+const READ_LIMIT: Duration = Duration::from_secs(10);
+
+/// A new configuration that can be used.
+pub(super) struct Examined {
+    /// What is in force afterwards.
+    pub(super) config: Config,
+    pub(super) file: Option<PathBuf>,
+    pub(super) token: Option<Token>,
+    pub(super) difference: Difference,
+    pub(super) report: ReloadReport,
+}
+
+impl Reloader {
+    /// Reads and checks; changes nothing.
+    pub(super) async fn examine(&mut self) -> Result<Examined, Failure> {
+        let (source, reporter) = (self.source.clone(), Arc::clone(&self.reporter));
+        // On a thread that may wait: the file may lie anywhere.
+        let read = tokio::task::spawn_blocking(move || Plan::read(source, reporter));
+        let plan = match tokio::time::timeout(READ_LIMIT, read).await {
+            Ok(Ok(plan)) => plan.map_err(|error| unusable(&error))?,
+            Ok(Err(_)) => return Err(Failure::internal("reading the configuration broke off")),
+            Err(_) => {
+                let limit = READ_LIMIT.as_secs();
+                let message = format!("the configuration could not be read within {limit} s");
+                return Err(Failure::new(ErrorCode::InvalidParams, message));
+            }
+        };
+        let Loaded { config, origin } = plan.loaded;
+        if let (Some(file), None) = (&self.file, &origin) {
+            let message = format!("the configuration file {} is gone", file.display());
+            return Err(Failure::new(ErrorCode::InvalidParams, message)
+                .with_hint("an empty file stands for the defaults"));
+        }
+        let difference = Difference::between(&self.config, &config);
+        let in_force = Loaded {
+            config: difference.apply_to(&self.config, &config),
+            origin,
+        };
+        // What needs a restart stays as it is, and the rest must fit to that.
+        in_force
+            .check(plan.token.is_some(), plan.real_only)
+            .map_err(|error| unusable(&StartError::Setup(error)))?;
+        let mut report = ReloadReport::of(&difference, &self.config, &config);
+        report.state = ReloadStage::Planned;
+        report.token_changed = plan.token != *self.state.token.get();
+        let file = in_force.origin.map(|(path, _)| path);
+        report.config = file.as_ref().map(|path| path.display().to_string());
+        Ok(Examined {
+            config: in_force.config,
+            file,
+            token: plan.token,
+            difference,
+            report,
+        })
+    }
+}
+
+/// Why a configuration is not taken over.
+fn unusable(error: &StartError) -> Failure {
+    Failure {
+        code: ErrorCode::InvalidParams,
+        ..failure_of(error)
+    }
+}

@@ -1,0 +1,144 @@
+//! From a pool's configuration to an engine that is ready.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use llama_orch_types::{ModelMetadata, ProvisionedContext, ReplicaId};
+use metrics::histogram;
+use provisioners_engine_provisioner::{EngineInstallation, LaunchSpec, PoolLock, RunningEngine};
+
+use super::keeper::{Beside, Kept};
+use super::room::{self, Running};
+use super::{Parts, ProvisionError, STOP_GRACE, proof};
+use crate::app::config::PoolConfig;
+use crate::services::pool::Change;
+use crate::services::telemetry;
+
+/// How long a new engine may take for one token, to show that it can.
+const PROOF_LIMIT: Duration = Duration::from_mins(1);
+
+impl Parts {
+    /// Provides and starts an engine, and lets it prove itself if it must.
+    pub(super) async fn bring_up(
+        &self,
+        order: u64,
+        config: &PoolConfig,
+        lock: Option<PoolLock>,
+        prove: bool,
+    ) -> Result<RunningEngine, ProvisionError> {
+        let begun = Instant::now();
+        self.pool.report(order, Change::Provisioning).await;
+        let (model, installation) = Box::pin(self.provide(Some(order), config)).await?;
+        self.pool.report(order, Change::Starting).await;
+        let spec = self.launch_spec(config, model);
+        let started = match lock {
+            Some(lock) => self.engines.start_after(&installation, spec, lock).await,
+            None => self.engines.start(&installation, spec).await,
+        };
+        let engine = started.map_err(ProvisionError::Start)?;
+        if prove {
+            proof::one_token(engine.context(), PROOF_LIMIT)
+                .await
+                .map_err(ProvisionError::Unproved)?;
+        }
+        let context = engine.context();
+        histogram!(telemetry::READY_AFTER, "pool" => self.pool.id().to_string())
+            .record(begun.elapsed());
+        tracing::info!(
+            pool = %context.pool_id, engine = context.engine_version, mode = %context.provisioning_mode,
+            model = config.model, ctx = context.ctx, slots = context.slots, url = context.url,
+            took_ms = begun.elapsed().as_millis() as u64, "pool ready"
+        );
+        Ok(engine)
+    }
+
+    /// Provides another engine and, where there is room, starts it beside the
+    /// one that runs and lets it prove itself.
+    pub(super) async fn beside(
+        &self,
+        config: &Arc<PoolConfig>,
+        running: &Running,
+        lock: PoolLock,
+    ) -> Result<Beside, ProvisionError> {
+        let (model, installation) = Box::pin(self.provide(None, config)).await?;
+        let spec = self.launch_spec(config, model);
+        let uses_gpu = room::uses_gpu(&installation, &spec);
+        let machine = room::Machine::look(uses_gpu).await;
+        let need = room::need(&spec, running);
+        if let Err(why) = room::enough(need, &machine) {
+            tracing::info!(pool = %self.pool.id(), why, "the old engine has to go first");
+            return Ok(Beside::NoRoom(why));
+        }
+        let engine = self
+            .engines
+            .start_beside(&installation, spec, lock)
+            .await
+            .map_err(ProvisionError::Start)?;
+        proof::one_token(engine.context(), PROOF_LIMIT)
+            .await
+            .map_err(ProvisionError::Unproved)?;
+        Ok(Beside::Ready(Box::new(Kept {
+            engine,
+            config: Arc::clone(config),
+        })))
+    }
+
+    pub(super) fn bind(&self, context: &ProvisionedContext) -> Result<(), ProvisionError> {
+        self.host
+            .bind(context.clone())
+            .map_err(ProvisionError::Bind)
+    }
+
+    /// Model and engine side by side: they do not depend on each other, and one's
+    /// failure does not throw away what the other has done so far. But it is
+    /// told at once, under `order`, if there is one.
+    async fn provide(
+        &self,
+        order: Option<u64>,
+        config: &PoolConfig,
+    ) -> Result<(ModelMetadata, EngineInstallation), ProvisionError> {
+        let model = async {
+            let model = self.models.ensure(&config.model).await;
+            model.map_err(ProvisionError::Model)
+        };
+        let engine = async {
+            let engine = self.engines.ensure(&config.provision).await;
+            engine.map_err(ProvisionError::Engine)
+        };
+        let (model, engine) = tokio::join!(
+            self.telling_failure(order, model),
+            self.telling_failure(order, engine)
+        );
+        Ok((model?, engine?))
+    }
+
+    async fn telling_failure<T>(
+        &self,
+        order: Option<u64>,
+        work: impl Future<Output = Result<T, ProvisionError>>,
+    ) -> Result<T, ProvisionError> {
+        let result = work.await;
+        if let (Err(error), Some(order)) = (&result, order) {
+            let trouble = Change::Trouble(error.failure());
+            self.pool.report(order, trouble).await;
+        }
+        result
+    }
+
+    fn launch_spec(&self, config: &PoolConfig, model: ModelMetadata) -> LaunchSpec {
+        LaunchSpec {
+            pool_id: self.pool.id().clone(),
+            replica_id: ReplicaId::first(),
+            model,
+            ctx: config.ctx,
+            slots: config.slots,
+            profile: config.effective_profile(),
+            threads: config.threads,
+            gpu_layers: config.gpu_layers,
+            flags: config.flags.clone(),
+            load_timeout: Duration::from_secs(config.load_timeout_seconds),
+            stop_grace: STOP_GRACE,
+        }
+    }
+}
