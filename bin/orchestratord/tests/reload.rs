@@ -71,7 +71,7 @@ async fn a_reload_starts_beside_and_switches_without_touching_what_runs() {
     assert!(spare_pid_files(&daemon).iter().all(|path| !exists(path)));
     assert!(exists(&daemon.pid_file()) && exists(&daemon.handoff()));
     let log = daemon.cache_dir().join("run/llamacpp-default.log");
-    assert!(exists(&log) && !exists(&log.with_file_name("llamacpp-default.next.log")));
+    assert!(exists(&log) && !exists(&log.with_file_name("llamacpp-default+next.log")));
 }
 
 #[tokio::test]

@@ -300,19 +300,19 @@ async fn an_engine_started_beside_another_takes_over_its_names() {
     let (old_pid, new_pid) = (old.context().pid.unwrap(), new.context().pid.unwrap());
     assert_eq!(pid_in(&machine.pid_file()), old_pid, "it serves still");
     assert_eq!(pid_in(&machine.handoff()), old_pid);
-    assert_eq!(pid_in(&run("default.next.pid")), new_pid);
+    assert_eq!(pid_in(&run("default+next.pid")), new_pid);
     assert!(old.resident_bytes().unwrap() > 100_000);
 
     provisioner.take_over(&mut new, &mut old);
     assert_eq!(pid_in(&machine.pid_file()), new_pid);
     assert_eq!(pid_in(&machine.handoff()), new_pid);
-    assert_eq!(pid_in(&run("default.old.pid")), old_pid);
-    assert!(!run("default.next.pid").exists());
+    assert_eq!(pid_in(&run("default+old.pid")), old_pid);
+    assert!(!run("default+next.pid").exists());
     assert!(machine.log().exists() && run("llamacpp-default.log.1").exists());
-    assert!(!run("llamacpp-default.next.log").exists());
+    assert!(!run("llamacpp-default+next.log").exists());
 
     old.stop().await;
-    assert!(!run("default.old.pid").exists());
+    assert!(!run("default+old.pid").exists());
     assert_eq!(
         pid_in(&machine.pid_file()),
         new_pid,
@@ -338,7 +338,7 @@ async fn an_engine_beside_another_that_is_given_up_leaves_nothing() {
         ..Script::default()
     };
     install(&machine.path().join("engine"), &hangs);
-    let next_pid = machine.cache.run().join("default.next.pid");
+    let next_pid = machine.cache.run().join("default+next.pid");
     let installation = installation(&engine);
     let beside = provisioner.start_beside(&installation, machine.spec(), old.pool_lock());
     tokio::select! {
@@ -351,7 +351,7 @@ async fn an_engine_beside_another_that_is_given_up_leaves_nothing() {
 
 #[tokio::test]
 async fn whatever_name_a_crash_left_an_engine_under_it_is_ended() {
-    for name in ["default.next.pid", "default.old.pid"] {
+    for name in ["default+next.pid", "default+old.pid"] {
         let machine = Machine::new();
         let engine = install(&machine.path().join("engine"), &Script::default());
         let path = machine.cache.run().join(name);
@@ -368,7 +368,7 @@ async fn whatever_name_a_crash_left_an_engine_under_it_is_ended() {
         file["owner_pid"] = owner.pid.into();
         file["owner"] = serde_json::to_value(&owner).unwrap();
         std::fs::write(&path, file.to_string()).unwrap();
-        let next_log = machine.cache.run().join("llamacpp-default.next.log");
+        let next_log = machine.cache.run().join("llamacpp-default+next.log");
         std::fs::write(&next_log, "cut off").unwrap();
         let running = start(&machine, &engine).await;
         gone(process).await;

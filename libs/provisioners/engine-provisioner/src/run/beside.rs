@@ -2,12 +2,12 @@
 //!
 //! ```text
 //!             serves                 is started beside        has taken over       retires
-//! PID file    <pool>.pid             <pool>.next.pid          <pool>.pid           <pool>.old.pid
-//! log         llamacpp-<pool>.log    llamacpp-<pool>.next.log llamacpp-<pool>.log  ….log.1
+//! PID file    <pool>.pid             <pool>+next.pid          <pool>.pid           <pool>+old.pid
+//! log         llamacpp-<pool>.log    llamacpp-<pool>+next.log llamacpp-<pool>.log  ….log.1
 //! handoff     llamacpp[-<pool>].json -                        that one             -
 //! ```
 //!
-//! Both hold the pool's lock. Whatever moment the daemon dies at, each engine that runs is named by
+//! No pool's name holds a `+`, so these are never another pool's. Both hold the pool's lock. Whatever moment the daemon dies at, each engine that runs is named by
 //! one of the three PID files, and the next start looks at all of them.
 
 use std::path::{Path, PathBuf};
@@ -47,8 +47,8 @@ impl Seat {
     fn suffix(self) -> &'static str {
         match self {
             Self::Usual => "",
-            Self::Next => ".next",
-            Self::Old => ".old",
+            Self::Next => "+next",
+            Self::Old => "+old",
         }
     }
 }
@@ -161,4 +161,16 @@ impl EngineProvisioner {
 
 fn rename(from: &Path, to: &Path) -> Result<(), FsError> {
     std::fs::rename(from, to).map_err(FsError::at("rename", from))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_pool_can_have_the_names_of_anothers_second_engine() {
+        for seat in [Seat::Next, Seat::Old] {
+            assert!(format!("a{}", seat.suffix()).parse::<PoolId>().is_err());
+        }
+    }
 }
