@@ -122,6 +122,10 @@ pub async fn supervise(
             () = tokio::time::sleep(LOOK_EVERY) => {}
             () = stop.cancelled() => {}
         }
+        if orders.has_changed().is_err() {
+            // The pool is gone.
+            break;
+        }
     }
     host.unbind(&target.pool, &target.replica);
 }

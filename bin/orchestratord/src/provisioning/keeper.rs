@@ -118,6 +118,7 @@ impl Keeper {
                 self.stop_engine().await;
                 // Their tasks are over, or were given up.
                 self.retiring.shutdown().await;
+                self.lock = None;
                 self.report(Change::Stopped).await;
             }
         }

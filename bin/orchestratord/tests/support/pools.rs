@@ -69,5 +69,5 @@ pub(crate) fn pid_in(path: &Path) -> u64 {
 
 /// What a pool's second and third PID file would be called.
 pub(crate) fn spare_pid_files(daemon: &Daemon) -> [PathBuf; 2] {
-    ["next", "old"].map(|name| daemon.cache_dir().join(format!("run/default.{name}.pid")))
+    ["next", "old"].map(|name| daemon.cache_dir().join(format!("run/default+{name}.pid")))
 }

@@ -124,7 +124,7 @@ impl Actor {
                 },
                 () = at(next_deadline), if next_deadline.is_some() => {}
                 () = at(self.hold), if self.hold.is_some() => self.hold = None,
-                () = at(phase_end), if phase_end.is_some() => self.take(Event::TimeUp, "its time is up"),
+                () = at(phase_end), if phase_end.is_some() => self.take(Event::TimeUp, "the wait is over"),
                 () = at(self.retire_until), if self.retire_until.is_some() => self.end_retiring(),
             }
             self.settle_drain();

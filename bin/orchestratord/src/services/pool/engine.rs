@@ -260,11 +260,13 @@ impl Actor {
     /// The time of tasks on an engine that was replaced is up.
     pub(super) fn end_retiring(&mut self) {
         self.retire_until = None;
-        let Some(current) = self.context.clone() else {
-            return;
-        };
+        let current = self.context.clone();
         let failure = self.ends_for();
-        self.cancel_running(&failure, |running| !running.is_on(&current));
+        self.cancel_running(&failure, |running| {
+            current
+                .as_ref()
+                .is_none_or(|current| !running.is_on(current))
+        });
     }
 
     /// Notes that a task's end makes it doubtful that the engine works.

@@ -8,7 +8,7 @@ use adapter_host::{AdapterHost, HostSettings};
 use async_trait::async_trait;
 use futures::StreamExt;
 use llama_orch_types::{
-    EngineKind, PoolId, ProvisionedContext, ProvisioningMode, ReplicaId, TaskId,
+    EngineKind, ErrorCode, PoolId, ProvisionedContext, ProvisioningMode, ReplicaId, TaskId,
 };
 use provision_kit::progress::Silent;
 use worker_adapters_adapter_api::{
@@ -16,7 +16,7 @@ use worker_adapters_adapter_api::{
     TaskInput, TokenEvent, TokenStream, WorkerAdapter, WorkerError,
 };
 
-use super::{Change, PoolHandle, PoolSettings, Submission};
+use super::{Change, Phase, PoolHandle, PoolSettings, Submission, Wanted};
 use crate::app::config::PoolConfig;
 use crate::services::admission::Priority;
 use crate::services::event_log::TaskEvent;
@@ -154,4 +154,50 @@ async fn a_dropped_submission_leaves_no_reader_waiting() {
     let log = Arc::clone(&submission.record.log);
     drop(submission);
     assert!(matches!(log.last(), Some(TaskEvent::Error(_))));
+}
+
+#[tokio::test]
+async fn a_configuration_is_applied_as_a_difference() {
+    let host = AdapterHost::new(HostSettings::default());
+    host.bind_adapter(context(), Arc::new(BreaksOnce::default()));
+    let pool = pool(&host);
+    pool.change(Change::Ready(Arc::new(context()).into())).await;
+    let mut config = (*pool.settings().config).clone();
+    let first = pool.orders().borrow().serial;
+    pool.apply(config.clone()).await.unwrap();
+    config.queue_capacity = 7;
+    config.restart.crashes = 9;
+    pool.apply(config.clone()).await.unwrap();
+    let snapshot = pool.wait_for(|snapshot| snapshot.settings.queue_capacity == 7);
+    let snapshot = snapshot.await.unwrap();
+    assert_eq!(snapshot.phase, Phase::Ready);
+    assert!(snapshot.reload.is_none());
+    assert_eq!(pool.orders().borrow().serial, first, "no engine is touched");
+
+    config.flags = vec!["--mlock".to_owned()];
+    pool.apply(config.clone()).await.unwrap();
+    let order = pool.orders().borrow().clone();
+    assert!(matches!(order.wanted, Wanted::Replace(wanted) if wanted.flags == config.flags));
+    // The same once more is what is on its way; another is one too many.
+    pool.apply(config.clone()).await.unwrap();
+    config.slots = 2;
+    let refused = pool.apply(config).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::AdmissionReject);
+    assert!(pool.settings().config.flags.is_empty(), "not yet");
+}
+
+#[tokio::test]
+async fn a_report_that_an_order_overtook_changes_nothing() {
+    let host = AdapterHost::new(HostSettings::default());
+    let pool = pool(&host);
+    let first = pool.orders().borrow().serial;
+    pool.drain_pool(DEADLINE).await.unwrap();
+    let stopping = pool.wait_for(|snapshot| snapshot.phase == Phase::Stopping);
+    stopping.await.unwrap();
+    // Ready in the moment in which its end was ordered.
+    let ready = Change::Ready(Arc::new(context()).into());
+    pool.report(first, ready).await;
+    pool.change(Change::Stopped).await;
+    let stopped = pool.wait_for(|snapshot| snapshot.phase == Phase::Stopped);
+    assert!(stopped.await.unwrap().context.is_none());
 }

@@ -222,9 +222,11 @@ impl Actor {
         let Some(running) = self.running.remove(&finished.id) else {
             return;
         };
-        let here = self.context.as_ref();
+        // What an engine did that another has replaced says nothing of that one.
+        let current = self.context.as_ref();
+        let here = current.is_some_and(|context| running.is_on(context));
         if let Some(reason) = finished.distrust
-            && here.is_some_and(|context| running.is_on(context))
+            && here
         {
             tracing::warn!(pool = %self.settings.id, reason, "the engine is not trusted any more");
             self.distrust = Some(reason);
@@ -243,7 +245,9 @@ impl Actor {
         }
         histogram!(telemetry::SERVICE_TIME, "pool" => self.label()).record(finished.took);
         let report = finished.cancelled.unwrap_or(CancelReport::NotRunning);
-        if let CancelReport::NotSeenFree { .. } = report {
+        if let CancelReport::NotSeenFree { .. } = report
+            && here
+        {
             self.hold_for(BUSY_HOLD);
             self.raise_doubt("a slot was not seen free after a cancel");
         }

@@ -7,7 +7,7 @@
 //! handoff     llamacpp[-<pool>].json -                        that one             -
 //! ```
 //!
-//! Both hold the pool's lock. Whatever moment the daemon dies at, each engine that runs is named by
+//! No pool's name holds a `+`, so these are never another pool's. Both hold the pool's lock. Whatever moment the daemon dies at, each engine that runs is named by
 //! one of the three PID files, and the next start looks at all of them.
 
 use std::path::{Path, PathBuf};
@@ -166,4 +166,16 @@ impl EngineProvisioner {
 
 fn rename(from: &Path, to: &Path) -> Result<(), FsError> {
     std::fs::rename(from, to).map_err(FsError::at("rename", from))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_pool_can_have_the_names_of_anothers_second_engine() {
+        for seat in [Seat::Next, Seat::Old] {
+            assert!(format!("a{}", seat.suffix()).parse::<PoolId>().is_err());
+        }
+    }
 }
