@@ -240,7 +240,7 @@ async fn words_about_the_prompt_are_no_tokens_and_keep_the_task_alive() {
     let engine = FakeEngine::start(&script);
     // Less than the prompt takes, and more than one word to the next.
     let adapter = adapter_with(&engine, |settings| {
-        settings.first_token_timeout = Duration::from_millis(1000);
+        settings.first_token_timeout = Duration::from_secs(1);
     });
     let outcome = run(&adapter, task(9)).await;
     assert_eq!(outcome.pieces(), ["a", "b"]);

@@ -18,11 +18,14 @@ use super::work::Running;
 use super::{Change, Command, Phase, PoolSettings, PoolSnapshot, Submission};
 use crate::app::current::Current;
 use crate::services::admission::{AdmissionQueue, Priority};
-use crate::services::dispatch::Finished;
+use crate::services::dispatch::{Finished, NotFreed};
 use crate::services::estimates::ServiceTimes;
 use crate::services::event_log::Failure;
 use crate::services::preparation::PreparationBoard;
 use crate::services::telemetry;
+
+/// Notes of runs that may wait for the actor: each run sends one at the most.
+const NOTES: usize = 64;
 
 pub(super) struct Actor {
     pub(super) settings: Arc<PoolSettings>,
@@ -42,6 +45,9 @@ pub(super) struct Actor {
     /// No task is taken to the engine before.
     pub(super) hold: Option<tokio::time::Instant>,
     pub(super) distrust: Option<String>,
+    pub(super) doubt: u64,
+    /// For runs: a cancelled task's slot is not seen free.
+    pub(super) not_freed: mpsc::Sender<NotFreed>,
     pub(super) drained: Vec<oneshot::Sender<()>>,
     pub(super) publish: watch::Sender<PoolSnapshot>,
 }
@@ -64,8 +70,10 @@ pub(super) fn spawn(
         slots: settings.slots,
         engine_exits: 0,
         distrust: None,
+        doubt: 0,
         times: ServiceTimes::default(),
     });
+    let (not_freed, notes) = mpsc::channel(NOTES);
     let actor = Actor {
         queue: AdmissionQueue::new(settings.queue_capacity, settings.batch_ageing),
         settings,
@@ -82,16 +90,22 @@ pub(super) fn spawn(
         engine_exits: 0,
         hold: None,
         distrust: None,
+        doubt: 0,
+        not_freed,
         drained: Vec::new(),
         publish,
     };
     // Owned by the handles: it ends with the last of them, or when drained.
-    tokio::spawn(actor.run(commands));
+    tokio::spawn(actor.run(commands, notes));
     snapshot
 }
 
 impl Actor {
-    async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+    async fn run(
+        mut self,
+        mut commands: mpsc::Receiver<Command>,
+        mut notes: mpsc::Receiver<NotFreed>,
+    ) {
         let mut drain_deadline = None;
         while self.phase != Phase::Stopped {
             self.end_expired();
@@ -107,6 +121,7 @@ impl Actor {
                     Some(command) => self.handle(command),
                     None => break,
                 },
+                Some(note) = notes.recv() => self.not_freed(note),
                 Some(finished) = self.runs.join_next() => match finished {
                     Ok(finished) => self.finish(finished),
                     Err(error) => self.bury(&error),
@@ -205,6 +220,12 @@ impl Actor {
         self.last_error = Some(failure);
     }
 
+    /// Takes note that the engine may not be sound.
+    pub(super) fn raise_doubt(&mut self, reason: &str) {
+        tracing::warn!(pool = %self.settings.id, reason, "the engine may not be sound");
+        self.doubt += 1;
+    }
+
     pub(super) fn enter(&mut self, phase: Phase) {
         if self.phase != phase {
             let cause = match phase {
@@ -241,6 +262,7 @@ impl Actor {
             slots: self.slots(),
             engine_exits: self.engine_exits,
             distrust: self.distrust.clone(),
+            doubt: self.doubt,
             times: self.times,
         };
         for priority in [Priority::Interactive, Priority::Batch] {
