@@ -482,3 +482,98 @@ async fn metrics_and_the_description_cover_what_happened() {
     ]
     "#);
 }
+
+#[tokio::test]
+async fn a_burst_on_a_ready_pool_is_held_to_its_bound() {
+    let daemon = Setup::new(&Script::endless(5))
+        .pool("queue_capacity", 3)
+        .ready()
+        .await;
+    let long = json!({ "prompt": "a", "max_tokens": 4000 });
+    let burst = (0..40).map(|_| daemon.post("/v2/tasks", long.clone()));
+    let answers = futures::future::join_all(burst).await;
+    let admitted = answers.iter().filter(|answer| answer.status() == 202);
+    // One runs, three wait.
+    assert_eq!(admitted.count(), 4);
+    assert!(
+        answers
+            .iter()
+            .all(|answer| answer.status() == 202 || answer.status() == 429)
+    );
+    let pool = daemon.pool().await;
+    assert_eq!(
+        (&pool["running"], &pool["queue"]["interactive"]),
+        (&json!(1), &json!(3))
+    );
+}
+
+#[tokio::test]
+async fn clients_take_turns() {
+    let daemon = Setup::new(&Script::endless(5)).ready().await;
+    let submit = async |client: &str| -> Value {
+        let request = daemon.client.post(format!("{}/v2/tasks", daemon.url));
+        let request = request.header("X-Correlation-Id", client);
+        let task = json!({ "prompt": "a", "max_tokens": 4000 });
+        request
+            .json(&task)
+            .send()
+            .await
+            .unwrap()
+            .json()
+            .await
+            .unwrap()
+    };
+    submit("first").await;
+    daemon
+        .until("a task runs", async || {
+            (daemon.pool().await["running"] == 1).then_some(())
+        })
+        .await;
+    let mut greedy = Vec::new();
+    for _ in 0..5 {
+        greedy.push(submit("greedy").await);
+    }
+    assert_eq!(greedy[4]["queue_position"], 4);
+    let modest = submit("modest").await;
+    assert_eq!(modest["queue_position"], 1, "{modest}");
+    let last = format!("/v2/tasks/{}", id(&greedy[4]));
+    assert_eq!(daemon.get_json(&last).await["queue_position"], 5);
+    // All who do not say who they are are one.
+    let unnamed = daemon.submit(prompt()).await;
+    let another = daemon.submit(prompt()).await;
+    assert_eq!(unnamed["queue_position"], 2);
+    assert_eq!(another["queue_position"], 4);
+}
+
+#[tokio::test]
+async fn a_deadline_counts_while_the_pool_is_prepared() {
+    let script = Script {
+        load_hang: true,
+        ..Script::default()
+    };
+    let daemon = Setup::new(&script).start();
+    daemon.until_state("starting").await;
+    let task = json!({ "prompt": "a", "deadline_ms": 60_000 });
+    let late = json!({ "prompt": "a", "deadline_ms": 300 });
+    let (patient, hasty) = (
+        daemon.post("/v2/tasks", task).await,
+        daemon.post("/v2/tasks", late).await,
+    );
+    // What is not refused at once ends when its time is over, not when it is ready.
+    if hasty.status() == 202 {
+        let hasty: Value = hasty.json().await.unwrap();
+        let events = daemon.events(id(&hasty), None).await;
+        assert_eq!(shape(&events), ["error"]);
+        assert_eq!(events[0].data["code"], "DEADLINE_UNMET");
+    } else {
+        assert_eq!(hasty.status(), 503);
+        let body: Value = hasty.json().await.unwrap();
+        assert_eq!(body["error"]["code"], "DEADLINE_UNMET");
+    }
+    assert_eq!(daemon.pool().await["state"], "starting");
+    if patient.status() == 202 {
+        let patient: Value = patient.json().await.unwrap();
+        let path = format!("/v2/tasks/{}", id(&patient));
+        assert_eq!(daemon.get_json(&path).await["status"], "queued");
+    }
+}

@@ -3,6 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
 
 use futures::future::join_all;
 use llama_orch_types::{EngineKind, PoolId, ProvisionedContext, ReplicaId, TaskId};
@@ -150,6 +151,31 @@ impl AdapterHost {
             Some(binding) => Ok(binding.adapter.cancel(task).await?),
             None => Ok(CancelReport::NotRunning),
         }
+    }
+
+    /// The adapter that runs a task, for one who must wait on after the task's
+    /// stream has ended; `None` if the task does not run in this pool.
+    pub fn adapter_of(&self, pool: &PoolId, task: TaskId) -> Option<Arc<dyn WorkerAdapter>> {
+        let binding = self.running.get(pool, task)?;
+        Some(Arc::clone(&binding.adapter))
+    }
+
+    /// Lets every engine of the pool generate one token within `limit`; the first
+    /// failure, if one fails.
+    pub async fn probe(&self, pool: &PoolId, limit: Duration) -> Result<(), HostError> {
+        let bindings = self.of_pool(pool)?;
+        let probes = bindings.iter().map(|binding| binding.adapter.probe(limit));
+        let failure = join_all(probes).await.into_iter().find_map(Result::err);
+        failure.map_or(Ok(()), |error| Err(HostError::Worker(error)))
+    }
+
+    /// Lets an engine that is not bound generate one token within `limit`.
+    pub async fn prove(
+        &self,
+        context: &ProvisionedContext,
+        limit: Duration,
+    ) -> Result<(), HostError> {
+        Ok(self.adapter_for(context)?.probe(limit).await?)
     }
 
     /// How many tokens this input is for the pool's model.

@@ -7,20 +7,21 @@ use worker_adapters_llamacpp_http::AdapterSettings;
 /// The same for every engine of this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HostSettings {
-    /// For opening a connection. Default: 2 s.
+    /// For opening a connection. Default: 0.9 s.
     pub connect_timeout: Duration,
     /// For a whole answer to a request that streams nothing. Default: 10 s.
     pub response_timeout: Duration,
-    /// From sending a task to its first token. Default: 120 s.
+    /// From sending a task with a short prompt to its first token; a long prompt
+    /// gets more time by its length. Default: 120 s.
     pub first_token_timeout: Duration,
-    /// From one token to the next. Default: 30 s.
+    /// From one token to the next; more in a long context. Default: 30 s.
     pub next_token_timeout: Duration,
 }
 
 impl Default for HostSettings {
     fn default() -> Self {
         Self {
-            connect_timeout: Duration::from_secs(2),
+            connect_timeout: Duration::from_millis(900),
             response_timeout: Duration::from_secs(10),
             first_token_timeout: Duration::from_mins(2),
             next_token_timeout: Duration::from_secs(30),

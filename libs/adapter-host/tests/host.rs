@@ -58,6 +58,7 @@ fn task(max_tokens: u32) -> EngineTask {
     EngineTask {
         id: TaskId::generate(),
         input: TaskInput::Prompt("three short words".into()),
+        answered: String::new(),
         max_tokens,
         stop: vec![],
         sampling: SamplingParams::default(),

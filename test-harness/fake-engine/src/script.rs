@@ -36,6 +36,12 @@ pub struct Script {
     pub pieces: Vec<String>,
     /// Begin again with the first piece after the last, up to `n_predict`.
     pub cycle: bool,
+    /// Go on from the pieces that the prompt ends with, as a model at temperature 0
+    /// does.
+    pub continues: bool,
+    /// How many words about its progress in the prompt come before the first
+    /// piece, where they are asked for.
+    pub progress_events: u64,
     /// Time before the first piece.
     pub first_token_ms: u64,
     /// Send the response's headers only with the first piece, as older builds
@@ -76,6 +82,8 @@ impl Default for Script {
             grandchild: false,
             pieces: pieces.split_inclusive(' ').map(str::to_owned).collect(),
             cycle: false,
+            continues: false,
+            progress_events: 0,
             first_token_ms: 0,
             late_headers: false,
             token_ms: 0,

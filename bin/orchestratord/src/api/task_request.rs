@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use llama_orch_types::ErrorCode;
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 use worker_adapters_adapter_api::{ChatMessage, SamplingParams, TaskInput};
 
@@ -64,6 +64,20 @@ pub struct TaskRequest {
     pub deadline_ms: Option<u64>,
     /// Cancel the task when its last reader goes away. Default: false.
     pub cancel_on_disconnect: bool,
+    /// What becomes of the task if its engine is lost in mid-stream.
+    pub on_worker_reset: OnWorkerReset,
+}
+
+/// What becomes of a task whose engine is lost in mid-stream.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnWorkerReset {
+    /// It ends with `WORKER_RESET` or `DECODE_TIMEOUT`.
+    #[default]
+    Fail,
+    /// The next engine goes on from the text that was sent, at most three times.
+    /// Not for `grammar` and `json_schema`, which cannot be gone on with.
+    Resume,
 }
 
 fn invalid(message: impl Into<String>) -> Failure {
@@ -171,6 +185,18 @@ impl TaskRequest {
         Ok(self.stop.clone())
     }
 
+    /// Whether the task is gone on with if its engine is lost.
+    pub fn resumes(&self) -> Result<bool, Failure> {
+        let resume = self.on_worker_reset == OnWorkerReset::Resume;
+        if resume && (self.grammar.is_some() || self.json_schema.is_some()) {
+            return Err(invalid(
+                "`on_worker_reset: resume` excludes `grammar` and `json_schema`: an engine cannot go on in the middle of one",
+            )
+            .with_hint("leave out `on_worker_reset`, and send the task again if it ends with WORKER_RESET"));
+        }
+        Ok(resume)
+    }
+
     /// How long the task may wait for the engine.
     pub fn start_within(&self) -> Result<Option<Duration>, Failure> {
         match self.deadline_ms {
@@ -237,6 +263,7 @@ mod tests {
         request.stops()?;
         request.max_tokens()?;
         request.start_within()?;
+        request.resumes()?;
         Ok(())
     }
 
@@ -257,6 +284,11 @@ mod tests {
             (
                 r#"{"prompt":"a","grammar":"x","json_schema":{}}"#,
                 "exclude",
+            ),
+            (r#"{"prompt":"a","on_worker_reset":"retry"}"#, "resume"),
+            (
+                r#"{"prompt":"a","on_worker_reset":"resume","grammar":"x"}"#,
+                "on_worker_reset",
             ),
             (r#"{"prompt":"a","deadline_ms":0}"#, "deadline_ms"),
             (r#"{"prompt":"a","repeat_penalty":0}"#, "repeat_penalty"),

@@ -16,14 +16,16 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use worker_adapters_adapter_api::{CancelReport, EngineTask};
 
-use super::correlation::CorrelationId;
+use super::correlation::{CORRELATION_ID, CorrelationId};
 use super::error::{ApiError, ErrorBody};
 use super::task_request::TaskRequest;
 use crate::app::state::AppState;
+use crate::services::admission::{Client, Place};
 use crate::services::dispatch::fit;
 use crate::services::event_log::{End, Failure, TaskEvent};
-use crate::services::pool::{Cancelled, Phase, PoolHandle, Submission};
+use crate::services::pool::{Cancelled, Escalation, Phase, PoolHandle, Submission};
 use crate::services::preparation::PreparationStep;
+use crate::services::resume::Carried;
 use crate::services::streaming::{KEEP_ALIVE, Presence, View, render_sse_for_task};
 use crate::services::tasks::{Admitted, NewTask, TaskRecord};
 
@@ -155,6 +157,10 @@ pub struct CancelAnswer {
     /// was queued; absent if that was not seen within the bound.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub freed_ms: Option<u64>,
+    /// What was done about a slot that was not seen free in time: `engine_restarted`
+    /// if no other task ran on the engine, else `waiting`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub escalated: Option<Escalation>,
 }
 
 #[derive(Debug, Default, Deserialize, IntoParams)]
@@ -185,13 +191,15 @@ fn streams(id: TaskId) -> Streams {
 )]
 pub async fn submit(
     State(state): State<Arc<AppState>>,
-    Extension(CorrelationId(correlation)): Extension<CorrelationId>,
+    Extension(correlation): Extension<CorrelationId>,
+    headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<TaskAccepted>), ApiError> {
     let request = TaskRequest::parse(&body?)?;
     request.check_length(state.limits.max_prompt_bytes)?;
     let pool = state.pool_for(request.pool_id.as_deref(), request.model.as_deref())?;
-    let (record, admitted) = submit_to(&state, &pool, &request, &correlation).await?;
+    let client = client_of(&headers, &correlation);
+    let (record, admitted) = submit_to(&state, &pool, &request, &correlation.0, client).await?;
     let accepted = TaskAccepted {
         task_id: record.id.to_string(),
         queue_position: admitted.queue_position as u64,
@@ -203,12 +211,25 @@ pub async fn submit(
     Ok((StatusCode::ACCEPTED, Json(accepted)))
 }
 
+/// Who asks, for fairness: whoever sends the same `X-Correlation-Id` is one client,
+/// and all who send none are one. There is one token, so it tells nobody apart.
+fn client_of(headers: &HeaderMap, correlation: &CorrelationId) -> Client {
+    // An id that could not be used was replaced, and one that was not sent made.
+    let sent = headers.get(&CORRELATION_ID);
+    if sent.is_some_and(|sent| sent.as_bytes() == correlation.0.as_bytes()) {
+        Client::Named(Arc::clone(&correlation.0))
+    } else {
+        Client::Unnamed
+    }
+}
+
 /// Checks a request and puts its task into the pool's queue.
 pub async fn submit_to(
     state: &AppState,
     pool: &PoolHandle,
     request: &TaskRequest,
     correlation: &str,
+    client: Client,
 ) -> Result<(Arc<TaskRecord>, Admitted), Failure> {
     let max_tokens = request.max_tokens()?;
     let settings = pool.settings();
@@ -216,14 +237,17 @@ pub async fn submit_to(
         pool: settings.id.clone(),
         fallback: settings.engine == EngineKind::Mock,
         priority: request.priority,
+        client,
         correlation_id: correlation.to_owned(),
         cancel_on_disconnect: request.cancel_on_disconnect,
+        resumes: request.resumes()?,
         start_within: request.start_within()?,
     });
     let mut submission = Submission {
         task: EngineTask {
             id: record.id,
             input: request.input()?,
+            answered: String::new(),
             max_tokens: max_tokens.unwrap_or(settings.default_max_tokens),
             stop: request.stops()?,
             sampling: request.sampling()?,
@@ -232,7 +256,8 @@ pub async fn submit_to(
         max_tokens_given: max_tokens.is_some(),
         fits: false,
         attempts: 0,
-        serial: 0,
+        carried: Carried::default(),
+        place: Place::default(),
     };
     // With the engine at hand a task that does not fit is refused here; while
     // it is not, the same check is made when the task's turn comes. Nor is the
@@ -399,15 +424,24 @@ pub async fn cancel(
         Some(pool) if !record.log.is_closed() => pool.cancel(record.id).await?,
         _ => Cancelled::Over,
     };
-    let freed_ms = match cancelled {
-        // The engine never had it, or had ended with it already.
-        Cancelled::Queued | Cancelled::Running(CancelReport::NotRunning) => Some(0),
-        Cancelled::Running(CancelReport::Freed { after_ms }) => Some(after_ms),
-        Cancelled::Running(CancelReport::NotSeenFree { .. }) | Cancelled::Over => None,
+    let (freed_ms, escalated) = match cancelled {
+        Cancelled::Queued => (Some(0), None),
+        Cancelled::Over => (None, None),
+        Cancelled::Running { report, escalated } => (freed_after(report), escalated),
     };
     Ok(Json(CancelAnswer {
         task_id: record.id.to_string(),
         cancelled: cancelled != Cancelled::Over,
         freed_ms,
+        escalated,
     }))
+}
+
+fn freed_after(report: CancelReport) -> Option<u64> {
+    match report {
+        // The engine never had it, or had ended with it already.
+        CancelReport::NotRunning => Some(0),
+        CancelReport::Freed { after_ms } => Some(after_ms),
+        CancelReport::NotSeenFree { .. } | CancelReport::NotShown => None,
+    }
 }

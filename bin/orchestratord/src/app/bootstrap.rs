@@ -260,6 +260,7 @@ pub fn start(plan: Plan) -> Result<App, StartError> {
         tasks: TaskRegistry::new(Retention {
             keep_for: Duration::from_secs(config.tasks.keep_seconds),
             at_most: usize::try_from(config.tasks.keep_at_most).unwrap_or(usize::MAX),
+            bytes: usize::try_from(config.tasks.keep_bytes).unwrap_or(usize::MAX),
         }),
         host: host.clone(),
         metrics: telemetry_recorder(),

@@ -18,6 +18,7 @@ use crate::api::tasks::submit_to;
 use crate::app::bootstrap::{self, App, Plan, StartError};
 use crate::app::config::{Config, PoolConfig, SetupError};
 use crate::app::shutdown::{Shutdown, Signals};
+use crate::services::admission::Client;
 use crate::services::event_log::{Cursor, End, Failure, TaskEvent};
 use crate::services::pool::{Phase, PoolHandle};
 use crate::ui::progress_reporter;
@@ -152,7 +153,8 @@ async fn answer(app: &App, args: &RunArgs, shutdown: &Shutdown) -> ExitCode {
     let work = async {
         until_ready(pool).await?;
         let begun = Instant::now();
-        let (record, _) = submit_to(&app.state, pool, &args.request(), "run").await?;
+        let (record, _) =
+            submit_to(&app.state, pool, &args.request(), "run", Client::Unnamed).await?;
         // Set once: this future runs once.
         let _ = asked.set(record.id);
         let end = print(record.log.cursor(0)).await?;

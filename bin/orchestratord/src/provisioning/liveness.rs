@@ -10,7 +10,6 @@ use std::time::Duration;
 use adapter_host::AdapterHost;
 use worker_adapters_adapter_api::EngineHealth;
 
-use super::proof;
 use crate::services::pool::lifecycle::Phase;
 use crate::services::pool::{PoolHandle, PoolSnapshot};
 use provision_kit::chain::one_line;
@@ -117,11 +116,10 @@ pub(super) async fn watch(pool: &PoolHandle, host: &AdapterHost) -> String {
         let every = Duration::from_secs(liveness.check_seconds);
         let limit = Duration::from_secs(liveness.probe_seconds);
         wait(pool, pause.take().unwrap_or(every), watch.settled).await;
-        let snapshot = pool.snapshot();
-        let before = Sight::of(&snapshot);
-        match (watch.next(before), &snapshot.context) {
-            (Step::Leave, _) | (_, None) => {}
-            (Step::AskHealth, _) => {
+        let before = Sight::of(&pool.snapshot());
+        match watch.next(before) {
+            Step::Leave => {}
+            Step::AskHealth => {
                 let health = tokio::time::timeout(limit, host.health(pool.id())).await;
                 let answered = matches!(health, Ok(Ok(EngineHealth::Ready)));
                 watch.health(answered);
@@ -129,7 +127,7 @@ pub(super) async fn watch(pool: &PoolHandle, host: &AdapterHost) -> String {
                     pause = Some(Duration::ZERO);
                 }
             }
-            (Step::Probe, Some(context)) => match proof::one_token(context, limit).await {
+            Step::Probe => match host.probe(pool.id(), limit).await {
                 Ok(()) => watch.proved(before),
                 Err(error) => match watch.failed(before, Sight::of(&pool.snapshot())) {
                     Verdict::Void => {}

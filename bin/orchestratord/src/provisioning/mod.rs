@@ -15,7 +15,6 @@
 
 mod keeper;
 mod liveness;
-mod proof;
 mod provide;
 mod room;
 #[cfg(test)]
@@ -35,7 +34,6 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use self::keeper::Keeper;
-use self::proof::ProofError;
 use crate::services::event_log::Failure;
 use crate::services::pool::{Change, PoolHandle};
 
@@ -69,7 +67,7 @@ enum ProvisionError {
     #[error("the engine could not be bound")]
     Bind(#[source] adapter_host::HostError),
     #[error("the new engine did not complete a trial task")]
-    Unproved(#[source] ProofError),
+    Unproved(#[source] adapter_host::HostError),
 }
 
 impl ProvisionError {

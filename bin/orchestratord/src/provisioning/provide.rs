@@ -10,7 +10,7 @@ use provisioners_engine_provisioner::{EngineInstallation, LaunchSpec, PoolLock, 
 
 use super::keeper::{Beside, Kept};
 use super::room::{self, Running};
-use super::{Parts, ProvisionError, STOP_GRACE, proof};
+use super::{Parts, ProvisionError, STOP_GRACE};
 use crate::app::config::PoolConfig;
 use crate::services::pool::Change;
 use crate::services::telemetry;
@@ -38,7 +38,8 @@ impl Parts {
         };
         let engine = started.map_err(ProvisionError::Start)?;
         if prove {
-            proof::one_token(engine.context(), PROOF_LIMIT)
+            self.host
+                .prove(engine.context(), PROOF_LIMIT)
                 .await
                 .map_err(ProvisionError::Unproved)?;
         }
@@ -75,7 +76,8 @@ impl Parts {
             .start_beside(&installation, spec, lock)
             .await
             .map_err(ProvisionError::Start)?;
-        proof::one_token(engine.context(), PROOF_LIMIT)
+        self.host
+            .prove(engine.context(), PROOF_LIMIT)
             .await
             .map_err(ProvisionError::Unproved)?;
         Ok(Beside::Ready(Box::new(Kept {

@@ -2,17 +2,23 @@
 //! what comes back to its log.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use adapter_host::AdapterHost;
+use adapter_host::{AdapterHost, HostError};
 use futures::StreamExt;
 use llama_orch_types::{ErrorCode, ProvisionedContext, TaskId};
 use metrics::{counter, histogram};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use worker_adapters_adapter_api::{CancelReport, EndSummary, TaskInput, TokenEvent, TokenStream};
+use worker_adapters_adapter_api::{
+    CancelReport, EndSummary, FinishReason, TaskInput, TokenEvent, TokenStream, WorkerAdapter,
+    WorkerError,
+};
 
 use super::event_log::{End, EngineSays, Failure, Metrics, Receipt, Started, TaskEvent, Token};
 use super::pool::Submission;
+use super::resume::Seen;
 use super::tasks::TaskRecord;
 use super::telemetry;
 
@@ -24,6 +30,13 @@ const MAX_ATTEMPTS: u32 = 10;
 /// answer. The second time it fails: the task itself may be what ends engines.
 const RESET_ATTEMPTS: u32 = MAX_ATTEMPTS / 2;
 
+/// How long the slot of a cancelled task is held at the most. Its engine has been
+/// ended long before, unless others run on it.
+const HELD_AT_MOST: Duration = Duration::from_mins(30);
+
+/// Between two waits for such a slot, each of which has bounds of its own.
+const HELD_PAUSE: Duration = Duration::from_millis(200);
+
 /// Everything one run needs. It owns the engine's stream and is the only one
 /// that appends tokens to the task's log.
 #[derive(Debug)]
@@ -32,6 +45,17 @@ pub struct TaskRun {
     pub context: Arc<ProvisionedContext>,
     pub submission: Submission,
     pub cancel: CancellationToken,
+    /// Where the pool is told that a cancelled task's slot is not seen free.
+    pub not_freed: mpsc::Sender<NotFreed>,
+    pub seen: Seen,
+}
+
+/// A cancelled task whose slot was not seen free in time. Its run goes on waiting,
+/// and so the slot is given to no other task.
+#[derive(Debug, Clone, Copy)]
+pub struct NotFreed {
+    pub id: TaskId,
+    pub waited_ms: u64,
 }
 
 /// What the pool learns of a run that is over.
@@ -43,10 +67,13 @@ pub struct Finished {
     pub outcome: Outcome,
     /// What was seen of the engine's slot, if the task was cancelled.
     pub cancelled: Option<CancelReport>,
-    /// The task itself, if the engine could not be given it.
+    /// The task itself, if the engine could not be given it, or was lost over it
+    /// and the task is gone on with.
     pub returned: Option<Box<Submission>>,
     /// Why the engine can no longer be relied on, if it cannot.
     pub distrust: Option<String>,
+    /// Why the engine may not be sound, if it was to blame for a failure.
+    pub doubt: Option<String>,
 }
 
 /// How a run ended.
@@ -60,6 +87,8 @@ pub enum Outcome {
     NotTaken {
         reset: bool,
     },
+    /// The engine was lost in mid-stream; the task is gone on with on the next.
+    Lost,
 }
 
 impl Outcome {
@@ -69,6 +98,7 @@ impl Outcome {
             Self::Cancelled => "cancelled",
             Self::Failed(code) => code.as_str(),
             Self::NotTaken { .. } => "not_taken",
+            Self::Lost => "lost",
         }
     }
 
@@ -81,8 +111,47 @@ impl Outcome {
 enum Pumped {
     Ended,
     Cancelled(Option<CancelReport>),
-    Failed(Failure),
-    NotTaken(Failure),
+    Failed(Trouble),
+    NotTaken(Trouble),
+}
+
+/// A failure, and whether the engine is to blame for it.
+struct Trouble {
+    failure: Failure,
+    engines_fault: bool,
+}
+
+impl Trouble {
+    fn doubt(&self) -> Option<String> {
+        self.engines_fault.then(|| self.failure.message.clone())
+    }
+}
+
+impl From<Failure> for Trouble {
+    fn from(failure: Failure) -> Self {
+        Self {
+            failure,
+            engines_fault: false,
+        }
+    }
+}
+
+impl From<&WorkerError> for Trouble {
+    fn from(error: &WorkerError) -> Self {
+        Self {
+            failure: Failure::from_worker(error),
+            engines_fault: error.casts_doubt(),
+        }
+    }
+}
+
+impl From<&HostError> for Trouble {
+    fn from(error: &HostError) -> Self {
+        match error {
+            HostError::Worker(error) => error.into(),
+            other => Failure::from_host(other).into(),
+        }
+    }
 }
 
 impl TaskRun {
@@ -93,41 +162,80 @@ impl TaskRun {
             Ok(stream) => self.pump(stream).await,
             Err(ended) => ended,
         };
-        let mut returned = None;
-        let mut distrust = None;
-        let (outcome, cancelled) = match pumped {
-            Pumped::Ended => (Outcome::Completed, None),
-            Pumped::Cancelled(report) => (Outcome::Cancelled, report),
-            Pumped::Failed(failure) => {
-                if failure.code == ErrorCode::DecodeTimeout {
-                    distrust = Some(failure.message.clone());
-                }
-                (Outcome::Failed(self.close_with(failure)), None)
-            }
-            Pumped::NotTaken(_) if self.cancel.is_cancelled() => (Outcome::Cancelled, None),
-            Pumped::NotTaken(failure) => {
-                self.submission.attempts += match failure.code {
-                    ErrorCode::WorkerReset => RESET_ATTEMPTS,
-                    _ => 1,
-                };
-                if self.submission.attempts >= MAX_ATTEMPTS {
-                    (Outcome::Failed(self.close_with(failure)), None)
-                } else {
-                    tracing::info!(task = %id, reason = failure.message, "the engine could not take the task; it is kept");
-                    let again = failure.code == ErrorCode::WorkerReset;
-                    returned = Some(Box::new(self.submission));
-                    (Outcome::NotTaken { reset: again }, None)
-                }
-            }
-        };
-        Finished {
+        let mut finished = Finished {
             id,
             took: begun.elapsed(),
-            outcome,
-            cancelled,
-            returned,
-            distrust,
+            outcome: Outcome::Cancelled,
+            cancelled: None,
+            returned: None,
+            distrust: None,
+            doubt: None,
+        };
+        match pumped {
+            Pumped::Ended => finished.outcome = Outcome::Completed,
+            Pumped::Cancelled(report) => finished.cancelled = report,
+            Pumped::NotTaken(_) if self.cancel.is_cancelled() => {}
+            Pumped::Failed(trouble) => {
+                if trouble.failure.code == ErrorCode::DecodeTimeout {
+                    finished.distrust = Some(trouble.failure.message.clone());
+                }
+                finished.doubt = trouble.doubt();
+                self.lost(trouble.failure, &mut finished);
+            }
+            Pumped::NotTaken(trouble) => {
+                finished.doubt = trouble.doubt();
+                self.not_taken(trouble.failure, &mut finished);
+            }
         }
+        finished
+    }
+
+    /// The engine failed over the task: the end, unless the next one may go on.
+    fn lost(mut self, failure: Failure, finished: &mut Finished) {
+        let engine_lost = matches!(
+            failure.code,
+            ErrorCode::WorkerReset | ErrorCode::DecodeTimeout
+        );
+        let record = Arc::clone(&self.submission.record);
+        let resumes = record.resumes
+            && engine_lost
+            && self.submission.carried.may_resume()
+            && !self.cancel.is_cancelled();
+        if !resumes {
+            finished.outcome = Outcome::Failed(self.close_with(failure));
+            return;
+        }
+        self.submission.go_on_after(self.seen);
+        let resets = self.submission.carried.resets;
+        record.resumed.store(resets, Ordering::Relaxed);
+        counter!(telemetry::RESUMED, "pool" => self.pool_label()).increment(1);
+        tracing::warn!(
+            pool = %record.pool, task = %record.id, correlation_id = record.correlation_id,
+            reason = failure.message, pieces = self.submission.carried.pieces,
+            "the engine was lost in mid-stream; the task is gone on with"
+        );
+        if self.submission.task.max_tokens == 0 {
+            // All tokens had come, and only the word that they were all had not.
+            finished.outcome = match self.end_complete() {
+                Pumped::Ended => Outcome::Completed,
+                _ => Outcome::Cancelled,
+            };
+            return;
+        }
+        finished.outcome = Outcome::Lost;
+        finished.returned = Some(Box::new(self.submission));
+    }
+
+    fn not_taken(mut self, failure: Failure, finished: &mut Finished) {
+        let reset = failure.code == ErrorCode::WorkerReset;
+        self.submission.attempts += if reset { RESET_ATTEMPTS } else { 1 };
+        if self.submission.attempts >= MAX_ATTEMPTS {
+            finished.outcome = Outcome::Failed(self.close_with(failure));
+            return;
+        }
+        tracing::info!(task = %finished.id, reason = failure.message, "the engine could not take the task; it is kept");
+        finished.outcome = Outcome::NotTaken { reset };
+        finished.returned = Some(Box::new(self.submission));
     }
 
     /// Hands the task to the engine, unless it is refused or cancelled first.
@@ -137,7 +245,7 @@ impl TaskRun {
             tokio::select! {
                 // Nothing is in the engine's slot yet.
                 () = self.cancel.cancelled() => return Err(Pumped::Cancelled(Some(CancelReport::NotRunning))),
-                fits = fits => fits.map_err(not_begun)?,
+                fits = fits => fits.map_err(|failure| not_begun(failure.into()))?,
             }
         }
         let submit = self
@@ -147,19 +255,18 @@ impl TaskRun {
         tokio::select! {
             biased;
             submitted = &mut submit => {
-                submitted.map_err(|error| not_begun(Failure::from_host(&error)))
+                submitted.map_err(|error| not_begun((&error).into()))
             }
             () = self.cancel.cancelled() => {
                 // Waited for together, since only going on with the submission
                 // closes its connection to the engine.
-                let cancel = self.host.cancel(&self.context.pool_id, self.submission.record.id);
-                let (report, _) = tokio::join!(cancel, submit);
-                Err(Pumped::Cancelled(report.ok()))
+                let (report, _) = tokio::join!(self.free(), submit);
+                Err(Pumped::Cancelled(report))
             }
         }
     }
 
-    async fn pump(&self, mut stream: TokenStream) -> Pumped {
+    async fn pump(&mut self, mut stream: TokenStream) -> Pumped {
         loop {
             let event = tokio::select! {
                 biased;
@@ -169,11 +276,10 @@ impl TaskRun {
             let kept = match event {
                 Some(Ok(TokenEvent::End(summary))) => return self.end(&summary),
                 Some(Ok(event)) => self.append(event),
-                Some(Err(error)) => return Pumped::Failed(Failure::from_worker(&error)),
+                Some(Err(error)) => return Pumped::Failed((&error).into()),
                 None => {
-                    return Pumped::Failed(Failure::internal(
-                        "the engine's stream ended without an end",
-                    ));
+                    let failure = Failure::internal("the engine's stream ended without an end");
+                    return Pumped::Failed(failure.into());
                 }
             };
             if !kept {
@@ -184,26 +290,38 @@ impl TaskRun {
     }
 
     /// Appends an event that is not the last; says whether the log took it.
-    fn append(&self, event: TokenEvent) -> bool {
-        let record = &self.submission.record;
+    fn append(&mut self, event: TokenEvent) -> bool {
+        let (record, carried) = (&self.submission.record, &self.submission.carried);
         let event = match event {
             TokenEvent::Started => {
-                let _ = record.started.set(Instant::now());
+                if record.started.set(Instant::now()).is_err() {
+                    // It has begun on an engine before, and that was said.
+                    return !record.log.is_closed();
+                }
                 histogram!(telemetry::QUEUE_WAIT, "pool" => self.pool_label())
                     .record(record.created.elapsed());
                 TaskEvent::Started(started(record))
             }
-            TokenEvent::Token { text, index } => {
+            TokenEvent::Token {
+                text,
+                index,
+                tokens_in,
+                tokens_out,
+            } => {
+                // The first engine's count is the prompt's own.
+                let _ = record.tokens_in.set(tokens_in);
+                let index = carried.pieces + index;
                 if index == 0 {
                     histogram!(telemetry::FIRST_TOKEN, "pool" => self.pool_label())
                         .record(record.created.elapsed());
                 }
+                self.seen.saw(tokens_out, Instant::now());
                 TaskEvent::Token(Token { t: text, i: index })
             }
             TokenEvent::Metrics(figures) => TaskEvent::Metrics(Metrics {
-                tokens_in: figures.tokens_in,
-                tokens_out: figures.tokens_out,
-                elapsed_ms: figures.elapsed_ms,
+                tokens_in: *record.tokens_in.get_or_init(|| figures.tokens_in),
+                tokens_out: carried.tokens_out + figures.tokens_out,
+                elapsed_ms: millis(record.started.get().map(Instant::elapsed)),
             }),
             TokenEvent::End(_) => unreachable!("the pump handles the end"),
         };
@@ -211,21 +329,37 @@ impl TaskRun {
     }
 
     fn end(&self, summary: &EndSummary) -> Pumped {
-        counter!(telemetry::TOKENS_IN, "pool" => self.pool_label()).increment(summary.tokens_in);
-        counter!(telemetry::TOKENS_OUT, "pool" => self.pool_label()).increment(summary.tokens_out);
+        let (record, carried) = (&self.submission.record, &self.submission.carried);
         let end = End {
-            tokens_in: Some(summary.tokens_in),
-            tokens_out: summary.tokens_out,
-            decode_time_ms: summary.decode_time_ms,
+            tokens_in: Some(*record.tokens_in.get_or_init(|| summary.tokens_in)),
+            tokens_out: carried.tokens_out + summary.tokens_out,
+            decode_time_ms: carried.decode.as_secs_f64() * 1000.0 + summary.decode_time_ms,
             finish_reason: summary.finish_reason,
+            resumed: carried.resets,
             receipt: Some(receipt(&self.context, Some(summary))),
         };
-        match self
-            .submission
-            .record
-            .log
-            .append(TaskEvent::End(Box::new(end)))
-        {
+        self.close_complete(end)
+    }
+
+    /// Ends a task that lost its engine after its last token.
+    fn end_complete(&self) -> Pumped {
+        let (record, carried) = (&self.submission.record, &self.submission.carried);
+        self.close_complete(End {
+            tokens_in: record.tokens_in.get().copied(),
+            tokens_out: carried.tokens_out,
+            decode_time_ms: carried.decode.as_secs_f64() * 1000.0,
+            finish_reason: FinishReason::Length,
+            resumed: carried.resets,
+            receipt: Some(receipt(&self.context, None)),
+        })
+    }
+
+    fn close_complete(&self, end: End) -> Pumped {
+        let tokens_in = end.tokens_in.unwrap_or_default();
+        counter!(telemetry::TOKENS_IN, "pool" => self.pool_label()).increment(tokens_in);
+        counter!(telemetry::TOKENS_OUT, "pool" => self.pool_label()).increment(end.tokens_out);
+        let log = &self.submission.record.log;
+        match log.append(TaskEvent::End(Box::new(end))) {
             Ok(()) => Pumped::Ended,
             Err(_) => Pumped::Cancelled(None),
         }
@@ -235,16 +369,48 @@ impl TaskRun {
     /// meanwhile, since reading it is what closes its connection.
     async fn free_slot(&self, mut stream: TokenStream) -> Option<CancelReport> {
         let drain = async { while stream.next().await.is_some_and(|event| event.is_ok()) {} };
-        let cancel = self
-            .host
-            .cancel(&self.context.pool_id, self.submission.record.id);
-        let (report, ()) = tokio::join!(cancel, drain);
-        match report {
+        let (report, ()) = tokio::join!(self.free(), drain);
+        report
+    }
+
+    async fn free(&self) -> Option<CancelReport> {
+        let id = self.submission.record.id;
+        // Found now, since the host forgets the task with its stream.
+        let Some(adapter) = self.host.adapter_of(&self.context.pool_id, id) else {
+            return Some(CancelReport::NotRunning);
+        };
+        match self.wait_until_freed(adapter.as_ref()).await {
             Ok(report) => Some(report),
             Err(error) => {
-                tracing::warn!(task = %self.submission.record.id, %error, "the engine could not be asked to cancel");
+                tracing::warn!(task = %id, %error, "the engine could not be asked to cancel");
                 None
             }
+        }
+    }
+
+    /// Waits on where the slot is not seen free: it is held until it is, or its
+    /// engine is gone.
+    async fn wait_until_freed(
+        &self,
+        adapter: &dyn WorkerAdapter,
+    ) -> Result<CancelReport, WorkerError> {
+        let (id, begun) = (self.submission.record.id, Instant::now());
+        let mut told = false;
+        loop {
+            let report = adapter.cancel(id).await?;
+            let CancelReport::NotSeenFree { waited_ms } = report else {
+                return Ok(report);
+            };
+            if begun.elapsed() > HELD_AT_MOST {
+                return Ok(report);
+            }
+            if !told {
+                told = true;
+                tracing::warn!(task = %id, waited_ms, "a cancelled task's slot is not seen free");
+                // Fails only when the pool is gone.
+                let _ = self.not_freed.send(NotFreed { id, waited_ms }).await;
+            }
+            tokio::time::sleep(HELD_PAUSE).await;
         }
     }
 
@@ -271,13 +437,17 @@ impl TaskRun {
 
 /// A failure before the engine had begun: if the engine was not there, as it
 /// is when it has just ended, the task can wait for the next one.
-fn not_begun(failure: Failure) -> Pumped {
-    match failure.code {
+fn not_begun(trouble: Trouble) -> Pumped {
+    match trouble.failure.code {
         ErrorCode::PoolUnready | ErrorCode::PoolUnavailable | ErrorCode::WorkerReset => {
-            Pumped::NotTaken(failure)
+            Pumped::NotTaken(trouble)
         }
-        _ => Pumped::Failed(failure),
+        _ => Pumped::Failed(trouble),
     }
+}
+
+fn millis(time: Option<Duration>) -> u64 {
+    time.unwrap_or_default().as_millis() as u64
 }
 
 fn started(record: &TaskRecord) -> Started {

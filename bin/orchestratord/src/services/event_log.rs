@@ -6,6 +6,7 @@
 //! is what makes "no token after cancel" true: whoever cancels closes the log
 //! first, and what the engine still sends has nowhere to go.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use llama_orch_types::ErrorCode;
@@ -35,6 +36,18 @@ impl TaskEvent {
             Self::End(_) => "end",
             Self::Error(_) => "error",
         }
+    }
+
+    /// Memory it takes up, in bytes, about. Parameters and messages are small
+    /// beside the answer and are counted at a flat rate.
+    fn size(&self) -> usize {
+        const TERMINAL: usize = 4096;
+        let own = match self {
+            Self::Token(token) => token.t.capacity(),
+            Self::Started(_) | Self::Metrics(_) => 0,
+            Self::End(_) | Self::Error(_) => TERMINAL,
+        };
+        size_of::<Self>() + own
     }
 
     /// Whether this event closes the log.
@@ -88,9 +101,18 @@ pub struct End {
     /// `stop`, `length` or `cancelled`.
     #[schema(value_type = String)]
     pub finish_reason: FinishReason,
+    /// How often it lost its engine and was gone on with on another; left out for
+    /// most tasks, which never did.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub resumed: u32,
     /// What answered and how; absent where no engine took part.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub receipt: Option<Receipt>,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_zero(count: &u32) -> bool {
+    *count == 0
 }
 
 /// Says which engine and model answered, and with which parameters.
@@ -172,6 +194,8 @@ pub struct Closed;
 pub struct EventLog {
     // Held for a push or a clone only, never across an await.
     events: Mutex<Vec<TaskEvent>>,
+    /// What the events take up, about.
+    bytes: AtomicUsize,
     changed: Notify,
 }
 
@@ -182,6 +206,7 @@ impl EventLog {
 
     /// Appends one event; a terminal one closes the log.
     pub fn append(&self, event: TaskEvent) -> Result<(), Closed> {
+        let size = event.size();
         {
             let mut events = self.lock();
             if is_closed(&events) {
@@ -189,6 +214,7 @@ impl EventLog {
             }
             events.push(event);
         }
+        self.bytes.fetch_add(size, Ordering::Relaxed);
         self.changed.notify_waiters();
         Ok(())
     }
@@ -202,13 +228,9 @@ impl EventLog {
         self.lock().last().cloned()
     }
 
-    /// The prompt's length in tokens, if the engine has told.
-    pub fn tokens_in(&self) -> Option<u64> {
-        let events = self.lock();
-        events.iter().rev().find_map(|event| match event {
-            TaskEvent::Metrics(metrics) => Some(metrics.tokens_in),
-            _ => None,
-        })
+    /// Memory that its events take up, in bytes, about.
+    pub fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
     }
 
     /// The answer so far, and the number of its pieces.

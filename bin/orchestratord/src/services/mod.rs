@@ -1,6 +1,6 @@
 //! What the daemon does, apart from how it is asked.
 //!
-//! - [`admission`], [`estimates`]: pure decisions
+//! - [`admission`], [`estimates`], [`resume`]: pure decisions
 //! - [`event_log`]: a task's events and the cursors over them
 //! - [`tasks`]: the tasks there are, and how long finished ones are kept
 //! - [`pool`]: the one owner of a pool's queue and running tasks
@@ -17,6 +17,7 @@ pub mod event_log;
 pub mod failure;
 pub mod pool;
 pub mod preparation;
+pub mod resume;
 pub mod streaming;
 pub mod tasks;
 pub mod telemetry;

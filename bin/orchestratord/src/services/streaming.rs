@@ -181,6 +181,7 @@ mod tests {
                 tokens_out: 1,
                 decode_time_ms: 1.5,
                 finish_reason: FinishReason::Stop,
+                resumed: 0,
                 receipt: None,
             })),
         ]

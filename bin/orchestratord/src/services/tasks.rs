@@ -2,13 +2,13 @@
 //! can come late, and then forgotten, so that memory stays bounded.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use llama_orch_types::{PoolId, TaskId};
 
-use super::admission::Priority;
+use super::admission::{Client, Priority};
 use super::event_log::EventLog;
 
 /// A task, from admission until it is forgotten.
@@ -20,9 +20,13 @@ pub struct TaskRecord {
     /// gone when somebody reads.
     pub fallback: bool,
     pub priority: Priority,
+    /// Who asked, as far as fairness goes.
+    pub client: Client,
     pub correlation_id: String,
     /// Whether the last reader's leaving cancels the task.
     pub cancel_on_disconnect: bool,
+    /// Whether it is gone on with on another engine, if its own is lost.
+    pub resumes: bool,
     pub created_at: SystemTime,
     pub created: Instant,
     /// When the engine must have taken it, if the client says so.
@@ -32,6 +36,10 @@ pub struct TaskRecord {
     pub admitted: OnceLock<Admitted>,
     /// When the engine took it.
     pub started: OnceLock<Instant>,
+    /// The prompt's length in tokens, once the engine has told.
+    pub tokens_in: OnceLock<u64>,
+    /// How often it was gone on with on another engine.
+    pub resumed: AtomicU32,
     /// When its log was closed, as far as the registry has noticed.
     finished: OnceLock<Instant>,
     readers: AtomicUsize,
@@ -43,8 +51,10 @@ pub struct NewTask {
     pub pool: PoolId,
     pub fallback: bool,
     pub priority: Priority,
+    pub client: Client,
     pub correlation_id: String,
     pub cancel_on_disconnect: bool,
+    pub resumes: bool,
     /// How long it may wait for the engine.
     pub start_within: Option<Duration>,
 }
@@ -66,8 +76,10 @@ impl TaskRecord {
             pool,
             fallback,
             priority,
+            client,
             correlation_id,
             cancel_on_disconnect,
+            resumes,
             start_within,
         } = request;
         let created = Instant::now();
@@ -76,14 +88,18 @@ impl TaskRecord {
             pool,
             fallback,
             priority,
+            client,
             correlation_id,
             cancel_on_disconnect,
+            resumes,
             created_at: SystemTime::now(),
             created,
             deadline: start_within.and_then(|within| created.checked_add(within)),
             log: EventLog::new(),
             admitted: OnceLock::new(),
             started: OnceLock::new(),
+            tokens_in: OnceLock::new(),
+            resumed: AtomicU32::new(0),
             finished: OnceLock::new(),
             readers: AtomicUsize::new(0),
         })
@@ -106,6 +122,8 @@ impl TaskRecord {
 pub struct Retention {
     pub keep_for: Duration,
     pub at_most: usize,
+    /// For all their events together.
+    pub bytes: usize,
 }
 
 /// All tasks, by id.
@@ -114,18 +132,27 @@ pub struct TaskRegistry {
     // Held for a look-up or an insertion only, never across an await.
     tasks: Mutex<HashMap<TaskId, Arc<TaskRecord>>>,
     retention: Retention,
+    /// Insertions since the last sweep.
+    unswept: AtomicUsize,
 }
+
+/// So many tasks that come are a reason to sweep before it is time.
+const SWEEP_AFTER: usize = 256;
 
 impl TaskRegistry {
     pub fn new(retention: Retention) -> Self {
         Self {
             tasks: Mutex::default(),
             retention,
+            unswept: AtomicUsize::new(0),
         }
     }
 
     pub fn insert(&self, record: Arc<TaskRecord>) {
         self.lock().insert(record.id, record);
+        if self.unswept.fetch_add(1, Ordering::Relaxed) >= SWEEP_AFTER {
+            self.sweep(Instant::now());
+        }
     }
 
     pub fn get(&self, id: TaskId) -> Option<Arc<TaskRecord>> {
@@ -145,9 +172,11 @@ impl TaskRegistry {
         self.len() == 0
     }
 
-    /// Forgets finished tasks that are too old or too many, oldest first.
-    /// Running and queued tasks are never forgotten. Called once in a while.
+    /// Forgets finished tasks that are too old, too many or too large together,
+    /// oldest first. Running and queued tasks are never forgotten. Called once in
+    /// a while.
     pub fn sweep(&self, now: Instant) {
+        self.unswept.store(0, Ordering::Relaxed);
         let mut tasks = self.lock();
         let mut finished: Vec<(Instant, TaskId)> = tasks
             .values()
@@ -155,8 +184,19 @@ impl TaskRegistry {
             .map(|record| (*record.finished.get_or_init(|| now), record.id))
             .collect();
         finished.sort_unstable_by_key(|(at, id)| (std::cmp::Reverse(*at), std::cmp::Reverse(*id)));
+        let Retention {
+            keep_for,
+            at_most,
+            bytes,
+        } = self.retention;
+        let mut kept_bytes = 0_usize;
         for (index, (at, id)) in finished.into_iter().enumerate() {
-            if index >= self.retention.at_most || now.duration_since(at) > self.retention.keep_for {
+            let size = tasks.get(&id).map_or(0, |record| record.log.bytes());
+            kept_bytes = kept_bytes.saturating_add(size);
+            if index >= at_most
+                || kept_bytes > bytes
+                || now.saturating_duration_since(at) > keep_for
+            {
                 tasks.remove(&id);
             }
         }
@@ -179,8 +219,10 @@ mod tests {
             pool: PoolId::default_pool(),
             fallback: false,
             priority: Priority::default(),
+            client: Client::Unnamed,
             correlation_id: "c".to_owned(),
             cancel_on_disconnect,
+            resumes: false,
             start_within: None,
         })
     }
@@ -199,6 +241,7 @@ mod tests {
         let registry = TaskRegistry::new(Retention {
             keep_for: Duration::from_mins(1),
             at_most: 2,
+            bytes: usize::MAX,
         });
         let records: Vec<_> = (0..5).map(|_| record(false)).collect();
         for record in &records {
@@ -217,6 +260,40 @@ mod tests {
             records.iter().map(kept).collect::<Vec<_>>(),
             [false, false, false, false, true]
         );
+    }
+
+    #[test]
+    fn finished_tasks_are_kept_within_their_budget_of_bytes() {
+        use crate::services::event_log::Token;
+        let budget = 100_000;
+        let registry = TaskRegistry::new(Retention {
+            keep_for: Duration::from_mins(1),
+            at_most: 1000,
+            bytes: budget,
+        });
+        let filled = || {
+            let record = record(false);
+            for i in 0..10 {
+                let t = "x".repeat(1000);
+                record.log.append(TaskEvent::Token(Token { t, i })).unwrap();
+            }
+            registry.insert(Arc::clone(&record));
+            record
+        };
+        let running = filled();
+        let mut last = None;
+        for _ in 0..20 {
+            let record = filled();
+            close(&record);
+            last = Some(record);
+            registry.sweep(Instant::now());
+        }
+        let kept = registry.len() - 1;
+        let size = running.log.bytes();
+        assert!((10_000..20_000).contains(&size), "{size}");
+        assert!((5..10).contains(&kept), "{kept}");
+        assert!(registry.get(running.id).is_some(), "it is not over");
+        assert!(registry.get(last.unwrap().id).is_some(), "the newest");
     }
 
     #[test]

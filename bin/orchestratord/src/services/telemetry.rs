@@ -4,6 +4,7 @@ use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 
 pub const TASKS: &str = "orchestratord_tasks_total";
 pub const REFUSED: &str = "orchestratord_tasks_refused_total";
+pub const RESUMED: &str = "orchestratord_tasks_resumed_total";
 pub const QUEUED: &str = "orchestratord_queue_depth";
 pub const RUNNING: &str = "orchestratord_running_tasks";
 pub const SLOTS: &str = "orchestratord_slots";
@@ -33,6 +34,10 @@ pub fn describe() {
     describe_counter!(
         REFUSED,
         "Tasks refused at admission, by pool and error code"
+    );
+    describe_counter!(
+        RESUMED,
+        "How often a task lost its engine and was gone on with, by pool"
     );
     describe_gauge!(QUEUED, "Tasks waiting, by pool and priority");
     describe_gauge!(RUNNING, "Tasks in the engine, by pool");

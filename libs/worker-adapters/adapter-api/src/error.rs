@@ -62,12 +62,23 @@ impl WorkerError {
             Self::InvalidParams { .. } => ErrorCode::InvalidParams,
             Self::ContextLengthExceeded { .. } => ErrorCode::ContextLengthExceeded,
             Self::Loading { .. } => ErrorCode::PoolUnready,
-            Self::Unreachable { .. } => ErrorCode::PoolUnavailable,
+            // An engine that takes no connection has not begun to decode.
+            Self::Unreachable { .. }
+            | Self::Timeout {
+                phase: TimeoutPhase::Connect,
+                ..
+            } => ErrorCode::PoolUnavailable,
             Self::Timeout { .. } => ErrorCode::DecodeTimeout,
             Self::Reset { .. } => ErrorCode::WorkerReset,
             // Cancelled is an outcome, and whoever cancelled knows of it.
             Self::Protocol { .. } | Self::Cancelled => ErrorCode::Internal,
         }
+    }
+
+    /// Whether the engine is to blame for it: it answered, and not as a sound
+    /// engine does. One that is not there, or is slow, is told apart elsewhere.
+    pub fn casts_doubt(&self) -> bool {
+        matches!(self, Self::Protocol { .. } | Self::Reset { .. })
     }
 
     /// Whether the same task may succeed if it is sent again.
@@ -98,9 +109,34 @@ impl Hinted for WorkerError {
                 "the machine may be overloaded; the engine's log in the cache directory tells more"
             }
             Self::Reset { .. } => "send the task again; the engine is being restarted",
-            Self::Loading { .. } | Self::Unreachable { .. } => "wait until the pool is ready",
+            Self::Loading { .. }
+            | Self::Unreachable { .. }
+            | Self::Timeout {
+                phase: TimeoutPhase::Connect,
+                ..
+            } => "wait until the pool is ready",
             _ => return None,
         };
         Some(hint.to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_engine_that_takes_no_connection_is_not_one_that_hangs() {
+        let timeout = |phase| WorkerError::Timeout {
+            phase,
+            after: Duration::from_secs(1),
+        };
+        let connect = timeout(TimeoutPhase::Connect);
+        assert_eq!(connect.code(), ErrorCode::PoolUnavailable);
+        assert!(connect.retriable() && connect.hint().is_some());
+        assert_eq!(
+            timeout(TimeoutPhase::FirstToken).code(),
+            ErrorCode::DecodeTimeout
+        );
     }
 }

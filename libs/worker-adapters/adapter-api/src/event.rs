@@ -9,8 +9,15 @@ pub enum TokenEvent {
     /// The engine has taken the task and begun with the prompt.
     Started,
     /// A piece of the answer: never empty, always whole characters. Indices
-    /// count pieces: 0, 1, 2 and so on without a gap.
-    Token { text: String, index: u64 },
+    /// count pieces: 0, 1, 2 and so on without a gap. With the prompt's tokens,
+    /// and those generated up to and including this piece, by the engine's count:
+    /// a piece may be several tokens.
+    Token {
+        text: String,
+        index: u64,
+        tokens_in: u64,
+        tokens_out: u64,
+    },
     /// Figures in mid-stream, for verbose readers.
     Metrics(MetricsSnapshot),
     /// The answer is complete.
@@ -83,4 +90,6 @@ pub enum CancelReport {
     Freed { after_ms: u64 },
     /// The stream is closed, but the slot was not seen free within the bound.
     NotSeenFree { waited_ms: u64 },
+    /// The stream is closed; this engine does not show its slots.
+    NotShown,
 }

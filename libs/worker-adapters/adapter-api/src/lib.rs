@@ -14,6 +14,7 @@ pub mod task;
 
 use std::fmt::Debug;
 use std::pin::Pin;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::Stream;
@@ -48,8 +49,14 @@ pub trait WorkerAdapter: Debug + Send + Sync {
     async fn submit(&self, task: EngineTask) -> Result<TokenStream, WorkerError>;
 
     /// Ends a task's stream and waits, with a bound, until the engine has
-    /// freed the slot. Cancelling a task that is not running is no error.
+    /// freed the slot. Cancelling a task that is not running is no error. After
+    /// [`CancelReport::NotSeenFree`] it may be called again, and waits on.
     async fn cancel(&self, task: TaskId) -> Result<CancelReport, WorkerError>;
+
+    /// Lets the engine generate one token of an answer that nobody reads, past
+    /// every cache. Fails unless it comes within `limit`: an engine may say that
+    /// it is well and answer nobody.
+    async fn probe(&self, limit: Duration) -> Result<(), WorkerError>;
 
     /// The engine's word for its version, for example `b11434`.
     async fn engine_version(&self) -> Result<String, WorkerError>;

@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 pub struct EngineTask {
     pub id: TaskId,
     pub input: TaskInput,
+    /// The answer's text so far, from which the engine goes on: what another
+    /// engine had sent before it was lost. Empty for a new task.
+    pub answered: String,
     /// The most tokens to generate, at least 1.
     pub max_tokens: u32,
     /// Texts that end the answer; they are not part of it.

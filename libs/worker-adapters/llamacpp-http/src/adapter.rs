@@ -7,35 +7,38 @@ use std::time::Duration;
 use async_trait::async_trait;
 use llama_orch_types::TaskId;
 use reqwest::StatusCode;
-use tokio::time::{Instant, sleep_until};
+use tokio::sync::OnceCell;
 use worker_adapters_adapter_api::{
-    CancelReport, EngineHealth, EngineProps, EngineTask, TaskInput, TokenStream, WorkerAdapter,
-    WorkerError,
+    CancelReport, EngineHealth, EngineProps, EngineTask, TaskInput, TimeoutPhase, TokenStream,
+    WorkerAdapter, WorkerError,
 };
 
 use crate::client::{EngineClient, encode};
-use crate::completion::Completion;
+use crate::completion::{Completion, Work};
+use crate::deadlines::{PromptSpeed, guess_tokens};
+use crate::freeing::wait_until_freed;
 use crate::live::LiveTasks;
 use crate::settings::AdapterSettings;
+use crate::tagging::Tagging;
 use crate::wire::{
-    CompletionRequest, PropsAnswer, SlotAnswer, TemplateAnswer, TemplateRequest, TokenizeAnswer,
-    TokenizeRequest,
+    CompletionRequest, ProbeAnswer, ProbeRequest, PropsAnswer, TemplateAnswer, TemplateRequest,
+    TokenizeAnswer, TokenizeRequest,
 };
 
-/// While the engine decodes it sees a client gone between two tokens, so the
-/// slot is looked at soon and then less and less often.
-const FIRST_LOOK_DECODING: Duration = Duration::from_millis(3);
-const DECODING_BOUND: Duration = Duration::from_secs(2);
-/// While the engine works on a prompt it looks for its client only after a
-/// second without any other request. Looking more often would keep it from it.
-const LOOK_IN_PROMPT: Duration = Duration::from_millis(1100);
-const PROMPT_BOUND: Duration = Duration::from_secs(6);
+/// What the engine is asked for a sign of life: any text that is a token.
+const PROBE: ProbeRequest = ProbeRequest {
+    prompt: "a",
+    n_predict: 1,
+    cache_prompt: false,
+};
 
 /// One llama-server process.
 #[derive(Debug)]
 pub struct LlamaCppAdapter {
     client: Arc<EngineClient>,
     live: Arc<LiveTasks>,
+    speed: Arc<PromptSpeed>,
+    tagging: OnceCell<Option<Tagging>>,
 }
 
 impl LlamaCppAdapter {
@@ -45,6 +48,8 @@ impl LlamaCppAdapter {
         Ok(Self {
             client: Arc::new(EngineClient::new(settings)?),
             live: Arc::default(),
+            speed: Arc::default(),
+            tagging: OnceCell::new(),
         })
     }
 
@@ -65,44 +70,14 @@ impl LlamaCppAdapter {
         }
     }
 
-    /// Waits, with a bound, until the engine works on no more slots than tasks
-    /// other than this one run here.
-    async fn wait_until_freed(&self, task: TaskId, decoding: bool) -> CancelReport {
-        let start = Instant::now();
-        let bound = if decoding {
-            DECODING_BOUND
-        } else {
-            PROMPT_BOUND
-        };
-        let mut look = if decoding {
-            FIRST_LOOK_DECODING
-        } else {
-            LOOK_IN_PROMPT
-        };
-        while look <= bound {
-            sleep_until(start + look).await;
-            match self.busy_slots(start + bound).await {
-                Ok(busy) if busy <= self.live.others_in_slots(task) => {
-                    let after_ms = start.elapsed().as_millis() as u64;
-                    return CancelReport::Freed { after_ms };
-                }
-                Ok(_) => {}
-                // This engine was told not to show its slots.
-                Err(WorkerError::InvalidParams { .. }) => break,
-                Err(error) => tracing::debug!(%error, %task, "the engine's slots cannot be seen"),
-            }
-            // 3, 5, 8, 12, 18, … ms, or every 1.1 s.
-            let pause = if decoding { look / 2 } else { LOOK_IN_PROMPT };
-            look = start.elapsed().max(look) + pause.max(Duration::from_millis(2));
-        }
-        let waited_ms = start.elapsed().as_millis() as u64;
-        CancelReport::NotSeenFree { waited_ms }
-    }
-
-    async fn busy_slots(&self, deadline: Instant) -> Result<usize, WorkerError> {
-        let limit = (deadline - Instant::now()).max(Duration::from_millis(100));
-        let slots: Vec<SlotAnswer> = self.client.get_within("/slots", limit).await?;
-        Ok(slots.iter().filter(|slot| slot.is_processing).count())
+    /// How tasks are told apart, if they can be. Asked once; an engine that does
+    /// not answer now is asked again for the next task.
+    async fn tagging(&self) -> Option<&Tagging> {
+        let asked = self.tagging.get_or_try_init(async || {
+            let props: PropsAnswer = self.client.get("/props").await?;
+            Ok::<_, WorkerError>(Tagging::of(&props))
+        });
+        asked.await.ok()?.as_ref()
     }
 }
 
@@ -151,21 +126,53 @@ impl WorkerAdapter for LlamaCppAdapter {
             .run_until_cancelled(self.prompt(&task.input))
             .await
             .unwrap_or(Err(WorkerError::Cancelled))?;
-        let body = encode(&CompletionRequest::new(&task, &prompt))?;
-        let mut completion = Completion::start(Arc::clone(&self.client), live, body);
+        let mut prompt = prompt;
+        prompt.to_mut().push_str(&task.answered);
+        let tagging = self.tagging().await;
+        let tag = tagging.map(|_| live.handle.tag());
+        let work = Work {
+            body: encode(&CompletionRequest::new(&task, &prompt, tag))?,
+            prompt_tokens: guess_tokens(&prompt),
+            max_tokens: task.max_tokens,
+            tagging: tagging.cloned(),
+            speed: Arc::clone(&self.speed),
+        };
+        let mut completion = Completion::start(Arc::clone(&self.client), live, work);
         completion.accepted().await?;
         Ok(completion.into_stream())
     }
 
     /// The stream notices when it is polled or dropped, which whoever holds it
-    /// must go on doing. Other tasks of the same engine that were not sent
-    /// through this adapter make the report more cautious than need be.
+    /// must go on doing. Where the engine does not show which slot the task is in,
+    /// tasks that were not sent through this adapter make the report more cautious
+    /// than need be.
     async fn cancel(&self, task: TaskId) -> Result<CancelReport, WorkerError> {
         let Some(handle) = self.live.get(task) else {
             return Ok(CancelReport::NotRunning);
         };
-        handle.cancel.cancel();
-        Ok(self.wait_until_freed(task, handle.is_decoding()).await)
+        // Asked for when the task was submitted, or not at all.
+        let tagged = self.tagging.get().is_some_and(Option::is_some);
+        Ok(wait_until_freed(&self.client, &self.live, tagged, task, &handle).await)
+    }
+
+    async fn probe(&self, limit: Duration) -> Result<(), WorkerError> {
+        let asked = self.client.complete_within(encode(&PROBE)?, limit);
+        let body =
+            tokio::time::timeout(limit, asked)
+                .await
+                .map_err(|_| WorkerError::Timeout {
+                    phase: TimeoutPhase::Response,
+                    after: limit,
+                })??;
+        match serde_json::from_slice(&body) {
+            Ok(ProbeAnswer { stop: true }) => Ok(()),
+            Ok(_) => Err(WorkerError::Protocol {
+                what: "a probe's answer that does not end".to_owned(),
+            }),
+            Err(error) => Err(WorkerError::Protocol {
+                what: format!("a probe's answer that cannot be read: {error}"),
+            }),
+        }
     }
 
     async fn engine_version(&self) -> Result<String, WorkerError> {

@@ -110,6 +110,20 @@ impl EngineClient {
         self.retrying(|| self.open_once(body.clone())).await
     }
 
+    /// A completion that streams nothing; tried once.
+    pub(crate) async fn complete_within(
+        &self,
+        body: Bytes,
+        limit: Duration,
+    ) -> Result<Vec<u8>, WorkerError> {
+        let request = self
+            .post("/completion", body)
+            .header(CONNECTION, "close")
+            .timeout(limit);
+        let sent = request.send().await.map_err(|error| self.failure(error))?;
+        self.body(self.accepted(sent).await?).await
+    }
+
     async fn open_once(&self, body: Bytes) -> Result<Response, WorkerError> {
         let request = self
             .post("/completion", body)

@@ -27,9 +27,11 @@ use worker_adapters_adapter_api::{
 };
 
 use crate::client::{EngineClient, chain};
+use crate::deadlines::{Deadlines, PromptSpeed, first_batch};
 use crate::live::LiveTask;
 use crate::sse::{SseError, SseLimits, event_data};
-use crate::wire::Chunk;
+use crate::tagging::Tagging;
+use crate::wire::{Chunk, PromptProgress};
 
 /// The engine takes or refuses a request within a few milliseconds; one that it
 /// has not refused in this time, it has taken. Longer than all tries to reach
@@ -46,6 +48,20 @@ enum State {
     Closed,
 }
 
+/// No token is longer; an engine that sends more text than its tokens can hold is
+/// not one, and must not fill our memory.
+const LONGEST_TOKEN: u64 = 4096;
+
+/// What is asked of the engine, and what is known before it answers.
+pub(crate) struct Work {
+    pub(crate) body: Bytes,
+    /// A guess, until the engine has counted.
+    pub(crate) prompt_tokens: u64,
+    pub(crate) max_tokens: u32,
+    pub(crate) tagging: Option<Tagging>,
+    pub(crate) speed: Arc<PromptSpeed>,
+}
+
 /// A task on its way.
 pub(crate) struct Completion {
     client: Arc<EngineClient>,
@@ -54,19 +70,35 @@ pub(crate) struct Completion {
     state: State,
     ready: VecDeque<TokenEvent>,
     next_index: u64,
+    text_bytes: u64,
     started: Instant,
-    /// When the latest event came; none before the first.
-    progress: Option<Instant>,
+    /// When the latest event came, and what it told; none before the first.
+    progress: Option<(Instant, Told)>,
+    prompt_tokens: u64,
+    max_tokens: u64,
+    tagging: Option<Tagging>,
+    speed: Arc<PromptSpeed>,
     metrics_told: Instant,
 }
 
+/// What the engine was last heard to do.
+#[derive(Debug, Clone, Copy)]
+enum Told {
+    Prompt(PromptProgress),
+    /// With so many tokens in the context.
+    Decoding(u64),
+}
+
 impl Completion {
-    /// Sends the request with this body.
-    pub(crate) fn start(client: Arc<EngineClient>, live: LiveTask, body: Bytes) -> Self {
+    /// Sends the request.
+    pub(crate) fn start(client: Arc<EngineClient>, live: LiveTask, work: Work) -> Self {
         let opening: Opening = {
-            let client = Arc::clone(&client);
+            let (client, body) = (Arc::clone(&client), work.body);
             Box::pin(async move { client.open_completion(body).await })
         };
+        let speed = work.speed.tokens_per_second();
+        let batch = first_batch(work.prompt_tokens, speed);
+        live.handle.expect_batch(batch);
         let now = Instant::now();
         Self {
             client,
@@ -74,8 +106,13 @@ impl Completion {
             state: State::Opening(opening),
             ready: VecDeque::from([TokenEvent::Started]),
             next_index: 0,
+            text_bytes: 0,
             started: now,
             progress: None,
+            prompt_tokens: work.prompt_tokens,
+            max_tokens: u64::from(work.max_tokens),
+            tagging: work.tagging,
+            speed: work.speed,
             metrics_told: now,
         }
     }
@@ -134,19 +171,7 @@ impl Completion {
         let Some(live) = &self.live else {
             return Ok(());
         };
-        let settings = &self.client.settings;
-        let limit = match self.progress {
-            None => Limit {
-                deadline: self.started + settings.first_token_timeout,
-                phase: TimeoutPhase::FirstToken,
-                after: settings.first_token_timeout,
-            },
-            Some(progress) => Limit {
-                deadline: progress + settings.next_token_timeout,
-                phase: TimeoutPhase::NextToken,
-                after: settings.next_token_timeout,
-            },
-        };
+        let limit = self.limit(live);
         let cancel = &live.handle.cancel;
         match &mut self.state {
             State::Opening(opening) => {
@@ -167,31 +192,67 @@ impl Completion {
         }
     }
 
+    /// How long the next event is waited for.
+    fn limit(&self, live: &LiveTask) -> Limit {
+        let settings = &self.client.settings;
+        let deadlines = Deadlines {
+            first_token: settings.first_token_timeout,
+            next_token: settings.next_token_timeout,
+        };
+        let speed = self.speed.tokens_per_second();
+        let (since, phase, after) = match self.progress {
+            None => {
+                let after = deadlines.in_prompt(self.prompt_tokens, false, speed);
+                (self.started, TimeoutPhase::FirstToken, after)
+            }
+            Some((since, Told::Prompt(progress))) => {
+                let left = progress.total.saturating_sub(progress.processed);
+                let after = deadlines.in_prompt(left, true, speed);
+                (since, TimeoutPhase::FirstToken, after)
+            }
+            Some((since, Told::Decoding(context))) => {
+                let after = deadlines.decoding(context, live.other_prompts(), speed);
+                (since, TimeoutPhase::NextToken, after)
+            }
+        };
+        Limit {
+            deadline: since + after,
+            phase,
+            after,
+        }
+    }
+
     fn take(&mut self, data: &str) -> Result<(), WorkerError> {
         let chunk: Chunk<'_> =
             serde_json::from_str(data).map_err(|error| WorkerError::Protocol {
                 what: format!("an event that cannot be read: {error}"),
             })?;
         let now = Instant::now();
-        self.progress = Some(now);
+        if let Some(live) = &self.live {
+            let before = self.progress.map_or(self.started, |(at, _)| at);
+            live.handle.note_gap(now - before);
+        }
+        if let Some(progress) = chunk.prompt_progress.filter(|_| !chunk.stop) {
+            // No token, whatever else it holds.
+            if let Some(live) = &self.live {
+                live.handle.set_telling();
+            }
+            self.progress = Some((now, Told::Prompt(progress)));
+            return Ok(());
+        }
+        let context = chunk.tokens_evaluated + chunk.tokens_predicted;
+        self.progress = Some((now, Told::Decoding(context)));
         if let Some(live) = &self.live {
             live.handle.set_decoding();
         }
-        if !chunk.content.is_empty() {
-            self.ready.push_back(TokenEvent::Token {
-                text: chunk.content.clone().into_owned(),
-                index: self.next_index,
-            });
-            self.next_index += 1;
-        }
+        self.take_text(&chunk)?;
         if let Some(error) = chunk.error {
             return Err(error.into_worker_error(self.client.url()));
         }
         if chunk.stop {
-            self.ready.push_back(TokenEvent::End(chunk.summary()?));
-            self.live = None;
-            self.state = State::Closed;
-        } else if now - self.metrics_told >= self.client.settings.metrics_interval {
+            return self.take_last(&chunk);
+        }
+        if now - self.metrics_told >= self.client.settings.metrics_interval {
             self.metrics_told = now;
             self.ready.push_back(TokenEvent::Metrics(MetricsSnapshot {
                 tokens_in: chunk.tokens_evaluated,
@@ -199,6 +260,42 @@ impl Completion {
                 elapsed_ms: (now - self.started).as_millis() as u64,
             }));
         }
+        Ok(())
+    }
+
+    fn take_text(&mut self, chunk: &Chunk<'_>) -> Result<(), WorkerError> {
+        if chunk.content.is_empty() {
+            return Ok(());
+        }
+        self.text_bytes += chunk.content.len() as u64;
+        // The last event may hold a piece that was held back, so one more.
+        let pieces = self.max_tokens + 1;
+        if self.next_index >= pieces || self.text_bytes > pieces * LONGEST_TOKEN {
+            return Err(WorkerError::Protocol {
+                what: format!("more text than {} tokens hold", self.max_tokens),
+            });
+        }
+        self.ready.push_back(TokenEvent::Token {
+            text: chunk.content.clone().into_owned(),
+            index: self.next_index,
+            tokens_in: chunk.tokens_evaluated,
+            tokens_out: chunk.tokens_predicted,
+        });
+        self.next_index += 1;
+        Ok(())
+    }
+
+    fn take_last(&mut self, chunk: &Chunk<'_>) -> Result<(), WorkerError> {
+        let mut summary = chunk.summary()?;
+        if let Some(tagging) = &self.tagging {
+            tagging.take_from(&mut summary);
+        }
+        if let Some((tokens, ms)) = chunk.prompt_work() {
+            self.speed.record(tokens, ms);
+        }
+        self.ready.push_back(TokenEvent::End(summary));
+        self.live = None;
+        self.state = State::Closed;
         Ok(())
     }
 }

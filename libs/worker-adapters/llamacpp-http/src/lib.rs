@@ -2,6 +2,9 @@
 //! [`WorkerAdapter`](worker_adapters_adapter_api::WorkerAdapter).
 //!
 //! - [`adapter`]: the adapter itself
+//! - `deadlines`: how long to wait for the engine's next sign of life
+//! - `freeing`: waiting until a cancelled task's slot is free
+//! - `tagging`: which of several slots a task is in
 //! - [`settings`]: where the engine is, and how long to wait for it
 //! - `client`: single requests, and how their failures are told apart
 //! - `completion`: one task's stream, from the request to its last event
@@ -22,7 +25,10 @@ pub mod fuzzing;
 
 mod client;
 mod completion;
+mod deadlines;
+mod freeing;
 mod live;
+mod tagging;
 mod wire;
 
 pub use adapter::LlamaCppAdapter;

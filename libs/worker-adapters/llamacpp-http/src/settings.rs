@@ -30,27 +30,29 @@ pub struct AdapterSettings {
     pub base_url: String,
     /// The engine's API key, where it wants one.
     pub bearer: Option<Secret>,
-    /// For opening a connection.
+    /// For opening a connection. Shorter than the second within which an engine
+    /// takes or refuses a task, so that one that takes no connection is told from
+    /// one that works.
     pub connect_timeout: Duration,
     /// For a whole answer to a request that streams nothing.
     pub response_timeout: Duration,
-    /// From sending a completion to its first token: the engine works through
-    /// the prompt in this time.
+    /// From sending a completion with a short prompt to its first token; longer
+    /// prompts get more time by their length.
     pub first_token_timeout: Duration,
-    /// From one token to the next.
+    /// From one token to the next; more in a long context.
     pub next_token_timeout: Duration,
     /// How often `Metrics` events come at most.
     pub metrics_interval: Duration,
 }
 
 impl AdapterSettings {
-    /// The default timeouts: connection 2 s, answer 10 s, first token 120 s,
+    /// The default timeouts: connection 0.9 s, answer 10 s, first token 120 s,
     /// next token 30 s; a `Metrics` event every 250 ms.
     pub fn new(base_url: impl Into<String>) -> Self {
         Self {
             base_url: base_url.into(),
             bearer: None,
-            connect_timeout: Duration::from_secs(2),
+            connect_timeout: Duration::from_millis(900),
             response_timeout: Duration::from_secs(10),
             first_token_timeout: Duration::from_mins(2),
             next_token_timeout: Duration::from_secs(30),

@@ -28,9 +28,14 @@ pub(crate) struct CompletionRequest<'a> {
     stream: bool,
     /// Measured: the bytes of the answer are the same with and without it.
     cache_prompt: bool,
+    /// A word after each batch of the prompt: a sign of life, and where the
+    /// engine looks for its client.
+    return_progress: bool,
     n_predict: u32,
     stop: &'a [String],
     response_fields: &'static [&'static str],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dynatemp_exponent: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     seed: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -50,13 +55,16 @@ pub(crate) struct CompletionRequest<'a> {
 }
 
 impl<'a> CompletionRequest<'a> {
-    pub(crate) fn new(task: &'a EngineTask, prompt: &'a str) -> Self {
+    /// `tag` makes the task known among several; see [`crate::tagging`].
+    pub(crate) fn new(task: &'a EngineTask, prompt: &'a str, tag: Option<u32>) -> Self {
         let sampling = &task.sampling;
         Self {
             prompt,
             stream: true,
             cache_prompt: true,
+            return_progress: true,
             n_predict: task.max_tokens,
+            dynatemp_exponent: tag,
             stop: &task.stop,
             response_fields: RESPONSE_FIELDS,
             seed: sampling.seed,
@@ -69,6 +77,21 @@ impl<'a> CompletionRequest<'a> {
             json_schema: sampling.json_schema.as_ref(),
         }
     }
+}
+
+/// The body of `POST /completion` for a sign of life: one token that nobody
+/// reads, past the cache.
+#[derive(Debug, Serialize)]
+pub(crate) struct ProbeRequest {
+    pub(crate) prompt: &'static str,
+    pub(crate) n_predict: u32,
+    pub(crate) cache_prompt: bool,
+}
+
+/// What it answers, as far as it matters.
+#[derive(Debug, Deserialize)]
+pub(crate) struct ProbeAnswer {
+    pub(crate) stop: bool,
 }
 
 /// The body of `POST /apply-template`.
@@ -100,6 +123,14 @@ pub(crate) struct TokenizeAnswer {
 #[derive(Debug, Deserialize)]
 pub(crate) struct SlotAnswer {
     pub(crate) is_processing: bool,
+    #[serde(default)]
+    pub(crate) params: SlotParams,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct SlotParams {
+    pub(crate) dynatemp_exponent: f64,
 }
 
 /// The answer to `GET /props`.
@@ -114,6 +145,18 @@ pub(crate) struct PropsAnswer {
 #[derive(Debug, Deserialize)]
 struct DefaultSettings {
     n_ctx: u32,
+    params: Option<serde_json::Value>,
+}
+
+impl PropsAnswer {
+    pub(crate) fn slots(&self) -> u32 {
+        self.total_slots
+    }
+
+    /// The sampling parameters of a task that names none.
+    pub(crate) fn default_params(&self) -> Option<&serde_json::Value> {
+        self.default_generation_settings.params.as_ref()
+    }
 }
 
 impl From<PropsAnswer> for EngineProps {
@@ -154,18 +197,33 @@ pub(crate) struct Chunk<'a> {
     stop_type: Option<Cow<'a, str>>,
     #[serde(default)]
     truncated: bool,
+    /// How far the engine is in the prompt; such an event is no token.
+    pub(crate) prompt_progress: Option<PromptProgress>,
     pub(crate) error: Option<EngineError>,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub(crate) struct PromptProgress {
+    pub(crate) total: u64,
+    pub(crate) processed: u64,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Timings {
     cache_n: u64,
+    prompt_n: u64,
     prompt_ms: f64,
     predicted_ms: f64,
 }
 
 impl Chunk<'_> {
+    /// Prompt tokens that were really worked on, and the milliseconds it took.
+    pub(crate) fn prompt_work(&self) -> Option<(u64, f64)> {
+        let timings = self.timings.as_ref()?;
+        Some((timings.prompt_n, timings.prompt_ms))
+    }
+
     /// What the last event says of the whole task.
     pub(crate) fn summary(&self) -> Result<EndSummary, WorkerError> {
         let effective = self
@@ -257,6 +315,16 @@ mod tests {
     const PARTIAL: &str = r#"{"index":0,"content":"by","tokens":[1717],"stop":false,"id_slot":-1,"tokens_predicted":2,"tokens_evaluated":1}"#;
     const LAST: &str = r#"{"content":"","stop":true,"tokens_predicted":4,"tokens_evaluated":5,"generation_settings":{"seed":7,"temperature":0.0},"timings":{"cache_n":4,"prompt_n":1,"prompt_ms":7.822,"predicted_n":4,"predicted_ms":23.131},"stop_type":"limit","truncated":false}"#;
 
+    const PROGRESS: &str = r#"{"index":0,"content":"","tokens":[0],"stop":false,"id_slot":-1,"tokens_predicted":0,"tokens_evaluated":1240,"prompt_progress":{"total":1240,"cache":0,"processed":256,"time_ms":1470}}"#;
+
+    #[test]
+    fn recorded_progress_is_told_from_a_token() {
+        let chunk: Chunk<'_> = serde_json::from_str(PROGRESS).unwrap();
+        let progress = chunk.prompt_progress.unwrap();
+        assert_eq!((progress.processed, progress.total), (256, 1240));
+        assert!(chunk.content.is_empty() && !chunk.stop);
+    }
+
     #[test]
     fn a_recorded_partial_event_is_read_without_copying_its_text() {
         let chunk: Chunk<'_> = serde_json::from_str(PARTIAL).unwrap();
@@ -315,6 +383,7 @@ mod tests {
         let task = EngineTask {
             id: llama_orch_types::TaskId::generate(),
             input: worker_adapters_adapter_api::TaskInput::Prompt("x".into()),
+            answered: String::new(),
             max_tokens: 3,
             stop: vec![],
             sampling: worker_adapters_adapter_api::SamplingParams {
@@ -322,7 +391,7 @@ mod tests {
                 ..Default::default()
             },
         };
-        let body = serde_json::to_value(CompletionRequest::new(&task, "x")).unwrap();
+        let body = serde_json::to_value(CompletionRequest::new(&task, "x", None)).unwrap();
         let keys: Vec<&str> = body
             .as_object()
             .unwrap()
@@ -336,6 +405,7 @@ mod tests {
                 "n_predict",
                 "prompt",
                 "response_fields",
+                "return_progress",
                 "seed",
                 "stop",
                 "stream"

@@ -227,3 +227,25 @@ async fn one_task_runs_only_once_at_a_time() {
     drop(first);
     drop(adapter.submit(task).await.unwrap());
 }
+
+#[tokio::test]
+async fn a_probe_fails_where_the_engine_answers_nobody() {
+    let limit = Duration::from_millis(300);
+    let hung = FakeEngine::start(&Script {
+        first_token_ms: 60_000,
+        ..Script::default()
+    });
+    let error = adapter(&hung).probe(limit).await.unwrap_err();
+    assert!(matches!(error, WorkerError::Timeout { .. }), "{error:?}");
+    let failing = FakeEngine::start(&faulty(Fault::Status500));
+    let error = adapter(&failing).probe(limit).await.unwrap_err();
+    assert!(error.casts_doubt(), "{error:?}");
+}
+
+#[tokio::test]
+async fn more_text_than_was_asked_for_is_not_the_protocol() {
+    let long = "x".repeat(100_000);
+    let engine = FakeEngine::start(&Script::with_pieces(&[&long]));
+    let error = failure(&adapter(&engine), task(1)).await;
+    assert!(matches!(error, WorkerError::Protocol { .. }), "{error:?}");
+}

@@ -229,3 +229,68 @@ async fn the_key_is_sent_but_never_shown() {
         "{error}"
     );
 }
+
+#[tokio::test]
+async fn words_about_the_prompt_are_no_tokens_and_keep_the_task_alive() {
+    let script = Script {
+        first_token_ms: 1500,
+        progress_events: 15,
+        ..Script::with_pieces(&["a", "b"])
+    };
+    let engine = FakeEngine::start(&script);
+    // Less than the prompt takes, and more than one word to the next.
+    let adapter = adapter_with(&engine, |settings| {
+        settings.first_token_timeout = Duration::from_secs(1);
+    });
+    let outcome = run(&adapter, task(9)).await;
+    assert_eq!(outcome.pieces(), ["a", "b"]);
+    let started = |event: &&TokenEvent| **event == TokenEvent::Started;
+    assert_eq!(outcome.events.iter().filter(started).count(), 1);
+    outcome.end();
+}
+
+#[tokio::test]
+async fn an_answer_is_gone_on_with_from_what_was_sent() {
+    let engine = FakeEngine::start(&Script {
+        continues: true,
+        ..Script::with_pieces(&["one", " two", " three"])
+    });
+    let adapter = adapter(&engine);
+    let mut task = task(10);
+    task.input = messages();
+    task.answered = "one two".to_owned();
+    assert_eq!(run(&adapter, task).await.pieces(), [" three"]);
+    let prompt = engine.requests()[0]["prompt"].as_str().unwrap().to_owned();
+    assert!(prompt.ends_with("assistant\none two"), "{prompt}");
+}
+
+#[tokio::test]
+async fn a_piece_says_how_many_tokens_it_took() {
+    let engine = FakeEngine::start(&Script::with_pieces(&["a", "", "b"]));
+    let outcome = run(&adapter(&engine), task(9)).await;
+    let counted: Vec<(u64, u64)> = outcome
+        .events
+        .iter()
+        .filter_map(|event| match event {
+            TokenEvent::Token {
+                tokens_in,
+                tokens_out,
+                ..
+            } => Some((*tokens_in, *tokens_out)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(counted, [(3, 1), (3, 3)]);
+}
+
+#[tokio::test]
+async fn a_probe_takes_one_token_past_the_cache() {
+    let engine = FakeEngine::start(&Script::default());
+    adapter(&engine)
+        .probe(Duration::from_secs(20))
+        .await
+        .unwrap();
+    let sent = engine.requests().remove(0);
+    assert_eq!(sent["n_predict"], 1);
+    assert_eq!(sent["cache_prompt"], false);
+}

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::stream;
@@ -11,7 +12,7 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use worker_adapters_adapter_api::{
     CancelReport, EndSummary, EngineHealth, EngineProps, EngineTask, FinishReason, TaskInput,
-    TokenEvent, TokenStream, WorkerAdapter, WorkerError,
+    TimeoutPhase, TokenEvent, TokenStream, WorkerAdapter, WorkerError,
 };
 
 use crate::script::MockScript;
@@ -135,6 +136,27 @@ impl WorkerAdapter for MockAdapter {
         })
     }
 
+    async fn probe(&self, limit: Duration) -> Result<(), WorkerError> {
+        let script = self.script();
+        if let Some(error) = script.fault.and_then(crate::MockFault::at_submit) {
+            return Err(error);
+        }
+        let late = || WorkerError::Timeout {
+            phase: TimeoutPhase::Response,
+            after: limit,
+        };
+        if let Some(fault) = script.fault.filter(|fault| fault.strikes_after(0)) {
+            if let Some(error) = fault.in_stream() {
+                return Err(error);
+            }
+            sleep(limit).await;
+            return Err(late());
+        }
+        tokio::time::timeout(limit, sleep(script.first_token_after))
+            .await
+            .map_err(|_| late())
+    }
+
     async fn engine_version(&self) -> Result<String, WorkerError> {
         Ok(self.script().version)
     }
@@ -221,7 +243,12 @@ impl Play {
             let index = self.sent;
             self.sent += 1;
             let text = self.script.pieces[(index % pieces) as usize].clone();
-            return Ok(TokenEvent::Token { text, index });
+            return Ok(TokenEvent::Token {
+                text,
+                index,
+                tokens_in: count(&self.task.input) as u64,
+                tokens_out: self.sent,
+            });
         }
         let limited = self.sent < own;
         Ok(TokenEvent::End(EndSummary {

@@ -16,6 +16,7 @@ fn task(max_tokens: u32) -> EngineTask {
     EngineTask {
         id: TaskId::generate(),
         input: TaskInput::Prompt("three short words".into()),
+        answered: String::new(),
         max_tokens,
         stop: vec![],
         sampling: SamplingParams::default(),
@@ -40,7 +41,9 @@ async fn it_plays_its_script_in_its_own_time() {
         events[2],
         TokenEvent::Token {
             text: "b".into(),
-            index: 1
+            index: 1,
+            tokens_in: 3,
+            tokens_out: 2,
         }
     );
     let TokenEvent::End(end) = &events[3] else {
@@ -110,4 +113,23 @@ async fn faults_strike_where_the_script_says() {
     assert_eq!(items.len(), 4);
     assert!(matches!(items[3], Err(WorkerError::Reset { .. })));
     assert_eq!(mock.running(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_probe_waits_no_longer_than_it_is_told() {
+    let limit = Duration::from_secs(1);
+    let slow = MockAdapter::new(MockScript {
+        first_token_after: Duration::from_secs(2),
+        ..MockScript::default()
+    });
+    assert!(matches!(
+        slow.probe(limit).await,
+        Err(WorkerError::Timeout { .. })
+    ));
+    slow.probe(3 * limit).await.unwrap();
+    let hung = MockAdapter::new(MockScript {
+        fault: Some(MockFault::Hang { after_tokens: 0 }),
+        ..MockScript::default()
+    });
+    assert!(hung.probe(limit).await.is_err());
 }

@@ -143,12 +143,20 @@ pub struct TasksConfig {
     #[serde(deserialize_with = "ranged::<_, u64, 0, 1_000_000>")]
     #[schemars(range(min = 0, max = 1_000_000))]
     pub keep_at_most: u64,
-    /// How long the engine may take for a prompt before the first token, in
-    /// seconds (1 to 86400). One that takes longer counts as hung.
+    /// How many bytes of finished tasks are kept at the most, about (0 to 1 TiB);
+    /// the oldest are forgotten first.
+    #[serde(deserialize_with = "ranged::<_, u64, 0, 1_099_511_627_776>")]
+    #[schemars(range(min = 0, max = 1_099_511_627_776_u64))]
+    pub keep_bytes: u64,
+    /// How long the engine may take for a short prompt before the first token, in
+    /// seconds (1 to 86400); a long prompt is given more by its length, at the
+    /// speed measured on this engine. One that takes longer, or that tells of no
+    /// progress in the prompt for so long, counts as hung.
     #[serde(deserialize_with = "ranged::<_, u64, 1, 86_400>")]
     #[schemars(range(min = 1, max = 86_400))]
     pub first_token_seconds: u64,
-    /// How long the engine may take between two tokens, in seconds (1 to 86400).
+    /// How long the engine may take between two tokens, in seconds (1 to 86400);
+    /// more in a context of more than 4096 tokens.
     #[serde(deserialize_with = "ranged::<_, u64, 1, 86_400>")]
     #[schemars(range(min = 1, max = 86_400))]
     pub next_token_seconds: u64,
@@ -163,6 +171,7 @@ impl Default for TasksConfig {
         Self {
             keep_seconds: 600,
             keep_at_most: 1000,
+            keep_bytes: 256 * 1024 * 1024,
             first_token_seconds: 300,
             next_token_seconds: 60,
             max_body_bytes: 4 * 1024 * 1024,

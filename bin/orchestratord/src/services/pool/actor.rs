@@ -21,11 +21,14 @@ use super::{
 };
 use crate::app::config::PoolConfig;
 use crate::services::admission::{AdmissionQueue, Priority};
-use crate::services::dispatch::Finished;
+use crate::services::dispatch::{Finished, NotFreed};
 use crate::services::estimates::ServiceTimes;
 use crate::services::event_log::Failure;
 use crate::services::preparation::PreparationBoard;
 use crate::services::telemetry;
+
+/// Notes of runs that may wait for the actor: each run sends one at the most.
+const NOTES: usize = 64;
 
 pub(super) struct Actor {
     pub(super) settings: Arc<PoolSettings>,
@@ -53,6 +56,8 @@ pub(super) struct Actor {
     /// No task is taken to the engine before.
     pub(super) hold: Option<tokio::time::Instant>,
     pub(super) distrust: Option<String>,
+    /// For runs: a cancelled task's slot is not seen free.
+    pub(super) not_freed: mpsc::Sender<NotFreed>,
     /// Who waits for the pool's end.
     pub(super) drained: Vec<oneshot::Sender<()>>,
     pub(super) ended: bool,
@@ -70,6 +75,7 @@ pub(super) fn spawn(
         prove: false,
     };
     let (orders, ordered) = watch::channel(Order { serial: 1, wanted });
+    let (not_freed, notes) = mpsc::channel(NOTES);
     let actor = Actor {
         queue: AdmissionQueue::new(settings.queue_capacity, settings.batch_ageing),
         lifecycle: Lifecycle::new(settings.policy(), Instant::now()),
@@ -88,16 +94,17 @@ pub(super) fn spawn(
         runs: JoinSet::new(),
         times: ServiceTimes::default(),
         dispatched: 0,
-        doubt: 0,
         hold: None,
         distrust: None,
+        doubt: 0,
+        not_freed,
         drained: Vec::new(),
         ended: false,
         orders,
     };
     let (publish, snapshot) = watch::channel(actor.snapshot());
     // Owned by the handles: it ends with the last of them, or when drained.
-    tokio::spawn(actor.run(commands, publish));
+    tokio::spawn(actor.run(commands, notes, publish));
     (snapshot, ordered)
 }
 
@@ -105,6 +112,7 @@ impl Actor {
     async fn run(
         mut self,
         mut commands: mpsc::Receiver<Command>,
+        mut notes: mpsc::Receiver<NotFreed>,
         publish: watch::Sender<PoolSnapshot>,
     ) {
         while !self.ended {
@@ -118,6 +126,7 @@ impl Actor {
                     Some(command) => self.handle(command, &publish),
                     None => break,
                 },
+                Some(note) = notes.recv() => self.not_freed(note),
                 Some(finished) = self.runs.join_next() => match finished {
                     Ok(finished) => self.finish(finished),
                     Err(error) => self.bury(&error),

@@ -25,7 +25,9 @@ use std::time::{Duration, Instant};
 
 use adapter_host::AdapterHost;
 use llama_orch_types::{EngineKind, PoolId, ProvisionedContext, TaskId};
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
+use utoipa::ToSchema;
 use worker_adapters_adapter_api::{CancelReport, EngineTask};
 
 use self::lifecycle::Policy;
@@ -34,9 +36,11 @@ use self::orders::Request;
 pub use self::orders::{
     Bound, Change, LogTail, Order, ReloadRequest, ReloadView, Transition, Wanted,
 };
+use super::admission::Place;
 use super::estimates::ServiceTimes;
 use super::event_log::{Failure, TaskEvent};
 use super::preparation::PreparationBoard;
+use super::resume::{Carried, Seen};
 use super::tasks::{Admitted, TaskRecord};
 use crate::app::config::PoolConfig;
 
@@ -157,8 +161,22 @@ pub struct Submission {
     pub fits: bool,
     /// How often it was offered to an engine that was not there.
     pub attempts: u32,
-    /// Its place in the order of admission; the pool's business.
-    pub serial: u64,
+    /// What engines that were lost had done of it.
+    pub carried: Carried,
+    /// Its turn; the pool's business.
+    pub place: Place,
+}
+
+impl Submission {
+    /// Makes of the task what is left of it after an engine that was lost: the
+    /// next one goes on from the text that was sent.
+    pub fn go_on_after(&mut self, seen: Seen) {
+        self.carried = self.carried.after(seen);
+        let (text, _) = self.record.log.text();
+        self.task.answered = text;
+        let done = u32::try_from(seen.tokens_out).unwrap_or(u32::MAX);
+        self.task.max_tokens = self.task.max_tokens.saturating_sub(done);
+    }
 }
 
 /// Whoever owns a task ends its log. If an owner is lost by a fault of ours,
@@ -179,10 +197,26 @@ impl Drop for Submission {
 pub enum Cancelled {
     /// It had not begun; nothing had to be freed.
     Queued,
-    /// It was running; what was seen of the engine's slot.
-    Running(CancelReport),
+    /// It was running; what was seen of the engine's slot, and what was done
+    /// about a slot that was not seen free in time.
+    Running {
+        report: CancelReport,
+        escalated: Option<Escalation>,
+    },
     /// It was over already.
     Over,
+}
+
+/// What is done about a cancelled task whose slot is not seen free in time. Its
+/// connection is closed in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Escalation {
+    /// No other task ran on the engine: it was ended, and another is started.
+    EngineRestarted,
+    /// Others run on the engine, which is left alone: the slot is given to no task
+    /// until it is seen free.
+    Waiting,
 }
 
 enum Command {
@@ -262,8 +296,24 @@ impl PoolHandle {
     /// Ends a task. Its log is closed at once; the answer comes when the
     /// engine's slot was seen free, or the adapter gave up waiting for that.
     pub async fn cancel(&self, task: TaskId) -> Result<Cancelled, Failure> {
-        self.ask(|reply| Command::Cancel(task, reply), CANCEL_LIMIT)
-            .await
+        let (reply, answer) = oneshot::channel();
+        let gone = || Failure::shutting_down(&self.settings().id);
+        let sent = self.commands.send(Command::Cancel(task, reply));
+        match tokio::time::timeout(COMMAND_LIMIT, sent).await {
+            Ok(sent) => sent.map_err(|_| gone())?,
+            Err(_) => return Err(Failure::internal("the pool takes no commands")),
+        }
+        let begun = Instant::now();
+        match tokio::time::timeout(CANCEL_LIMIT, answer).await {
+            Ok(answer) => answer.map_err(|_| gone()),
+            // An engine so slow that its bounds are longer than ours.
+            Err(_) => Ok(Cancelled::Running {
+                report: CancelReport::NotSeenFree {
+                    waited_ms: begun.elapsed().as_millis() as u64,
+                },
+                escalated: Some(Escalation::Waiting),
+            }),
+        }
     }
 
     /// How many tasks go first, and the time until this one starts; `None` if

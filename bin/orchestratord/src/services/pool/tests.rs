@@ -1,7 +1,7 @@
 //! The actor with an adapter that breaks in ways no engine does.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use adapter_host::{AdapterHost, HostSettings};
@@ -18,9 +18,10 @@ use worker_adapters_adapter_api::{
 
 use super::{Change, Phase, PoolHandle, PoolSettings, Submission, Wanted};
 use crate::app::config::PoolConfig;
-use crate::services::admission::Priority;
-use crate::services::event_log::TaskEvent;
+use crate::services::admission::{Client, Place, Priority};
+use crate::services::event_log::{Failure, TaskEvent};
 use crate::services::preparation::PreparationBoard;
+use crate::services::resume::Carried;
 use crate::services::tasks::{NewTask, TaskRecord};
 
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -64,6 +65,10 @@ impl WorkerAdapter for BreaksOnce {
         Ok(CancelReport::NotRunning)
     }
 
+    async fn probe(&self, _: Duration) -> Result<(), WorkerError> {
+        Ok(())
+    }
+
     async fn engine_version(&self) -> Result<String, WorkerError> {
         Ok("x".to_owned())
     }
@@ -87,19 +92,26 @@ fn context() -> ProvisionedContext {
 }
 
 fn submission() -> Submission {
+    resuming(false)
+}
+
+fn resuming(resumes: bool) -> Submission {
     let record = TaskRecord::new(NewTask {
         pool: PoolId::default_pool(),
         fallback: false,
         priority: Priority::default(),
+        client: Client::Unnamed,
         correlation_id: "c".to_owned(),
         cancel_on_disconnect: false,
+        resumes,
         start_within: None,
     });
     Submission {
         task: EngineTask {
             id: record.id,
             input: TaskInput::Prompt("a".to_owned()),
-            max_tokens: 1,
+            answered: String::new(),
+            max_tokens: 100,
             stop: Vec::new(),
             sampling: SamplingParams::default(),
         },
@@ -107,7 +119,8 @@ fn submission() -> Submission {
         max_tokens_given: true,
         fits: true,
         attempts: 0,
-        serial: 0,
+        carried: Carried::default(),
+        place: Place::default(),
     }
 }
 
@@ -200,4 +213,148 @@ async fn a_report_that_an_order_overtook_changes_nothing() {
     pool.change(Change::Stopped).await;
     let stopped = pool.wait_for(|snapshot| snapshot.phase == Phase::Stopped);
     assert!(stopped.await.unwrap().context.is_none());
+}
+
+/// Gives one token and is lost, each time; or answers with a fault of its own.
+#[derive(Debug)]
+struct Breaks {
+    with: fn() -> WorkerError,
+    tasks: Mutex<Vec<EngineTask>>,
+}
+
+impl Breaks {
+    fn bound(host: &AdapterHost, with: fn() -> WorkerError) -> Arc<Self> {
+        let adapter = Arc::new(Self {
+            with,
+            tasks: Mutex::default(),
+        });
+        host.bind_adapter(context(), adapter.clone());
+        adapter
+    }
+}
+
+#[async_trait]
+impl WorkerAdapter for Breaks {
+    async fn health(&self) -> Result<EngineHealth, WorkerError> {
+        Ok(EngineHealth::Ready)
+    }
+
+    async fn props(&self) -> Result<EngineProps, WorkerError> {
+        Err(WorkerError::Cancelled)
+    }
+
+    async fn count_tokens(&self, _: &TaskInput) -> Result<u32, WorkerError> {
+        Ok(1)
+    }
+
+    async fn submit(&self, task: EngineTask) -> Result<TokenStream, WorkerError> {
+        let mut tasks = self.tasks.lock().unwrap();
+        let token = TokenEvent::Token {
+            text: format!("{} ", tasks.len()),
+            index: 0,
+            tokens_in: 1 + tasks.len() as u64,
+            tokens_out: 2,
+        };
+        tasks.push(task);
+        let events = [Ok(TokenEvent::Started), Ok(token), Err((self.with)())];
+        Ok(futures::stream::iter(events).boxed())
+    }
+
+    async fn cancel(&self, _: TaskId) -> Result<CancelReport, WorkerError> {
+        Ok(CancelReport::NotRunning)
+    }
+
+    async fn probe(&self, _: Duration) -> Result<(), WorkerError> {
+        Err((self.with)())
+    }
+
+    async fn engine_version(&self) -> Result<String, WorkerError> {
+        Ok("x".to_owned())
+    }
+}
+
+fn reset() -> WorkerError {
+    WorkerError::Reset {
+        reason: "gone".to_owned(),
+    }
+}
+
+#[tokio::test]
+async fn a_task_that_ends_engines_does_not_do_it_for_ever() {
+    let host = AdapterHost::new(HostSettings::default());
+    let engine = Breaks::bound(&host, reset);
+    let pool = pool(&host);
+    pool.change(Change::Ready(Arc::new(context()).into())).await;
+    let submission = resuming(true);
+    let record = Arc::clone(&submission.record);
+    pool.submit(submission).await.unwrap();
+    tokio::time::timeout(DEADLINE, record.log.closed())
+        .await
+        .expect("the task ends");
+    let Some(TaskEvent::Error(failure)) = record.log.last() else {
+        panic!("{:?}", record.log.last())
+    };
+    assert_eq!(failure.code, ErrorCode::WorkerReset);
+    assert_eq!(record.log.text(), ("0 1 2 3 ".to_owned(), 4));
+    let tasks = engine.tasks.lock().unwrap();
+    let seen: Vec<(&str, u32)> = tasks
+        .iter()
+        .map(|task| (task.answered.as_str(), task.max_tokens))
+        .collect();
+    let expected = [("", 100), ("0 ", 98), ("0 1 ", 96), ("0 1 2 ", 94)];
+    assert_eq!(seen, expected);
+    assert_eq!(record.tokens_in.get(), Some(&1), "the prompt's own");
+}
+
+#[tokio::test]
+async fn an_engines_own_fault_casts_doubt_and_ends_the_task() {
+    let host = AdapterHost::new(HostSettings::default());
+    let _engine = Breaks::bound(&host, || WorkerError::Protocol {
+        what: "noise".to_owned(),
+    });
+    let pool = pool(&host);
+    pool.change(Change::Ready(Arc::new(context()).into())).await;
+    assert!(matches!(ending(&pool).await, TaskEvent::Error(_)));
+    let doubtful = pool.wait_for(|snapshot| snapshot.doubt == 1);
+    tokio::time::timeout(DEADLINE, doubtful)
+        .await
+        .expect("the pool doubts its engine")
+        .unwrap();
+    assert!(host.probe(&PoolId::default_pool(), DEADLINE).await.is_err());
+}
+
+#[tokio::test]
+async fn a_drain_ends_a_task_that_waits_to_be_gone_on_with() {
+    let host = AdapterHost::new(HostSettings::default());
+    let _engine = Breaks::bound(&host, reset);
+    let pool = pool(&host);
+    pool.change(Change::Ready(Arc::new(context()).into())).await;
+    let submission = resuming(true);
+    let log = Arc::clone(&submission.record.log);
+    pool.submit(submission).await.unwrap();
+    // It waits between two engines, or runs: either way it ends, and once.
+    tokio::time::timeout(DEADLINE, pool.drain(Duration::ZERO))
+        .await
+        .expect("the drain ends");
+    assert!(matches!(log.last(), Some(TaskEvent::Error(_))));
+}
+
+#[tokio::test]
+async fn a_pool_that_fails_ends_what_its_lost_engine_gives_back() {
+    let host = AdapterHost::new(HostSettings::default());
+    let _engine = Breaks::bound(&host, reset);
+    let pool = pool(&host);
+    pool.change(Change::Ready(Arc::new(context()).into())).await;
+    let submission = resuming(true);
+    let log = Arc::clone(&submission.record.log);
+    pool.submit(submission).await.unwrap();
+    let failure = Failure::new(ErrorCode::PoolUnavailable, "no more");
+    pool.change(Change::NotStarted {
+        failure,
+        log: Vec::new(),
+    })
+    .await;
+    tokio::time::timeout(DEADLINE, log.closed())
+        .await
+        .expect("the task ends");
 }

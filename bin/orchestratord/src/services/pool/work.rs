@@ -2,6 +2,7 @@
 //! engine, ends them. Its loop and the engine's life are in [`super::actor`].
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use llama_orch_types::{ErrorCode, ProvisionedContext, TaskId};
@@ -12,11 +13,12 @@ use worker_adapters_adapter_api::{CancelReport, FinishReason};
 
 use super::actor::Actor;
 use super::lifecycle::Phase;
-use super::{Cancelled, Submission};
+use super::{Cancelled, Escalation, Submission};
 use crate::services::admission::Entry;
-use crate::services::dispatch::{Finished, Outcome, TaskRun, receipt};
+use crate::services::dispatch::{Finished, NotFreed, Outcome, TaskRun, receipt};
 use crate::services::estimates::Outlook;
 use crate::services::event_log::{End, Failure, TaskEvent};
+use crate::services::resume::Seen;
 use crate::services::tasks::{Admitted, TaskRecord};
 use crate::services::telemetry;
 
@@ -35,6 +37,9 @@ pub(super) struct Running {
     /// The engine that has it: not always the one that is bound now.
     context: Arc<ProvisionedContext>,
     cancel: CancellationToken,
+    /// It was cancelled, and its slot was not seen free in time.
+    stuck: bool,
+    escalated: Option<Escalation>,
     /// Who waits for the engine's slot to be free.
     waiters: Vec<oneshot::Sender<Cancelled>>,
 }
@@ -67,8 +72,8 @@ impl Actor {
 
     pub(super) fn enqueue(&mut self, submission: Submission) -> Result<Admitted, Failure> {
         let now = Instant::now();
-        let priority = submission.record.priority;
-        let ahead = self.queue.ahead_of_next(priority, now);
+        let (priority, client) = (submission.record.priority, &submission.record.client);
+        let ahead = self.queue.ahead_of_next(priority, client, now);
         let predicted_start = self.until_start(ahead);
         if let Some(deadline) = submission.record.deadline
             && now + predicted_start > deadline
@@ -167,7 +172,7 @@ impl Actor {
         };
         while self.hold.is_none() && self.running_here() < self.slots() as usize {
             let Some(Entry {
-                serial,
+                place,
                 id,
                 task: mut submission,
                 ..
@@ -175,7 +180,7 @@ impl Actor {
             else {
                 return;
             };
-            submission.serial = serial;
+            submission.place = place;
             let cancel = CancellationToken::new();
             let record = Arc::clone(&submission.record);
             let run = TaskRun {
@@ -183,6 +188,8 @@ impl Actor {
                 context: Arc::clone(&context),
                 submission,
                 cancel: cancel.clone(),
+                not_freed: self.not_freed.clone(),
+                seen: Seen::default(),
             };
             let run = self.runs.spawn(run.run()).id();
             let running = Running {
@@ -190,6 +197,8 @@ impl Actor {
                 record,
                 context: Arc::clone(&context),
                 cancel,
+                stuck: false,
+                escalated: None,
                 waiters: Vec::new(),
             };
             self.running.insert(id, running);
@@ -216,6 +225,7 @@ impl Actor {
                 .append(TaskEvent::Error(Box::new(failure)));
             self.count_outcome(ErrorCode::Internal.as_str());
         }
+        self.escalate();
     }
 
     pub(super) fn finish(&mut self, finished: Finished) {
@@ -223,14 +233,17 @@ impl Actor {
             return;
         };
         // What an engine did that another has replaced says nothing of that one.
-        let current = self.context.as_ref();
-        let here = current.is_some_and(|context| running.is_on(context));
-        if let Some(reason) = finished.distrust
+        let here = self.is_current(&running.context);
+        if let Some(reason) = &finished.doubt
             && here
         {
-            tracing::warn!(pool = %self.settings.id, reason, "the engine is not trusted any more");
-            self.distrust = Some(reason);
+            self.raise_doubt(reason);
         }
+        if let Some(reason) = finished.distrust {
+            self.distrust(&running.context, reason);
+        }
+        // It may have been the last beside one that is stuck.
+        self.escalate();
         let mut outcome = finished.outcome.label();
         if let Some(submission) = finished.returned {
             if !submission.record.log.is_closed() {
@@ -245,23 +258,87 @@ impl Actor {
         }
         histogram!(telemetry::SERVICE_TIME, "pool" => self.label()).record(finished.took);
         let report = finished.cancelled.unwrap_or(CancelReport::NotRunning);
-        if let CancelReport::NotSeenFree { .. } = report
+        if let CancelReport::NotSeenFree { .. } | CancelReport::NotShown = report
             && here
         {
             self.hold_for(BUSY_HOLD);
-            self.raise_doubt("a slot was not seen free after a cancel");
         }
         if let CancelReport::Freed { after_ms } = report {
             histogram!(telemetry::CANCEL_FREED, "pool" => self.label())
                 .record(Duration::from_millis(after_ms));
         }
         for waiter in running.waiters {
-            let _ = waiter.send(Cancelled::Running(report));
+            let _ = waiter.send(Cancelled::Running {
+                report,
+                escalated: running.escalated,
+            });
         }
         tracing::info!(
             pool = %self.settings.id, task = %finished.id, correlation_id = running.record.correlation_id,
             outcome, took_ms = finished.took.as_millis() as u64, "task over"
         );
+    }
+
+    /// Stops giving tasks to an engine, which its supervisor then ends. One that
+    /// has been replaced is ended anyway.
+    fn distrust(&mut self, engine: &Arc<ProvisionedContext>, reason: String) {
+        if self.is_current(engine) && self.distrust.is_none() {
+            tracing::warn!(pool = %self.settings.id, reason, "the engine is not trusted any more");
+            self.distrust = Some(reason);
+        }
+    }
+
+    fn is_current(&self, engine: &Arc<ProvisionedContext>) -> bool {
+        let current = self.context.as_ref();
+        current.is_some_and(|current| Arc::ptr_eq(current, engine))
+    }
+
+    /// A cancelled task's slot was not seen free in time.
+    pub(super) fn not_freed(&mut self, note: NotFreed) {
+        let Some(running) = self.running.get_mut(&note.id) else {
+            return;
+        };
+        running.stuck = true;
+        let engine = Arc::clone(&running.context);
+        let waited = note.waited_ms;
+        if self.is_current(&engine) {
+            self.raise_doubt(&format!(
+                "the slot of a cancelled task was not seen free after {waited} ms"
+            ));
+        }
+        self.escalate();
+    }
+
+    /// Ends an engine on which nothing runs but cancelled tasks that it does not
+    /// let go of. As long as others run on it, it is left alone, and whoever waits
+    /// for the cancel is told so.
+    fn escalate(&mut self) {
+        let Some(current) = self.context.clone() else {
+            return;
+        };
+        let here = |running: &Running| Arc::ptr_eq(&running.context, &current);
+        let mut running: Vec<&mut Running> = self.running.values_mut().collect();
+        running.retain(|running| here(running));
+        let others = running.iter().any(|running| !running.stuck);
+        let mut ended = false;
+        for stuck in running.into_iter().filter(|running| running.stuck) {
+            if others {
+                stuck.escalated = Some(Escalation::Waiting);
+                for waiter in stuck.waiters.drain(..) {
+                    let _ = waiter.send(Cancelled::Running {
+                        report: CancelReport::NotSeenFree { waited_ms: 0 },
+                        escalated: stuck.escalated,
+                    });
+                }
+            } else {
+                stuck.escalated = Some(Escalation::EngineRestarted);
+                ended = true;
+            }
+        }
+        if ended {
+            let reason = "it did not let go of a cancelled task";
+            self.distrust(&current, reason.to_owned());
+        }
     }
 
     /// A task that the engine could not be given keeps its turn.
@@ -270,6 +347,7 @@ impl Actor {
         if outcome != (Outcome::NotTaken { reset: true }) {
             self.hold_for(HOLD);
         }
+        // Its deadline was to start by, and ageing counts from its admission.
         let queued = submission.record.created;
         self.queue.put_back(entry_of(submission, queued));
         if let Some(failure) = self.doom() {
@@ -319,12 +397,17 @@ impl Actor {
 
 fn entry_of(submission: Submission, queued: Instant) -> Entry<Submission> {
     Entry {
-        // The queue numbers what it admits; one that is put back keeps its number.
-        serial: submission.serial,
+        // The queue gives what it admits a place; one that is put back keeps it.
+        place: submission.place,
         id: submission.record.id,
+        client: submission.record.client.clone(),
         priority: submission.record.priority,
         queued,
-        deadline: submission.record.deadline,
+        // It is met once the task has started, whatever becomes of its engine.
+        deadline: submission
+            .record
+            .deadline
+            .filter(|_| submission.record.started.get().is_none()),
         task: submission,
     }
 }
@@ -335,10 +418,11 @@ fn end_cancelled(record: &TaskRecord, context: Option<&ProvisionedContext>) -> b
     let (_, pieces) = record.log.text();
     let since_start = record.started.get().map(Instant::elapsed);
     let end = End {
-        tokens_in: record.log.tokens_in(),
+        tokens_in: record.tokens_in.get().copied(),
         tokens_out: pieces,
         decode_time_ms: since_start.unwrap_or_default().as_secs_f64() * 1000.0,
         finish_reason: FinishReason::Cancelled,
+        resumed: record.resumed.load(Ordering::Relaxed),
         receipt: context.map(|context| receipt(context, None)),
     };
     record.log.append(TaskEvent::End(Box::new(end))).is_ok()

@@ -30,7 +30,7 @@ fn the_deterministic_profile_is_what_it_says() {
         rendered(&spec(&[])),
         "--model /models/a b.gguf --host 127.0.0.1 --port 4000 --offline --log-colors off \
          --parallel 1 --no-kv-unified --no-webui --metrics --slots --no-cont-batching --fit off \
-         --cache-ram 0 --ctx-size 4096 --batch-size 256 --ubatch-size 256"
+         --cache-ram 0 --ctx-size 4096 --batch-size 128 --ubatch-size 128"
     );
 }
 
@@ -162,10 +162,10 @@ fn what_is_ours_stays_ours() {
 fn a_users_batch_size_wins_and_values_may_be_negative() {
     let line = rendered(&spec(&["-b", "512", "--n-predict", "-1"]));
     assert!(
-        line.contains("--ubatch-size 256 --batch-size 512 --n-predict -1"),
+        line.contains("--ubatch-size 128 --batch-size 512 --n-predict -1"),
         "{line}"
     );
-    assert!(!line.contains("--batch-size 256 "), "{line}");
+    assert!(!line.contains("--batch-size 128 "), "{line}");
 }
 
 #[test]

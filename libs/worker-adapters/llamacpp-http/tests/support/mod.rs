@@ -34,6 +34,7 @@ pub(crate) fn task(max_tokens: u32) -> EngineTask {
     EngineTask {
         id: TaskId::generate(),
         input: TaskInput::Prompt("count for me".to_owned()),
+        answered: String::new(),
         max_tokens,
         stop: Vec::new(),
         sampling: SamplingParams::default(),
@@ -63,7 +64,7 @@ impl Outcome {
     pub(crate) fn pieces(&self) -> Vec<&str> {
         let mut pieces = Vec::new();
         for event in &self.events {
-            if let TokenEvent::Token { text, index } = event {
+            if let TokenEvent::Token { text, index, .. } = event {
                 assert_eq!(*index, pieces.len() as u64, "indices have no gap");
                 pieces.push(text.as_str());
             }

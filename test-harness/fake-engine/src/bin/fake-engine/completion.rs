@@ -48,13 +48,15 @@ pub(crate) async fn completion(
         Some(Fault::Status503) => return shapes::loading(),
         _ => {}
     }
-    let slot = engine.slots.take().await;
+    let skipped = pieces_told(&engine, prompt);
+    let params = shapes::generation_settings(&request);
+    let slot = engine.slots.take(params).await;
     engine
         .prompt_tokens
         .fetch_add(prompt_tokens, Ordering::Relaxed);
     let streamed = request.get("stream").and_then(Value::as_bool) == Some(true);
     let (chunk_bytes, late_headers) = (engine.script.chunk_bytes, engine.script.late_headers);
-    let mut answer = Answer::new(engine, request, prompt_tokens, fault, slot);
+    let mut answer = Answer::new(engine, request, prompt_tokens, fault, slot, skipped);
     if !streamed {
         return answer.whole().await;
     }
@@ -72,6 +74,19 @@ pub(crate) async fn completion(
         size => Body::from_stream(events.flat_map(move |event| cut(event, size))),
     };
     ([(header::CONTENT_TYPE, "text/event-stream")], body).into_response()
+}
+
+/// How many pieces of the answer the prompt ends with, where the script goes on
+/// from there.
+fn pieces_told(engine: &Engine, prompt: &str) -> u64 {
+    let script = &engine.script;
+    let told = |count: &usize| prompt.ends_with(&script.pieces[..*count].concat());
+    let counts = if script.continues {
+        script.pieces.len()
+    } else {
+        0
+    };
+    (0..=counts).rev().find(told).unwrap_or(0) as u64
 }
 
 fn next_fault(engine: &Engine) -> Option<Fault> {
@@ -107,6 +122,10 @@ struct Answer {
     slot: Slot,
     limit: u64,
     sent: u64,
+    /// Pieces that were in the prompt already.
+    skipped: u64,
+    /// Words about the prompt that are still to come.
+    progress_left: u64,
     ended: bool,
     started: Instant,
 }
@@ -118,14 +137,22 @@ impl Answer {
         prompt_tokens: u64,
         fault: Option<Fault>,
         slot: Slot,
+        skipped: u64,
     ) -> Self {
         let asked = request.get("n_predict").and_then(Value::as_u64);
         let own = if engine.script.cycle {
             u64::MAX
         } else {
-            engine.script.pieces.len() as u64
+            engine.script.pieces.len() as u64 - skipped
         };
+        let progress = request.get("return_progress").and_then(Value::as_bool) == Some(true);
         Self {
+            progress_left: if progress {
+                engine.script.progress_events
+            } else {
+                0
+            },
+            skipped,
             limit: asked.unwrap_or(u64::MAX).min(own),
             engine,
             request,
@@ -146,6 +173,9 @@ impl Answer {
         if self.fault.as_ref().and_then(Fault::after_tokens) == Some(self.sent) {
             return self.strike().await;
         }
+        if self.progress_left > 0 {
+            return Some(Ok(self.progress().await));
+        }
         self.wait().await;
         if self.sent < self.limit {
             let piece = self.take_piece();
@@ -159,10 +189,26 @@ impl Answer {
         Some(Ok(event(&self.last(""))))
     }
 
+    /// A word about the prompt, after its share of the time.
+    async fn progress(&mut self) -> Bytes {
+        let script = &self.engine.script;
+        let events = script.progress_events;
+        sleep(Duration::from_millis(script.first_token_ms / (events + 1))).await;
+        self.progress_left -= 1;
+        let processed = self.prompt_tokens * (events - self.progress_left) / events;
+        event(&json!({
+            "index": 0, "content": "", "tokens": [0], "stop": false, "id_slot": -1,
+            "tokens_predicted": 0, "tokens_evaluated": self.prompt_tokens,
+            "prompt_progress": {
+                "total": self.prompt_tokens, "cache": 0, "processed": processed, "time_ms": 1,
+            },
+        }))
+    }
+
     async fn wait(&self) {
         let script = &self.engine.script;
         let pause = match self.sent {
-            0 => script.first_token_ms,
+            0 => script.first_token_ms / (script.progress_events + 1),
             sent if sent < self.limit => script.token_ms,
             _ => 0,
         };
@@ -173,7 +219,7 @@ impl Answer {
 
     fn take_piece(&mut self) -> String {
         let pieces = &self.engine.script.pieces;
-        let place = self.sent as usize % pieces.len().max(1);
+        let place = (self.skipped + self.sent) as usize % pieces.len().max(1);
         let piece = pieces.get(place).cloned().unwrap_or_default();
         self.sent += 1;
         self.engine.tokens_predicted.fetch_add(1, Ordering::Relaxed);

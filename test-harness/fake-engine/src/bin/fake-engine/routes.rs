@@ -120,10 +120,15 @@ async fn slots(State(engine): State<Arc<Engine>>) -> Response {
         let message = "This server does not support slots endpoint. Start it with `--slots`";
         return shapes::error(501, "not_supported_error", message);
     }
-    let busy = engine.slots.busy();
     let ctx = engine.args.slot_ctx();
-    let slots: Vec<Value> = (0..engine.slots.total())
-        .map(|id| json!({"id": id, "n_ctx": ctx, "speculative": false, "is_processing": id < busy}))
+    let tasks = engine.slots.params().into_iter().enumerate();
+    let slots: Vec<Value> = tasks
+        .map(|(id, params)| {
+            json!({
+                "id": id, "n_ctx": ctx, "speculative": false,
+                "is_processing": params.is_some(), "params": params.unwrap_or_else(|| json!({})),
+            })
+        })
         .collect();
     Json(slots).into_response()
 }

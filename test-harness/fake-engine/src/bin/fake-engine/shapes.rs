@@ -32,7 +32,7 @@ pub(crate) fn context_exceeded(prompt_tokens: u64, ctx: u64) -> Response {
 /// The parameters in force: defaults, overlaid with what was asked for.
 pub(crate) fn generation_settings(request: &Map<String, Value>) -> Value {
     let mut settings = json!({
-        "seed": u32::MAX, "temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05,
+        "seed": u32::MAX, "temperature": 0.8, "dynatemp_range": 0.0, "dynatemp_exponent": 1.0, "top_k": 40, "top_p": 0.95, "min_p": 0.05,
         "repeat_penalty": 1.0, "stop": [], "max_tokens": -1, "n_predict": -1, "grammar": "",
         "stream": false, "samplers": ["penalties", "top_k", "top_p", "min_p", "temperature"],
     });

@@ -1,64 +1,102 @@
 //! Slots: how many completions run side by side. A slot whose client has gone
 //! stays busy for as long as the script says.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use serde_json::Value;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 #[derive(Debug)]
 pub(crate) struct Slots {
     free: Arc<Semaphore>,
-    total: usize,
+    tasks: Arc<Tasks>,
     linger: Duration,
+}
+
+/// By slot, what the task in it asked for, as far as `/slots` shows it.
+#[derive(Debug)]
+struct Tasks(Mutex<Vec<Option<Value>>>);
+
+impl Tasks {
+    fn lock(&self) -> MutexGuard<'_, Vec<Option<Value>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Slots {
     pub(crate) fn new(total: usize, linger: Duration) -> Self {
         Self {
             free: Arc::new(Semaphore::new(total)),
-            total,
+            tasks: Arc::new(Tasks(Mutex::new(vec![None; total]))),
             linger,
         }
     }
 
     pub(crate) fn total(&self) -> usize {
-        self.total
+        self.tasks.lock().len()
     }
 
     pub(crate) fn busy(&self) -> usize {
-        self.total - self.free.available_permits()
+        self.tasks.lock().iter().flatten().count()
+    }
+
+    /// The parameters of the tasks in the slots; none for a free one.
+    pub(crate) fn params(&self) -> Vec<Option<Value>> {
+        self.tasks.lock().clone()
     }
 
     /// Waits for a free slot, as a request inside the real engine does.
-    pub(crate) async fn take(&self) -> Slot {
+    pub(crate) async fn take(&self, params: Value) -> Slot {
         let permit = Arc::clone(&self.free)
             .acquire_owned()
             .await
             .expect("the semaphore is never closed");
+        let mut tasks = self.tasks.lock();
+        let index = tasks.iter().position(Option::is_none);
+        let index = index.expect("a permit stands for a free slot");
+        tasks[index] = Some(params);
         Slot {
-            permit: Some(permit),
+            busy: Some(Busy {
+                tasks: Arc::clone(&self.tasks),
+                index,
+                _permit: permit,
+            }),
             linger: self.linger,
         }
+    }
+}
+
+/// Frees the slot when dropped, before its permit is free again.
+#[derive(Debug)]
+struct Busy {
+    tasks: Arc<Tasks>,
+    index: usize,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.tasks.lock()[self.index] = None;
     }
 }
 
 /// A busy slot. Dropped before [`Slot::finish`], its client has gone away.
 #[derive(Debug)]
 pub(crate) struct Slot {
-    permit: Option<OwnedSemaphorePermit>,
+    busy: Option<Busy>,
     linger: Duration,
 }
 
 impl Slot {
     pub(crate) fn finish(&mut self) {
-        self.permit = None;
+        self.busy = None;
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        let Some(permit) = self.permit.take() else {
+        let Some(busy) = self.busy.take() else {
             return;
         };
         if self.linger.is_zero() {
@@ -67,7 +105,7 @@ impl Drop for Slot {
         let linger = self.linger;
         tokio::spawn(async move {
             tokio::time::sleep(linger).await;
-            drop(permit);
+            drop(busy);
         });
     }
 }
