@@ -2,12 +2,13 @@
 //! real port, speaks the real engine's HTTP shapes, and fails on demand.
 //!
 //! It is for tests only. Nothing it says may ever reach a client who could
-//! take it for a model's answer, so no crate depends on it outside
-//! `[dev-dependencies]`.
+//! take it for a model's answer, so only `[dev-dependencies]` and other test
+//! harnesses name it.
 //!
 //! - [`script`]: what the engine shall do, as a value
 //! - [`install`]: put an engine with its script into a directory
 //! - [`FakeEngine`]: start one, wait until it is ready, kill it on drop
+//! - [`order`]: have one completion of a running engine go wrong
 //!
 //! ```no_run
 //! use test_harness_fake_engine::{FakeEngine, Script};
@@ -15,6 +16,7 @@
 //! println!("{}", engine.url());
 //! ```
 
+pub mod orders;
 pub mod script;
 
 mod running;
@@ -24,6 +26,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::SystemTime;
 
+pub use orders::order;
 pub use running::FakeEngine;
 pub use script::{Fault, LoadFailure, Script};
 
