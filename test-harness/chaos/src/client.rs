@@ -40,7 +40,10 @@ pub struct Task {
 #[derive(Debug)]
 pub enum Submitted {
     Admitted(Task),
-    Refused { code: String, retry_after: bool },
+    Refused {
+        code: String,
+        retry_after: bool,
+    },
     /// The daemon went away meanwhile.
     Gone,
 }
@@ -77,7 +80,13 @@ enum Left {
 impl World {
     /// Asks the daemon. `None` if it has gone away, which it may only if the
     /// harness made it.
-    pub async fn ask(&self, up: &Up, method: &str, path: &str, body: Option<&Value>) -> Option<Reply> {
+    pub async fn ask(
+        &self,
+        up: &Up,
+        method: &str,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Option<Reply> {
         let mut problem = String::new();
         for _ in 0..TRIES {
             match self.try_ask(up, method, path, body).await {
@@ -104,7 +113,13 @@ impl World {
         None
     }
 
-    async fn try_ask(&self, up: &Up, method: &str, path: &str, body: Option<&Value>) -> Result<Reply, String> {
+    async fn try_ask(
+        &self,
+        up: &Up,
+        method: &str,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Reply, String> {
         let url = format!("{}{path}", up.url);
         let request = match body {
             Some(body) => self.http.post(url).json(body),
@@ -143,10 +158,16 @@ impl World {
                 verbose: facts.verbose,
             });
         }
-        let code = reply.body["error"]["code"].as_str().unwrap_or("?").to_owned();
+        let code = reply.body["error"]["code"]
+            .as_str()
+            .unwrap_or("?")
+            .to_owned();
         self.ledger().refused(&code);
         if reply.status == 429 && !reply.retry_after {
-            self.broken("a full queue says when to come back", reply.body.to_string());
+            self.broken(
+                "a full queue says when to come back",
+                reply.body.to_string(),
+            );
         }
         Submitted::Refused {
             code,
@@ -162,7 +183,9 @@ impl World {
         let mut cancel = None;
         let mut failures = 0;
         loop {
-            let left = self.read_once(task, manner, &mut leave_after, &mut cancel, limit).await;
+            let left = self
+                .read_once(task, manner, &mut leave_after, &mut cancel, limit)
+                .await;
             let fate = self.keeper.fate(task.up.generation);
             match left {
                 Left::Terminal => break,
@@ -171,17 +194,20 @@ impl World {
                     tokio::time::sleep(manner.away).await;
                 }
                 Left::CleanEnd if fate == Fate::Serving => {
-                    self.ledger().stream_ended(&task.key, "while the daemon serves");
+                    self.ledger()
+                        .stream_ended(&task.key, "while the daemon serves");
                 }
                 Left::CleanEnd if fate == Fate::Stopping && !manner.is_slow() => {
-                    self.ledger().stream_ended(&task.key, "while the daemon was stopping in order");
+                    self.ledger()
+                        .stream_ended(&task.key, "while the daemon was stopping in order");
                 }
                 Left::CleanEnd => {}
                 Left::Broke(why) => {
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     failures += 1;
                     if self.keeper.fate(task.up.generation) == Fate::Serving && failures >= TRIES {
-                        self.ledger().overdue(&task.key, &format!("its stream cannot be read: {why}"));
+                        self.ledger()
+                            .overdue(&task.key, &format!("its stream cannot be read: {why}"));
                     }
                 }
             }
@@ -233,7 +259,10 @@ impl World {
             let events = match parser.push(&chunk) {
                 Ok(events) => events,
                 Err(error) => {
-                    self.broken("a stream holds whole events", format!("{}: {error}", task.key));
+                    self.broken(
+                        "a stream holds whole events",
+                        format!("{}: {error}", task.key),
+                    );
                     return Left::Broke(error.to_string());
                 }
             };
@@ -258,7 +287,12 @@ impl World {
     }
 
     /// Nothing may follow a terminal event, and the stream must close.
-    async fn after_the_end(&self, task: &Task, mut parser: Parser, mut response: reqwest::Response) -> Left {
+    async fn after_the_end(
+        &self,
+        task: &Task,
+        mut parser: Parser,
+        mut response: reqwest::Response,
+    ) -> Left {
         let rest = async {
             while let Ok(Some(chunk)) = response.chunk().await {
                 for event in parser.push(&chunk).unwrap_or_default() {
@@ -266,8 +300,14 @@ impl World {
                 }
             }
         };
-        if tokio::time::timeout(Duration::from_secs(10), rest).await.is_err() {
-            self.broken("a stream closes after its terminal event", task.key.to_string());
+        if tokio::time::timeout(Duration::from_secs(10), rest)
+            .await
+            .is_err()
+        {
+            self.broken(
+                "a stream closes after its terminal event",
+                task.key.to_string(),
+            );
         }
         Left::Terminal
     }
@@ -285,7 +325,10 @@ impl World {
             .map_err(|error| chain(&error))?;
         match response.status().as_u16() {
             200 => Ok(response),
-            status => Err(format!("{status}: {}", response.text().await.unwrap_or_default())),
+            status => Err(format!(
+                "{status}: {}",
+                response.text().await.unwrap_or_default()
+            )),
         }
     }
 
@@ -310,7 +353,13 @@ impl World {
             self.broken("a cancel is answered", detail);
             return None;
         }
-        if let (Some(true), Some(freed)) = (reply.body["cancelled"].as_bool(), reply.body["freed_ms"].as_u64()) {
+        // Of queued tasks nothing has to be freed.
+        let ran = self.ledger().tokens(&task.key) > 0;
+        if let (true, Some(true), Some(freed)) = (
+            ran,
+            reply.body["cancelled"].as_bool(),
+            reply.body["freed_ms"].as_u64(),
+        ) {
             self.note_freed(freed);
         }
         let path = format!("/v2/tasks/{}", task.key.task);
@@ -347,7 +396,9 @@ impl World {
                 events.extend(parser.push(&chunk).unwrap_or_default());
             }
         };
-        let whole = tokio::time::timeout(Duration::from_secs(20), read).await.is_ok();
+        let whole = tokio::time::timeout(Duration::from_secs(20), read)
+            .await
+            .is_ok();
         if whole && self.keeper.fate(task.up.generation) == Fate::Serving {
             self.ledger().replayed(&task.key, &events, Instant::now());
         }

@@ -73,24 +73,36 @@ impl Keeper {
 
     pub fn fate(&self, generation: u64) -> Fate {
         let fates = self.fates.lock().unwrap_or_else(PoisonError::into_inner);
-        fates.get(generation as usize).copied().unwrap_or(Fate::Killed)
+        fates
+            .get(generation as usize)
+            .copied()
+            .unwrap_or(Fate::Killed)
     }
 
     fn set_fate(&self, fate: Fate) {
-        if let Some(last) = self.fates.lock().unwrap_or_else(PoisonError::into_inner).last_mut() {
+        if let Some(last) = self
+            .fates
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .last_mut()
+        {
             *last = fate;
         }
     }
 
     /// Ports that daemons of this run have listened on.
     pub fn ports(&self) -> HashSet<u16> {
-        self.ports.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.ports
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     pub async fn start(&self) -> Result<Up, String> {
         let config = self.setup.config_file();
         let config = config.to_string_lossy();
-        self.start_as(self.setup.command(&["serve", "--config", &config])).await
+        self.start_as(self.setup.command(&["serve", "--config", &config]))
+            .await
     }
 
     /// Starts a daemon whose files may not grow beyond so many KiB: to the
@@ -98,9 +110,16 @@ impl Keeper {
     pub async fn start_with_little_disk(&self, kib: u64) -> Result<Up, String> {
         let mut command = Command::new("bash");
         self.setup.environment(&mut command);
-        command.args(["-c", "trap '' XFSZ; ulimit -f \"$1\"; shift; exec \"$@\"", "bash"]);
+        command.args([
+            "-c",
+            "trap '' XFSZ; ulimit -f \"$1\"; shift; exec \"$@\"",
+            "bash",
+        ]);
         command.arg(kib.to_string()).arg(&self.setup.daemon);
-        command.arg("serve").arg("--config").arg(self.setup.config_file());
+        command
+            .arg("serve")
+            .arg("--config")
+            .arg(self.setup.config_file());
         self.start_as(command).await
     }
 
@@ -123,7 +142,10 @@ impl Keeper {
         };
         match self.announced(&mut started).await {
             Ok(url) => {
-                let port = url.rsplit(':').next().and_then(|port| port.parse::<u16>().ok());
+                let port = url
+                    .rsplit(':')
+                    .next()
+                    .and_then(|port| port.parse::<u16>().ok());
                 self.ports
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)

@@ -62,8 +62,12 @@ pub struct Broken {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Standing {
     Open,
-    Ended { reason: String },
-    Failed { code: String },
+    Ended {
+        reason: String,
+    },
+    Failed {
+        code: String,
+    },
     /// Its daemon ended, and its reader was cut off before the task's end.
     Lost,
 }
@@ -190,7 +194,10 @@ impl Ledger {
     /// One event of the task's one reader, over all its connections.
     pub fn event(&mut self, key: &Key, event: &Event, now: Instant) {
         let Some(entry) = self.tasks.get_mut(key) else {
-            return self.break_promise("only admitted tasks have events", format!("{key}: {event:?}"));
+            return self.break_promise(
+                "only admitted tasks have events",
+                format!("{key}: {event:?}"),
+            );
         };
         let mut broken = Vec::new();
         entry.take(event, now, &mut broken);
@@ -218,7 +225,9 @@ impl Ledger {
         let Some(entry) = self.tasks.get_mut(key) else {
             return;
         };
-        let pieces = entry.cancelled_at.map_or(pieces, |earlier| earlier.min(pieces));
+        let pieces = entry
+            .cancelled_at
+            .map_or(pieces, |earlier| earlier.min(pieces));
         entry.cancelled_at = Some(pieces);
         if entry.tokens > pieces {
             let detail = format!("{key}: {} tokens read, {pieces} shown", entry.tokens);
@@ -308,7 +317,14 @@ impl Ledger {
         for event in events {
             again.take(event, now, &mut broken);
         }
-        let same = |entry: &Entry| (entry.last_id, entry.tokens, entry.text_sum, entry.standing.clone());
+        let same = |entry: &Entry| {
+            (
+                entry.last_id,
+                entry.tokens,
+                entry.text_sum,
+                entry.standing.clone(),
+            )
+        };
         if !broken.is_empty() || same(&again) != same(entry) {
             let detail = format!(
                 "{key}: first {:?}, later {:?}, {broken:?}",
@@ -351,7 +367,7 @@ impl Ledger {
                 "an error says code and retriable",
                 format!("{what}: {status} {body}: {problem}"),
             );
-        } else if error["code"] == "INTERNAL" || (status >= 500 && status != 503) {
+        } else if error["code"] == "INTERNAL" || status == 500 {
             self.break_promise(
                 "nothing goes wrong inside the daemon",
                 format!("{what}: {status} {body}"),
@@ -382,7 +398,9 @@ fn shape_problem(error: &Value) -> Option<String> {
     if !error["retriable"].is_boolean() {
         return Some("`retriable` is missing".to_owned());
     }
-    let said = error["message"].as_str().is_some_and(|text| !text.is_empty());
+    let said = error["message"]
+        .as_str()
+        .is_some_and(|text| !text.is_empty());
     (!said).then(|| "no message".to_owned())
 }
 
@@ -415,7 +433,8 @@ impl Entry {
                     broken.push(("an error says code and retriable", problem));
                 }
                 let code = event.data["code"].as_str().unwrap_or("?").to_owned();
-                if code == "INTERNAL" {
+                // What names the engine is a fault of the engine's.
+                if code == "INTERNAL" && event.data["engine"].is_null() {
                     broken.push(("nothing goes wrong inside the daemon", code.clone()));
                 }
                 self.standing = Standing::Failed { code };
@@ -466,7 +485,11 @@ impl Entry {
         if !["stop", "length", "cancelled"].contains(&reason) {
             broken.push(("an end says why", reason.to_owned()));
         }
-        if event.data["resumed"].as_u64().is_some_and(|times| times > 0) && !self.facts.resumes {
+        if event.data["resumed"]
+            .as_u64()
+            .is_some_and(|times| times > 0)
+            && !self.facts.resumes
+        {
             broken.push(("only who asked for it is continued", reason.to_owned()));
         }
         self.standing = Standing::Ended {

@@ -18,7 +18,11 @@ async fn main() -> ExitCode {
     let options = Options::parse();
     if options.list {
         for fault in faults::all() {
-            let only = if fault.scripted_only { " (scripted engine only)" } else { "" };
+            let only = if fault.scripted_only {
+                " (scripted engine only)"
+            } else {
+                ""
+            };
             println!("{:<24} {}{only}", fault.name, fault.about);
         }
         return ExitCode::SUCCESS;

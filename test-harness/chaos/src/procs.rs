@@ -49,8 +49,11 @@ impl Process {
 
     fn bears(&self, mark: &str) -> bool {
         let holds = |file: &str| {
-            fs::read(format!("/proc/{}/{file}", self.pid))
-                .is_ok_and(|bytes| bytes.windows(mark.len()).any(|part| part == mark.as_bytes()))
+            fs::read(format!("/proc/{}/{file}", self.pid)).is_ok_and(|bytes| {
+                bytes
+                    .windows(mark.len())
+                    .any(|part| part == mark.as_bytes())
+            })
         };
         holds("environ") || holds("cmdline")
     }
@@ -97,7 +100,9 @@ pub fn descriptors(pid: u32) -> Option<usize> {
 /// Memory that is in use and not shared with others, in KiB.
 pub fn resident_kib(pid: u32) -> Option<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"))?;
     line.trim().trim_end_matches(" kB").parse().ok()
 }
 

@@ -118,7 +118,13 @@ pub struct Report {
 }
 
 impl Report {
-    pub(crate) fn new(world: &World, faults: Vec<Row>, peaks: Peaks, broken: Vec<Broken>, took: Duration) -> Self {
+    pub(crate) fn new(
+        world: &World,
+        faults: Vec<Row>,
+        peaks: Peaks,
+        broken: Vec<Broken>,
+        took: Duration,
+    ) -> Self {
         Self {
             engine: world.options.engine.as_str(),
             seed: world.options.seed,
@@ -162,8 +168,15 @@ impl Report {
         let _ = writeln!(out, "| **all** | **{injected}** | **{survived}** | | | |\n");
         let totals = &self.totals;
         let by_code = |codes: &std::collections::BTreeMap<String, u64>| {
-            let parts: Vec<String> = codes.iter().map(|(code, count)| format!("{code} {count}")).collect();
-            if parts.is_empty() { "none".to_owned() } else { parts.join(", ") }
+            let parts: Vec<String> = codes
+                .iter()
+                .map(|(code, count)| format!("{code} {count}"))
+                .collect();
+            if parts.is_empty() {
+                "none".to_owned()
+            } else {
+                parts.join(", ")
+            }
         };
         let _ = writeln!(
             out,

@@ -1,6 +1,5 @@
 //! One run: clients, faults one after the other, and the look at what is left.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -32,7 +31,9 @@ pub type Progress<'a> = &'a (dyn Fn(&str) + Sync);
 /// broken stands in the report.
 pub async fn run(options: Options, progress: Progress<'_>) -> Result<Report, HarnessError> {
     let chosen = choose(&options)?;
-    let dir = tempfile::Builder::new().prefix("orchestratord-chaos-").tempdir();
+    let dir = tempfile::Builder::new()
+        .prefix("orchestratord-chaos-")
+        .tempdir();
     let mut dir = dir.map_err(HarnessError::file("cannot make", std::env::temp_dir()))?;
     let world = World::make(options.clone(), dir.path().to_owned()).await?;
     let report = with_daemon(&world, &chosen, progress).await;
@@ -73,7 +74,11 @@ fn choose(options: &Options) -> Result<Vec<Fault>, HarnessError> {
     Ok(chosen)
 }
 
-async fn with_daemon(world: &Arc<World>, chosen: &[Fault], progress: Progress<'_>) -> Result<Report, HarnessError> {
+async fn with_daemon(
+    world: &Arc<World>,
+    chosen: &[Fault],
+    progress: Progress<'_>,
+) -> Result<Report, HarnessError> {
     let begun = Instant::now();
     world.start().await.map_err(no_daemon)?;
     world.settle().await.map_err(no_daemon)?;
@@ -103,10 +108,7 @@ fn no_daemon(failing: Failing) -> HarnessError {
 }
 
 async fn inject_all(world: &Arc<World>, chosen: &[Fault], progress: Progress<'_>) -> Vec<Row> {
-    let mut rows: BTreeMap<&'static str, Row> = chosen
-        .iter()
-        .map(|fault| (fault.name, Row::new(fault.name)))
-        .collect();
+    let mut rows: Vec<Row> = chosen.iter().map(|fault| Row::new(fault.name)).collect();
     let weights = chosen.iter().map(|fault| fault.weight).collect();
     let mut scheduler = Scheduler::new(weights, world.options.seed);
     let end = Instant::now() + world.options.duration();
@@ -116,10 +118,8 @@ async fn inject_all(world: &Arc<World>, chosen: &[Fault], progress: Progress<'_>
         let Some(pick) = scheduler.next() else {
             break;
         };
-        let fault = &chosen[pick.fault];
-        if let Some(row) = rows.get_mut(fault.name) {
-            inject(world, fault, pick.rng, row).await;
-        }
+        let (fault, row) = (&chosen[pick.fault], &mut rows[pick.fault]);
+        inject(world, fault, pick.rng, row).await;
         count += 1;
         let broken = world.collect_broken();
         if told.elapsed() > Duration::from_secs(10) {
@@ -131,7 +131,7 @@ async fn inject_all(world: &Arc<World>, chosen: &[Fault], progress: Progress<'_>
             break;
         }
     }
-    rows.into_values().collect()
+    rows
 }
 
 fn progress_line(world: &World, count: u64, broken: usize, end: Instant) -> String {
@@ -152,7 +152,10 @@ async fn inject(world: &Arc<World>, fault: &Fault, rng: Rng, row: &mut Row) {
     let begun = Instant::now();
     let injected = tokio::time::timeout(FAULT_LIMIT, (fault.inject)(Arc::clone(world), rng)).await;
     let verdict = injected.unwrap_or_else(|_| {
-        Err(Failing::broken("a fault is over in time", format!("not within {FAULT_LIMIT:?}")))
+        Err(Failing::broken(
+            "a fault is over in time",
+            format!("not within {FAULT_LIMIT:?}"),
+        ))
     });
     // A fault that was given up half-way leaves no trap for the next one.
     world.source.behave();
@@ -165,16 +168,18 @@ async fn inject(world: &Arc<World>, fault: &Fault, rng: Rng, row: &mut Row) {
         (Err(Failing::Missing(what)), _) => {
             row.missing(what);
             if !world.options.allow_missing && row.injected == 0 && row.missing == 1 {
-                world.broken("the daemon has what this fault needs", format!("{}: {what}", fault.name));
+                world.broken(
+                    "the daemon has what this fault needs",
+                    format!("{}: {what}", fault.name),
+                );
             }
         }
         (Ok(note), Ok(again)) => row.note(note, begun.elapsed(), *again),
         _ => {}
     }
-    for outcome in [verdict.err(), settled.err()].into_iter().flatten() {
-        if let Failing::Broken { invariant, detail } = outcome {
-            world.broken(invariant, format!("{}: {detail}", fault.name));
-        }
+    // What the fault itself complains of is the cause of what comes after.
+    if let Some(Failing::Broken { invariant, detail }) = verdict.err().or(settled.err()) {
+        world.broken(invariant, format!("{}: {detail}", fault.name));
     }
     let broke = world.collect_broken() > before;
     if !broke && row.last_was_injected {
@@ -206,7 +211,8 @@ async fn at_the_end(world: &World) {
     if let Err(Failing::Broken { invariant, detail }) = world.stop().await {
         world.broken(invariant, format!("at the end: {detail}"));
     }
-    if let Err(Failing::Broken { invariant, detail }) = world.nothing_lives(&[], DEATH_LIMIT).await {
+    if let Err(Failing::Broken { invariant, detail }) = world.nothing_lives(&[], DEATH_LIMIT).await
+    {
         world.broken(invariant, format!("at the end: {detail}"));
     }
     let listening = procs::listening(&ports);

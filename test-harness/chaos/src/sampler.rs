@@ -32,7 +32,10 @@ pub async fn sample(world: Arc<World>) -> Peaks {
     let mut warm: Option<(u64, u64)> = None;
     while !world.is_over() {
         if let Some(status) = world.keeper.unasked_end().await {
-            world.broken("the daemon never goes down", format!("it ended by itself: {status}"));
+            world.broken(
+                "the daemon never goes down",
+                format!("it ended by itself: {status}"),
+            );
             world.collect_broken();
         } else if let Some(up) = world.keeper.up() {
             world.pool(&up).await;
@@ -45,7 +48,8 @@ pub async fn sample(world: Arc<World>) -> Peaks {
 }
 
 fn look(world: &World, up: &Up, peaks: &mut Peaks, warm: &mut Option<(u64, u64)>) {
-    let (Some(descriptors), Some(kib)) = (procs::descriptors(up.pid), procs::resident_kib(up.pid)) else {
+    let (Some(descriptors), Some(kib)) = (procs::descriptors(up.pid), procs::resident_kib(up.pid))
+    else {
         return;
     };
     peaks.descriptors = peaks.descriptors.max(descriptors);

@@ -95,7 +95,10 @@ impl ModelSource {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<(Mischief, u32)>> {
-        self.state.mischief.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state
+            .mischief
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -122,7 +125,11 @@ async fn answer(mut stream: TcpStream, state: &State) -> std::io::Result<()> {
     let mut file = File::open(&state.path)?;
     let size = file.metadata()?.len();
     let range = asked_range(&request, size);
-    let mischief = if head_only { None } else { state.next_mischief() };
+    let mischief = if head_only {
+        None
+    } else {
+        state.next_mischief()
+    };
     if !head_only {
         state.answers.fetch_add(1, Ordering::Relaxed);
     }
@@ -146,7 +153,10 @@ async fn answer(mut stream: TcpStream, state: &State) -> std::io::Result<()> {
         end = start + (end - start) / 2;
     }
     let status = if range.is_some() || mischief == Some(Mischief::WrongRange) {
-        format!("206 Partial Content\r\nContent-Range: bytes {start}-{}/{size}", end.max(1) - 1)
+        format!(
+            "206 Partial Content\r\nContent-Range: bytes {start}-{}/{size}",
+            end.max(1) - 1
+        )
     } else {
         "200 OK".to_owned()
     };
@@ -201,10 +211,15 @@ async fn read_head(stream: &mut TcpStream) -> std::io::Result<String> {
 
 /// From the first byte to the one after the last.
 fn asked_range(request: &str, size: u64) -> Option<(u64, u64)> {
-    let line = request.lines().find(|line| line.to_ascii_lowercase().starts_with("range:"))?;
+    let line = request
+        .lines()
+        .find(|line| line.to_ascii_lowercase().starts_with("range:"))?;
     let (start, end) = line.split_once("bytes=")?.1.split_once('-')?;
     let start: u64 = start.trim().parse().ok()?;
-    let end = end.trim().parse::<u64>().map_or(size, |last| (last + 1).min(size));
+    let end = end
+        .trim()
+        .parse::<u64>()
+        .map_or(size, |last| (last + 1).min(size));
     (start < end).then_some((start, end))
 }
 
@@ -229,14 +244,20 @@ mod tests {
         };
         assert_eq!(fetch(None).await.unwrap(), bytes);
         assert_eq!(fetch(Some("bytes=10-19")).await.unwrap(), bytes[10..20]);
-        assert_eq!(fetch(Some("bytes=199990-")).await.unwrap(), bytes[199_990..]);
+        assert_eq!(
+            fetch(Some("bytes=199990-")).await.unwrap(),
+            bytes[199_990..]
+        );
         source.misbehave(Mischief::Cut, 1);
         assert!(fetch(None).await.is_err());
         source.misbehave(Mischief::Truncate, 1);
         assert_eq!(fetch(None).await.unwrap(), bytes[..100_000]);
         source.misbehave(Mischief::Flip, 1);
         let flipped = fetch(None).await.unwrap();
-        let differing = flipped.iter().zip(&bytes).filter(|(one, other)| one != other);
+        let differing = flipped
+            .iter()
+            .zip(&bytes)
+            .filter(|(one, other)| one != other);
         assert_eq!((differing.count(), flipped.len()), (1, bytes.len()));
         assert_eq!(fetch(None).await.unwrap(), bytes);
         assert_eq!(source.answers(), 2);

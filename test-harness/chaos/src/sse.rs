@@ -90,8 +90,14 @@ mod tests {
             push("event: token\ndata: {}\n\n"),
             SseError::Missing { field: "id:", .. }
         ));
-        assert!(matches!(push("id: x\nevent: a\ndata: {}\n\n"), SseError::Id { .. }));
-        assert!(matches!(push("id: 1\nevent: a\ndata: {\n\n"), SseError::Data { .. }));
+        assert!(matches!(
+            push("id: x\nevent: a\ndata: {}\n\n"),
+            SseError::Id { .. }
+        ));
+        assert!(matches!(
+            push("id: 1\nevent: a\ndata: {\n\n"),
+            SseError::Data { .. }
+        ));
         assert_eq!(Parser::default().push(b"\xff\n\n"), Err(SseError::NotText));
     }
 

@@ -17,7 +17,11 @@ pub async fn client(world: Arc<World>, mut rng: Rng) {
             continue;
         }
         let refused = one_task(&world, &mut rng).await;
-        let pause = if refused { rng.millis(100, 400) } else { rng.millis(0, 120) };
+        let pause = if refused {
+            rng.millis(100, 400)
+        } else {
+            rng.millis(0, 120)
+        };
         tokio::time::sleep(pause).await;
     }
 }
@@ -53,7 +57,9 @@ fn manner(rng: &mut Rng, tokens: u64) -> Manner {
             ..Manner::default()
         },
         1 | 2 => Manner {
-            leave_after: (0..rng.between(1, 3)).map(|_| rng.between(0, tokens)).collect(),
+            leave_after: (0..rng.between(1, 3))
+                .map(|_| rng.between(0, tokens))
+                .collect(),
             away: rng.millis(0, 200),
             ..Manner::default()
         },

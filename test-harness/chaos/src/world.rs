@@ -24,6 +24,8 @@ use crate::source::ModelSource;
 const STOP_LIMIT: Duration = Duration::from_secs(30);
 /// How long after the daemon's death a process of its may live.
 pub const DEATH_LIMIT: Duration = Duration::from_secs(2);
+/// How long help may take to show.
+const HELP_AGAIN: Duration = Duration::from_secs(4);
 /// A pool that says it tries again by itself within this time is waited for.
 const PATIENCE_MS: u64 = 6000;
 
@@ -75,12 +77,18 @@ impl Drop for Quiet<'_> {
 impl World {
     pub async fn make(options: Options, dir: PathBuf) -> Result<Arc<Self>, HarnessError> {
         let setup = Arc::new(Setup::make(&options, &dir).await?);
-        let source = ModelSource::serve(&setup.engine.model).await.map_err(HarnessError::Source)?;
+        let source = ModelSource::serve(&setup.engine.model)
+            .await
+            .map_err(HarnessError::Source)?;
         let config = setup.config(&source.url())?;
         let journal = dir.join("journal.txt");
-        let journal = Journal::create(&journal).map_err(HarnessError::file("cannot write", &journal))?;
+        let journal =
+            Journal::create(&journal).map_err(HarnessError::file("cannot write", &journal))?;
         // One connection for each request: none may break under another's feet.
-        let http = reqwest::Client::builder().no_proxy().pool_max_idle_per_host(0).build();
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .pool_max_idle_per_host(0)
+            .build();
         let world = Arc::new_cyclic(|own| Self {
             own: own.clone(),
             keeper: Keeper::new(Arc::clone(&setup)),
@@ -147,7 +155,8 @@ impl World {
         let found = self.ledger().take_broken();
         let mut broken = lock(&self.broken);
         for one in found {
-            self.journal.write(format!("BROKEN {}: {}", one.invariant, one.detail));
+            self.journal
+                .write(format!("BROKEN {}: {}", one.invariant, one.detail));
             broken.push(one);
         }
         broken.len()
@@ -184,7 +193,8 @@ impl World {
     pub async fn start(&self) -> Result<Up, Failing> {
         let started = self.keeper.start().await;
         let up = started.map_err(|why| Failing::broken("the daemon starts", why))?;
-        self.journal.write(format!("daemon {} serves at {}", up.generation, up.url));
+        self.journal
+            .write(format!("daemon {} serves at {}", up.generation, up.url));
         self.learn_offers(&up).await;
         Ok(up)
     }
@@ -193,7 +203,8 @@ impl World {
         let Some(reply) = self.ask(up, "GET", "/openapi.json", None).await else {
             return;
         };
-        let has = |route: &str| reply.body["paths"][format!("/v2/pools/{{id}}/{route}")].is_object();
+        let has =
+            |route: &str| reply.body["paths"][format!("/v2/pools/{{id}}/{route}")].is_object();
         *lock(&self.offers) = Offers {
             drain: has("drain"),
             reload: has("reload"),
@@ -211,7 +222,11 @@ impl World {
         let below = procs::descendants(up.pid);
         let begun = Instant::now();
         let status = self.keeper.stop(STOP_LIMIT).await;
-        self.journal.write(format!("daemon {} stopped in {:?}: {status:?}", up.generation, begun.elapsed()));
+        self.journal.write(format!(
+            "daemon {} stopped in {:?}: {status:?}",
+            up.generation,
+            begun.elapsed()
+        ));
         match status {
             Some(status) if status.success() => self.nothing_lives(&below, DEATH_LIMIT).await,
             status => {
@@ -257,7 +272,9 @@ impl World {
 
     /// The pool as shown, and noted in the ledger.
     pub async fn pool(&self, up: &Up) -> Option<Value> {
-        let reply = self.ask(up, "GET", &format!("/v2/pools/{POOL}"), None).await?;
+        let reply = self
+            .ask(up, "GET", &format!("/v2/pools/{POOL}"), None)
+            .await?;
         if reply.status != 200 {
             self.broken("the pool can be looked at", reply.body.to_string());
             return None;
@@ -279,7 +296,10 @@ impl World {
                 return Ok(process);
             }
             if Instant::now() > limit {
-                return Err(Failing::broken("the pool serves again", "no engine was to be seen"));
+                return Err(Failing::broken(
+                    "the pool serves again",
+                    "no engine was to be seen",
+                ));
             }
             tokio::time::sleep(Duration::from_millis(30)).await;
         }
@@ -289,13 +309,18 @@ impl World {
     pub async fn settle(&self) -> Result<Duration, Failing> {
         let begun = Instant::now();
         let mut last = Value::Null;
+        let mut helped = None;
         while begun.elapsed() < self.patience() {
             if let Some(up) = self.keeper.up() {
                 if let Some(view) = self.pool(&up).await {
                     if view["state"] == "ready" && self.probe().await {
                         return Ok(begun.elapsed());
                     }
-                    self.help_up(&up, &view).await?;
+                    if helped.is_none_or(|at: Instant| at.elapsed() > HELP_AGAIN)
+                        && self.help_up(&up, &view).await?
+                    {
+                        helped = Some(Instant::now());
+                    }
                     last = view;
                 }
             } else {
@@ -311,34 +336,39 @@ impl World {
         Err(Failing::broken("the pool serves again", detail))
     }
 
-    /// A pool that stays where it is until somebody asks is asked.
-    async fn help_up(&self, up: &Up, view: &Value) -> Result<(), Failing> {
+    /// A pool that stays where it is until somebody asks is asked. Whether
+    /// that was so.
+    async fn help_up(&self, up: &Up, view: &Value) -> Result<bool, Failing> {
         let state = view["state"].as_str().unwrap_or("");
+        let in_state = view["in_state_ms"].as_u64().unwrap_or(0);
+        let why = view["last_error"]["message"].as_str().unwrap_or("");
         let stays = match state {
             "failed" => {
-                if view["last_error"]["message"].as_str().is_none_or(str::is_empty) {
+                if why.is_empty() {
                     self.broken("a failed pool says why", view.to_string());
                 }
                 let again = view["last_error"]["retry_after_ms"].as_u64();
-                again.is_none_or(|ms| ms > PATIENCE_MS) || view["in_state_ms"].as_u64() > Some(PATIENCE_MS * 2)
+                again.is_none_or(|ms| ms > PATIENCE_MS) || in_state > PATIENCE_MS * 2
             }
-            "draining" | "stopped" => view["in_state_ms"].as_u64() > Some(PATIENCE_MS),
+            "draining" | "stopping" | "stopped" => in_state > PATIENCE_MS,
             _ => false,
         };
         if !stays {
-            return Ok(());
+            return Ok(false);
         }
         if self.offers().resume {
-            self.journal.write(format!("the pool is {state}: resume; {}", view["last_error"]));
+            self.journal
+                .write(format!("the pool is {state}, resume it: {why}"));
             let path = format!("/v2/pools/{POOL}/resume");
             self.ask(up, "POST", &path, Some(&json!({}))).await;
-            tokio::time::sleep(Duration::from_millis(300)).await;
-            return Ok(());
+        } else {
+            self.journal.write(format!(
+                "the pool is {state}, start the daemon again: {why}"
+            ));
+            self.stop().await?;
+            self.start().await?;
         }
-        self.journal.write(format!("the pool is {state}: the daemon is started again; {}", view["last_error"]));
-        self.stop().await?;
-        self.start().await?;
-        Ok(())
+        Ok(true)
     }
 
     /// Whether a small task is answered.
@@ -372,7 +402,10 @@ impl World {
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        Err(Failing::broken("tasks come to an end", "the pool was still busy after 20 s"))
+        Err(Failing::broken(
+            "tasks come to an end",
+            "the pool was still busy after 20 s",
+        ))
     }
 
     /// A task that is sure to be admitted, sooner or later.
@@ -392,7 +425,12 @@ impl World {
 
     /// A task that streams now: it has given `tokens` tokens already, and is
     /// read on by somebody else.
-    pub async fn streaming(&self, rng: &mut Rng, tokens: u64, length: u64) -> Result<Task, Failing> {
+    pub async fn streaming(
+        &self,
+        rng: &mut Rng,
+        tokens: u64,
+        length: u64,
+    ) -> Result<Task, Failing> {
         for _ in 0..20 {
             let (body, facts) = self.task_body(rng, length);
             let task = self.admitted(&body, facts).await?;
@@ -413,7 +451,10 @@ impl World {
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
         }
-        Err(Failing::broken("tasks stream", "none of twenty was caught in mid-stream"))
+        Err(Failing::broken(
+            "tasks stream",
+            "none of twenty was caught in mid-stream",
+        ))
     }
 
     /// How many tasks ended with each error so far.
@@ -435,6 +476,9 @@ impl World {
         if more.is_empty() {
             return Ok(String::new());
         }
-        Err(Failing::broken("no admitted task is lost by it", more.join(", ")))
+        Err(Failing::broken(
+            "no admitted task is lost by it",
+            more.join(", "),
+        ))
     }
 }

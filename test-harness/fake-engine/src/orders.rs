@@ -30,7 +30,9 @@ pub fn order(dir: &Path, fault: &Fault) {
 /// Takes back the orders that nobody has carried out, and says how many.
 pub fn take_back(dir: &Path) -> usize {
     let waiting = waiting(dir);
-    let removed = waiting.iter().filter(|path| std::fs::remove_file(path).is_ok());
+    let removed = waiting
+        .iter()
+        .filter(|path| std::fs::remove_file(path).is_ok());
     removed.count()
 }
 
@@ -51,7 +53,10 @@ fn waiting(dir: &Path) -> Vec<PathBuf> {
     let mut paths: Vec<PathBuf> = entries
         .flatten()
         .map(|entry| entry.path())
-        .filter(|path| path.extension().is_some_and(|extension| extension == "json"))
+        .filter(|path| {
+            path.extension()
+                .is_some_and(|extension| extension == "json")
+        })
         .collect();
     paths.sort();
     paths

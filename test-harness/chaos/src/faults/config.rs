@@ -24,11 +24,20 @@ fn apply(world: &World, up: &Up, change: impl FnOnce(&mut Value)) -> Result<(), 
     Ok(())
 }
 
-async fn until_shown(world: &World, up: &Up, pool: &str, limit: Duration, wanted: impl Fn(u16, &Value) -> bool) -> Verdict {
+async fn until_shown(
+    world: &World,
+    up: &Up,
+    pool: &str,
+    limit: Duration,
+    wanted: impl Fn(u16, &Value) -> bool,
+) -> Verdict {
     let begun = Instant::now();
     let mut last = String::new();
     while begun.elapsed() < limit {
-        let Some(reply) = world.ask(up, "GET", &format!("/v2/pools/{pool}"), None).await else {
+        let Some(reply) = world
+            .ask(up, "GET", &format!("/v2/pools/{pool}"), None)
+            .await
+        else {
             break;
         };
         if wanted(reply.status, &reply.body) {
@@ -37,7 +46,10 @@ async fn until_shown(world: &World, up: &Up, pool: &str, limit: Duration, wanted
         last = reply.body.to_string();
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    Err(Failing::broken("SIGHUP applies the configuration", format!("pool {pool}: {last}")))
+    Err(Failing::broken(
+        "SIGHUP applies the configuration",
+        format!("pool {pool}: {last}"),
+    ))
 }
 
 pub(super) async fn capacity(world: Arc<World>, mut rng: Rng) -> Verdict {
@@ -45,8 +57,13 @@ pub(super) async fn capacity(world: Arc<World>, mut rng: Rng) -> Verdict {
     let before = world.failures();
     let raised = CAPACITY + rng.between(1, 20);
     for capacity in [raised, CAPACITY] {
-        apply(&world, &up, |config| config["pools"][POOL]["queue_capacity"] = json!(capacity))?;
-        until_shown(&world, &up, POOL, SOON, |_, view| view["queue"]["capacity"] == capacity).await?;
+        apply(&world, &up, |config| {
+            config["pools"][POOL]["queue_capacity"] = json!(capacity)
+        })?;
+        until_shown(&world, &up, POOL, SOON, |_, view| {
+            view["queue"]["capacity"] == capacity
+        })
+        .await?;
     }
     world.none_failed_since(&before)
 }
@@ -57,7 +74,10 @@ pub(super) async fn pools(world: Arc<World>, mut rng: Rng) -> Verdict {
     let before = world.failures();
     let side = world.setup.pool();
     apply(&world, &up, |config| config["pools"][SIDE_POOL] = side)?;
-    let ready = until_shown(&world, &up, SIDE_POOL, world.patience(), |_, view| view["state"] == "ready").await;
+    let ready = until_shown(&world, &up, SIDE_POOL, world.patience(), |_, view| {
+        view["state"] == "ready"
+    })
+    .await;
     let served = async {
         ready?;
         let (mut body, facts) = world.task_body(&mut rng, 10);
@@ -79,12 +99,18 @@ pub(super) async fn pools(world: Arc<World>, mut rng: Rng) -> Verdict {
     let now = world.serving_engine().await?;
     if now != engine {
         let detail = format!("{engine:?} before, {now:?} after");
-        return Err(Failing::broken("a pool that did not change is not touched", detail));
+        return Err(Failing::broken(
+            "a pool that did not change is not touched",
+            detail,
+        ));
     }
     let begun = Instant::now();
     while world.engines().len() > 1 {
         if begun.elapsed() > SOON {
-            return Err(Failing::broken("a removed pool leaves no engine", format!("{:?}", world.engines())));
+            return Err(Failing::broken(
+                "a removed pool leaves no engine",
+                format!("{:?}", world.engines()),
+            ));
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

@@ -67,7 +67,9 @@ pub(super) async fn kill_in_reload(world: Arc<World>, mut rng: Rng) -> Verdict {
 pub(super) async fn kill_in_drain(world: Arc<World>, mut rng: Rng) -> Verdict {
     let up = offering(&world, world.offers().drain, "POST /v2/pools/{id}/drain")?;
     let path = format!("/v2/pools/{POOL}/drain");
-    world.ask(&up, "POST", &path, Some(&json!({ "deadline_ms": 1000 }))).await;
+    world
+        .ask(&up, "POST", &path, Some(&json!({ "deadline_ms": 1000 })))
+        .await;
     tokio::time::sleep(rng.millis(0, 250)).await;
     kill_and_start(&world).await
 }
@@ -95,7 +97,11 @@ async fn kill_and_start(world: &World) -> Verdict {
     Ok(format!(
         "nothing left after {} ms{}",
         clean_after.as_millis(),
-        if stale { ", a stale PID file cleared" } else { "" }
+        if stale {
+            ", a stale PID file cleared"
+        } else {
+            ""
+        }
     ))
 }
 
@@ -121,7 +127,10 @@ pub(super) async fn term(world: Arc<World>, mut rng: Rng) -> Verdict {
     let left = leftovers(&world);
     world.start().await?;
     if !left.is_empty() {
-        return Err(Failing::broken("no file is left after a stop", left.join(", ")));
+        return Err(Failing::broken(
+            "no file is left after a stop",
+            left.join(", "),
+        ));
     }
     Ok(format!("stopped in {:.1} s", took.as_secs_f64()))
 }

@@ -24,7 +24,10 @@ pub(super) async fn kill_idle(world: Arc<World>, _: Rng) -> Verdict {
 }
 
 pub(super) async fn kill_streaming(world: Arc<World>, mut rng: Rng) -> Verdict {
-    let task = { let tokens = rng.between(1, 10); world.streaming(&mut rng, tokens, 120).await? };
+    let task = {
+        let tokens = rng.between(1, 10);
+        world.streaming(&mut rng, tokens, 120).await?
+    };
     let engine = world.serving_engine().await?;
     signal(engine.pid, Signal::SIGKILL);
     gone(&engine, Duration::from_secs(10)).await?;
@@ -59,7 +62,10 @@ pub(super) async fn new_engine(world: &World, before: &Process) -> Result<Proces
         }
         tokio::time::sleep(Duration::from_millis(4)).await;
     }
-    Err(Failing::broken("a lost engine is replaced", format!("none after {before:?}")))
+    Err(Failing::broken(
+        "a lost engine is replaced",
+        format!("none after {before:?}"),
+    ))
 }
 
 pub(super) async fn term(world: Arc<World>, mut rng: Rng) -> Verdict {
@@ -81,7 +87,10 @@ pub(super) async fn stop_for_good(world: Arc<World>, mut rng: Rng) -> Verdict {
     // Not to be left behind by us, whatever the daemon did.
     signal(engine.pid, Signal::SIGKILL);
     verdict?;
-    Ok(format!("replaced after {:.1} s", begun.elapsed().as_secs_f64()))
+    Ok(format!(
+        "replaced after {:.1} s",
+        begun.elapsed().as_secs_f64()
+    ))
 }
 
 pub(super) async fn pause(world: Arc<World>, mut rng: Rng) -> Verdict {

@@ -18,7 +18,8 @@ pub(super) async fn stale(world: Arc<World>, mut rng: Rng) -> Verdict {
     let setup = &world.setup;
     // A process that lives and is not ours: it must not be touched.
     let stranger = std::process::Command::new("sleep").arg("600").spawn();
-    let mut stranger = stranger.map_err(|error| Failing::broken("the harness can start its tools", error.to_string()))?;
+    let mut stranger = stranger
+        .map_err(|error| Failing::broken("the harness can start its tools", error.to_string()))?;
     let identity = json!({
         "pid": if rng.percent(50) { stranger.id() } else { 4_000_000 },
         "start_time": rng.next() % 1000, "executable": "/nowhere/llama-server",
@@ -27,24 +28,44 @@ pub(super) async fn stale(world: Arc<World>, mut rng: Rng) -> Verdict {
     pid_file["port"] = json!(1);
     pid_file["owner_pid"] = json!(4_000_001);
     pid_file["owner"] = identity;
-    let text = if rng.percent(30) { "{ half a file".to_owned() } else { pid_file.to_string() };
+    let text = if rng.percent(30) {
+        "{ half a file".to_owned()
+    } else {
+        pid_file.to_string()
+    };
     let part = format!("downloads/{}.part", setup.engine.digest);
     let written = [
         (setup.pid_file(), text),
-        (setup.handoff(), json!({ "engine": "llamacpp", "url": "http://127.0.0.1:1", "pid": 4_000_000 }).to_string()),
-        (setup.announcement(), json!({ "pid": 4_000_001, "url": "http://127.0.0.1:1" }).to_string()),
+        (
+            setup.handoff(),
+            json!({ "engine": "llamacpp", "url": "http://127.0.0.1:1", "pid": 4_000_000 })
+                .to_string(),
+        ),
+        (
+            setup.announcement(),
+            json!({ "pid": 4_000_001, "url": "http://127.0.0.1:1" }).to_string(),
+        ),
         (setup.cache().join(part), "half a model".to_owned()),
-        (setup.cache().join("models/.staged-left"), "half a file".to_owned()),
+        (
+            setup.cache().join("models/.staged-left"),
+            "half a file".to_owned(),
+        ),
     ];
     let mut failed = None;
+    let leftovers = [written[3].0.clone(), written[4].0.clone()];
     for (path, text) in written {
         let parent = path.parent().map(std::fs::create_dir_all);
-        let write = parent.unwrap_or(Ok(())).and_then(|()| std::fs::write(&path, text));
+        let write = parent
+            .unwrap_or(Ok(()))
+            .and_then(|()| std::fs::write(&path, text));
         failed = failed.or(write.err());
     }
     let verdict = async {
         if let Some(error) = failed {
-            return Err(Failing::broken("the harness can write its files", error.to_string()));
+            return Err(Failing::broken(
+                "the harness can write its files",
+                error.to_string(),
+            ));
         }
         world.start().await?;
         world.settle().await?;
@@ -54,20 +75,35 @@ pub(super) async fn stale(world: Arc<World>, mut rng: Rng) -> Verdict {
     let untouched = matches!(stranger.try_wait(), Ok(None));
     let _ = stranger.kill();
     let _ = stranger.wait();
+    let left: Vec<_> = leftovers.iter().filter(|path| path.exists()).collect();
+    let found = format!("{left:?}");
+    // Not to be met again by the look at the end of a later stop.
+    for path in &left {
+        let _ = std::fs::remove_file(path);
+    }
     verdict?;
+    if !left.is_empty() {
+        return Err(Failing::broken("leftovers of a crash are cleared", found));
+    }
     if untouched {
         Ok(String::new())
     } else {
-        Err(Failing::broken("a stale PID file ends no stranger", "the process that it named has ended"))
+        Err(Failing::broken(
+            "a stale PID file ends no stranger",
+            "the process that it named has ended",
+        ))
     }
 }
 
 pub(super) async fn second_daemon(world: Arc<World>, _: Rng) -> Verdict {
     let engine = world.serving_engine().await?;
     let config = world.setup.config_file();
-    let mut command = world.setup.command(&["serve", "--config", &config.to_string_lossy()]);
+    let mut command = world
+        .setup
+        .command(&["serve", "--config", &config.to_string_lossy()]);
     let spawned = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
-    let mut second = spawned.map_err(|error| Failing::broken("the harness can start its tools", error.to_string()))?;
+    let mut second = spawned
+        .map_err(|error| Failing::broken("the harness can start its tools", error.to_string()))?;
     let begun = Instant::now();
     let status = loop {
         if let Ok(Some(status)) = second.try_wait() {
@@ -88,10 +124,16 @@ pub(super) async fn second_daemon(world: Arc<World>, _: Rng) -> Verdict {
     match status {
         None => return Err(Failing::broken("a second daemon refuses its start", said)),
         Some(status) if status.success() || status.code().is_none() => {
-            return Err(Failing::broken("a second daemon refuses its start", format!("{status}: {said}")));
+            return Err(Failing::broken(
+                "a second daemon refuses its start",
+                format!("{status}: {said}"),
+            ));
         }
         Some(_) if said.trim().is_empty() => {
-            return Err(Failing::broken("a second daemon says why it refuses", "nothing was said"));
+            return Err(Failing::broken(
+                "a second daemon says why it refuses",
+                "nothing was said",
+            ));
         }
         Some(_) => {}
     }
@@ -100,7 +142,10 @@ pub(super) async fn second_daemon(world: Arc<World>, _: Rng) -> Verdict {
     let now = world.serving_engine().await?;
     if now != engine {
         let detail = format!("{engine:?} before, {now:?} after");
-        return Err(Failing::broken("a second daemon does not disturb the first", detail));
+        return Err(Failing::broken(
+            "a second daemon does not disturb the first",
+            detail,
+        ));
     }
     Ok(String::new())
 }

@@ -36,8 +36,12 @@ async fn exchange(up: &Up, bytes: &[u8]) -> Result<String, Failing> {
 
 /// No answer may say that the daemon failed.
 fn acceptable(world: &World, what: &str, answer: &str) {
-    let status = answer.split(' ').nth(1).and_then(|code| code.parse::<u16>().ok());
-    if status.is_some_and(|status| (200..300).contains(&status) || (status >= 500 && status != 503)) {
+    let status = answer
+        .split(' ')
+        .nth(1)
+        .and_then(|code| code.parse::<u16>().ok());
+    if status.is_some_and(|status| (200..300).contains(&status) || (status >= 500 && status != 503))
+    {
         let start: String = answer.chars().take(200).collect();
         world.broken("nonsense is refused", format!("{what}: {start}"));
     }
@@ -47,7 +51,10 @@ async fn answers_others(world: &World, up: &Up) -> Verdict {
     let begun = Instant::now();
     let reply = world.ask(up, "GET", "/health", None).await;
     if reply.is_some() && begun.elapsed() > ANSWER_LIMIT {
-        return Err(Failing::broken("the daemon answers others meanwhile", format!("{:?}", begun.elapsed())));
+        return Err(Failing::broken(
+            "the daemon answers others meanwhile",
+            format!("{:?}", begun.elapsed()),
+        ));
     }
     Ok(String::new())
 }
@@ -97,33 +104,81 @@ fn get(path: &str) -> Vec<u8> {
 
 fn nonsense(rng: &mut Rng) -> (&'static str, Vec<u8>) {
     match rng.between(0, 11) {
-        0 => ("bytes", (0..rng.between(1, 2000)).map(|_| rng.next() as u8).collect()),
+        0 => (
+            "bytes",
+            (0..rng.between(1, 2000))
+                .map(|_| rng.next() as u8)
+                .collect(),
+        ),
         1 => ("no JSON", post("{\"prompt\": ")),
-        2 => ("deep JSON", post(&format!("{{\"json_schema\": {}1{}}}", "[".repeat(20_000), "]".repeat(20_000)))),
-        3 => ("wrong types", post("{\"prompt\": 7, \"max_tokens\": \"many\"}")),
-        4 => ("unknown keys", post("{\"prompt\": \"a\", \"prompts\": [\"b\"]}")),
-        5 => ("wrong ranges", post("{\"prompt\": \"a\", \"temperature\": 1e999, \"max_tokens\": -3}")),
-        6 => ("no such pool", post("{\"prompt\": \"a\", \"pool_id\": \"../../etc/passwd\"}")),
-        7 => ("a wild path", get("/v2/tasks/%00%ff/../../../../etc/passwd")),
-        8 => ("a long path", get(&format!("/v2/pools/{}", "a".repeat(9000)))),
-        9 => ("a long header", format!("GET /v2/nothing HTTP/1.1\r\nHost: x\r\nX-Long: {}\r\n\r\n", "b".repeat(100_000)).into_bytes()),
+        2 => (
+            "deep JSON",
+            post(&format!(
+                "{{\"json_schema\": {}1{}}}",
+                "[".repeat(20_000),
+                "]".repeat(20_000)
+            )),
+        ),
+        3 => (
+            "wrong types",
+            post("{\"prompt\": 7, \"max_tokens\": \"many\"}"),
+        ),
+        4 => (
+            "unknown keys",
+            post("{\"prompt\": \"a\", \"prompts\": [\"b\"]}"),
+        ),
+        5 => (
+            "wrong ranges",
+            post("{\"prompt\": \"a\", \"temperature\": 1e999, \"max_tokens\": -3}"),
+        ),
+        6 => (
+            "no such pool",
+            post("{\"prompt\": \"a\", \"pool_id\": \"../../etc/passwd\"}"),
+        ),
+        7 => (
+            "a wild path",
+            get("/v2/tasks/%00%ff/../../../../etc/passwd"),
+        ),
+        8 => (
+            "a long path",
+            get(&format!("/v2/pools/{}", "a".repeat(9000))),
+        ),
+        9 => (
+            "a long header",
+            format!(
+                "GET /v2/nothing HTTP/1.1\r\nHost: x\r\nX-Long: {}\r\n\r\n",
+                "b".repeat(100_000)
+            )
+            .into_bytes(),
+        ),
         10 => ("many headers", {
-            let headers: String = (0..500).map(|number| format!("X-{number}: y\r\n")).collect();
+            let headers: String = (0..500)
+                .map(|number| format!("X-{number}: y\r\n"))
+                .collect();
             format!("GET /v2/nothing HTTP/1.1\r\nHost: x\r\n{headers}\r\n").into_bytes()
         }),
-        _ => ("a wrong method", format!("BREW /v2/pools/{POOL} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").into_bytes()),
+        _ => (
+            "a wrong method",
+            format!("BREW /v2/pools/{POOL} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                .into_bytes(),
+        ),
     }
 }
 
 pub(super) async fn huge(world: Arc<World>, mut rng: Rng) -> Verdict {
     let up = offering(&world, true, "")?;
     let size = rng.between(300_000, 4_000_000) as usize;
-    let answer = exchange(&up, &post(&format!("{{\"prompt\": \"{}\"}}", "a ".repeat(size / 2)))).await?;
+    let answer = exchange(
+        &up,
+        &post(&format!("{{\"prompt\": \"{}\"}}", "a ".repeat(size / 2))),
+    )
+    .await?;
     acceptable(&world, "a huge body", &answer);
     // Promised only, and chunked without a length.
     let promised = b"POST /v2/tasks HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n{";
     acceptable(&world, "a promised body", &exchange(&up, promised).await?);
-    let mut chunked = b"POST /v2/tasks HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".to_vec();
+    let mut chunked =
+        b"POST /v2/tasks HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".to_vec();
     for _ in 0..40 {
         chunked.extend(b"4000\r\n");
         chunked.extend(vec![b'a'; 0x4000]);
@@ -139,7 +194,8 @@ pub(super) async fn slow(world: Arc<World>, mut rng: Rng) -> Verdict {
     for _ in 0..rng.between(3, 8) {
         senders.push(connect(&up).await?);
     }
-    let head = b"POST /v2/tasks HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n{\"prompt\": \"";
+    let head =
+        b"POST /v2/tasks HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n{\"prompt\": \"";
     let mut bytes = head.iter().chain(std::iter::repeat(&b'a'));
     for _ in 0..rng.between(60, 160) {
         let byte = bytes.next().copied().unwrap_or(b'a');

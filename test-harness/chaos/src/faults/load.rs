@@ -48,7 +48,10 @@ pub(super) async fn flood(world: Arc<World>, mut rng: Rng) -> Verdict {
             return Ok(format!("{refused} of {} refused", CAPACITY * times));
         }
     }
-    Err(Failing::broken("a full queue refuses", "no task of the flood was refused"))
+    Err(Failing::broken(
+        "a full queue refuses",
+        "no task of the flood was refused",
+    ))
 }
 
 pub(super) async fn cancel_storm(world: Arc<World>, mut rng: Rng) -> Verdict {
@@ -79,7 +82,10 @@ pub(super) async fn cancel_storm(world: Arc<World>, mut rng: Rng) -> Verdict {
             if let Some(answer) = world.cancel(&task).await
                 && answer["cancelled"] != json!(false)
             {
-                world.broken("a finished task cannot be cancelled", format!("{}: {answer}", task.key));
+                world.broken(
+                    "a finished task cannot be cancelled",
+                    format!("{}: {answer}", task.key),
+                );
             }
         });
     }
@@ -104,6 +110,10 @@ pub(super) async fn deadlines(world: Arc<World>, mut rng: Rng) -> Verdict {
         });
     }
     let endings = join_all(tasks).await;
-    let unmet = endings.iter().flatten().filter(|ending| *ending == "DEADLINE_UNMET").count();
+    let unmet = endings
+        .iter()
+        .flatten()
+        .filter(|ending| *ending == "DEADLINE_UNMET")
+        .count();
     Ok(format!("{unmet} of {} unmet", endings.len()))
 }

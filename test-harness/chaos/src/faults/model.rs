@@ -13,12 +13,21 @@ use crate::source::Mischief;
 use crate::world::World;
 
 fn harness_fault(what: &str) -> impl FnOnce(std::io::Error) -> Failing {
-    move |error| Failing::broken("the harness can write its files", format!("{what}: {error}"))
+    move |error| {
+        Failing::broken(
+            "the harness can write its files",
+            format!("{what}: {error}"),
+        )
+    }
 }
 
 /// Removes the stored model and what is known of it.
 pub(super) fn forget(world: &World) -> Result<(), Failing> {
-    for path in [world.setup.stored_model(), world.setup.model_records(), world.setup.cache().join("downloads")] {
+    for path in [
+        world.setup.stored_model(),
+        world.setup.model_records(),
+        world.setup.cache().join("downloads"),
+    ] {
         let removed = if path.is_dir() {
             std::fs::remove_dir_all(&path)
         } else {
@@ -40,7 +49,10 @@ fn check_stored(world: &World) -> Verdict {
     if digest == format!("sha256:{}", world.setup.engine.digest) {
         return Ok(String::new());
     }
-    Err(Failing::broken("only the digest decides what is the model", digest))
+    Err(Failing::broken(
+        "only the digest decides what is the model",
+        digest,
+    ))
 }
 
 pub(super) async fn flipped(world: Arc<World>, mut rng: Rng) -> Verdict {
@@ -62,15 +74,45 @@ pub(super) async fn truncated(world: Arc<World>, mut rng: Rng) -> Verdict {
 
 /// Changes the stored model while the daemon is down. The next one must notice
 /// and fetch it again.
-async fn spoil(world: &World, change: impl FnOnce(&mut std::fs::File) -> std::io::Result<()>) -> Verdict {
+async fn spoil(
+    world: &World,
+    change: impl FnOnce(&mut std::fs::File) -> std::io::Result<()>,
+) -> Verdict {
     world.stop().await?;
     let path = world.setup.stored_model();
-    let opened = std::fs::OpenOptions::new().read(true).write(true).open(&path);
-    opened.and_then(|mut file| change(&mut file)).map_err(harness_fault("spoil the model"))?;
-    world.start().await?;
-    world.settle().await?;
-    check_stored(world)?;
-    Ok("noticed and fetched again".to_owned())
+    let opened = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path);
+    opened
+        .and_then(|mut file| change(&mut file))
+        .map_err(harness_fault("spoil the model"))?;
+    let up = world.start().await?;
+    let limit = Instant::now() + world.patience();
+    while Instant::now() < limit {
+        let Some(view) = world.pool(&up).await else {
+            break;
+        };
+        let why = view["last_error"]["message"].as_str().unwrap_or("");
+        match view["state"].as_str() {
+            Some("ready") => {
+                check_stored(world)?;
+                return Ok("noticed and fetched again".to_owned());
+            }
+            Some("failed") if why.contains("digest") || why.contains("changed") => {
+                // As the hint says.
+                std::fs::remove_file(&path).map_err(harness_fault("remove the model"))?;
+                world.settle().await?;
+                check_stored(world)?;
+                return Ok("noticed, refused with the cause, fetched after `rm`".to_owned());
+            }
+            _ => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    }
+    Err(Failing::broken(
+        "a spoilt model is noticed",
+        "neither repaired nor refused",
+    ))
 }
 
 pub(super) async fn fetch_cut(world: Arc<World>, rng: Rng) -> Verdict {
@@ -153,18 +195,29 @@ async fn refused(world: &World) -> Verdict {
             && let Some(view) = world.pool(&up).await
         {
             if view["state"] == "failed" {
-                let text = view["last_error"]["message"].as_str().unwrap_or("").to_lowercase();
-                let told = ["space", "too large", "full", "write"].iter().any(|word| text.contains(word));
+                let text = view["last_error"]["message"]
+                    .as_str()
+                    .unwrap_or("")
+                    .to_lowercase();
+                let told = ["space", "too large", "full", "write"]
+                    .iter()
+                    .any(|word| text.contains(word));
                 let short: String = text.chars().take(60).collect();
                 return if told {
                     Ok(format!("refused: {short}…"))
                 } else {
-                    Err(Failing::broken("a full disk is named as the cause", view["last_error"].to_string()))
+                    Err(Failing::broken(
+                        "a full disk is named as the cause",
+                        view["last_error"].to_string(),
+                    ))
                 };
             }
             last = view;
         }
         tokio::time::sleep(Duration::from_millis(30)).await;
     }
-    Err(Failing::broken("a full disk is named as the cause", format!("not failed: {last}")))
+    Err(Failing::broken(
+        "a full disk is named as the cause",
+        format!("not failed: {last}"),
+    ))
 }

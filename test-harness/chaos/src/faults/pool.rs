@@ -19,16 +19,28 @@ pub(super) fn other_flags(rng: &mut Rng) -> Value {
 }
 
 async fn post(world: &World, up: &Up, route: &'static str, body: &Value) -> Verdict {
-    let reply = world.ask(up, "POST", &format!("/v2/pools/{POOL}/{route}"), Some(body)).await;
+    let reply = world
+        .ask(up, "POST", &format!("/v2/pools/{POOL}/{route}"), Some(body))
+        .await;
     match reply {
         Some(reply) if reply.status == 202 || reply.status == 200 => Ok(String::new()),
-        Some(reply) => Err(Failing::broken("an operator's wish is taken", format!("{route}: {} {}", reply.status, reply.body))),
-        None => Err(Failing::broken("an operator's wish is taken", format!("{route}: no answer"))),
+        Some(reply) => Err(Failing::broken(
+            "an operator's wish is taken",
+            format!("{route}: {} {}", reply.status, reply.body),
+        )),
+        None => Err(Failing::broken(
+            "an operator's wish is taken",
+            format!("{route}: no answer"),
+        )),
     }
 }
 
 /// Waits until the pool's view satisfies `wanted`.
-async fn until(world: &World, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<Value, Failing> {
+async fn until(
+    world: &World,
+    what: &str,
+    wanted: impl Fn(&Value) -> bool,
+) -> Result<Value, Failing> {
     let limit = Instant::now() + world.patience();
     let mut last = Value::Null;
     while Instant::now() < limit {
@@ -42,19 +54,35 @@ async fn until(world: &World, what: &str, wanted: impl Fn(&Value) -> bool) -> Re
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    Err(Failing::broken("a pool does what its operator asks for", format!("{what}: {last}")))
+    Err(Failing::broken(
+        "a pool does what its operator asks for",
+        format!("{what}: {last}"),
+    ))
 }
 
 pub(super) async fn drain_resume(world: Arc<World>, mut rng: Rng) -> Verdict {
     let offers = world.offers();
-    let up = offering(&world, offers.drain && offers.resume, "POST /v2/pools/{id}/drain and /resume")?;
+    let up = offering(
+        &world,
+        offers.drain && offers.resume,
+        "POST /v2/pools/{id}/drain and /resume",
+    )?;
     let engine = world.serving_engine().await?;
     let begun = Instant::now();
-    post(&world, &up, "drain", &json!({ "deadline_ms": rng.between(0, 1500) })).await?;
+    post(
+        &world,
+        &up,
+        "drain",
+        &json!({ "deadline_ms": rng.between(0, 1500) }),
+    )
+    .await?;
     until(&world, "drained", |view| view["state"] == "stopped").await?;
     let took = begun.elapsed();
     if engine.lives() {
-        return Err(Failing::broken("a drained pool has no engine", format!("{engine:?}")));
+        return Err(Failing::broken(
+            "a drained pool has no engine",
+            format!("{engine:?}"),
+        ));
     }
     tokio::time::sleep(rng.millis(0, 200)).await;
     post(&world, &up, "resume", &json!({})).await?;
@@ -70,7 +98,10 @@ pub(super) async fn reload(world: Arc<World>, mut rng: Rng) -> Verdict {
     let body = json!({ "flags": other_flags(&mut rng) });
     post(&world, &up, "reload", &body).await?;
     let pid = json!(engine.pid);
-    let view = until(&world, "reloaded", |view| view["state"] == "ready" && view["replica"]["pid"] != pid).await?;
+    let view = until(&world, "reloaded", |view| {
+        view["state"] == "ready" && view["replica"]["pid"] != pid
+    })
+    .await?;
     super::engine::gone(&engine, Duration::from_secs(30)).await?;
     world.none_failed_since(&before)?;
     let mode = view["reload"]["mode"].as_str().unwrap_or("?");
@@ -82,14 +113,26 @@ pub(super) async fn failing_reload(world: Arc<World>, mut rng: Rng) -> Verdict {
     world.streaming(&mut rng, 1, 80).await?;
     let before = world.failures();
     let engine = world.serving_engine().await?;
-    post(&world, &up, "reload", &json!({ "flags": ["--no-such-flag"] })).await?;
-    let view = until(&world, "rolled back", |view| view["state"] == "ready" && view["reload"]["error"].is_object()).await?;
+    post(
+        &world,
+        &up,
+        "reload",
+        &json!({ "flags": ["--no-such-flag"] }),
+    )
+    .await?;
+    let view = until(&world, "rolled back", |view| {
+        view["state"] == "ready" && view["reload"]["error"].is_object()
+    })
+    .await?;
     world.none_failed_since(&before)?;
     let now = world.serving_engine().await?;
     // With too little memory it drains first, and starts the old one again.
     if now != engine && view["reload"]["mode"] == "beside" {
         let detail = format!("{engine:?} before, {now:?} after: {}", view["reload"]);
-        return Err(Failing::broken("a failing reload leaves the pool untouched", detail));
+        return Err(Failing::broken(
+            "a failing reload leaves the pool untouched",
+            detail,
+        ));
     }
     Ok(String::new())
 }

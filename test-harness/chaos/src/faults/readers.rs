@@ -18,7 +18,8 @@ pub(super) async fn leave_and_resume(world: Arc<World>, mut rng: Rng) -> Verdict
     let mut readers = Vec::new();
     for _ in 0..4 {
         let (body, facts) = world.task_body(&mut rng, 60);
-        let mut leave_after: Vec<u64> = (0..rng.between(2, 5)).map(|_| rng.between(0, 40)).collect();
+        let mut leave_after: Vec<u64> =
+            (0..rng.between(2, 5)).map(|_| rng.between(0, 40)).collect();
         leave_after.sort_unstable();
         let manner = Manner {
             leave_after,
@@ -33,7 +34,10 @@ pub(super) async fn leave_and_resume(world: Arc<World>, mut rng: Rng) -> Verdict
             Ok::<(), Failing>(())
         });
     }
-    join_all(readers).await.into_iter().collect::<Result<Vec<()>, Failing>>()?;
+    join_all(readers)
+        .await
+        .into_iter()
+        .collect::<Result<Vec<()>, Failing>>()?;
     Ok(String::new())
 }
 
@@ -59,7 +63,10 @@ pub(super) async fn never_read(world: Arc<World>, mut rng: Rng) -> Verdict {
     let limit = tokio::time::Instant::now() + SOON * 4;
     while world.ledger().is_open(&task.key) {
         if tokio::time::Instant::now() > limit {
-            return Err(Failing::broken("dead readers hold nobody up", task.key.to_string()));
+            return Err(Failing::broken(
+                "dead readers hold nobody up",
+                task.key.to_string(),
+            ));
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -81,7 +88,10 @@ pub(super) async fn slow(world: Arc<World>, mut rng: Rng) -> Verdict {
         }
     });
     let readers: Vec<_> = readers.collect();
-    join_all(readers).await.into_iter().collect::<Result<Vec<()>, Failing>>()?;
+    join_all(readers)
+        .await
+        .into_iter()
+        .collect::<Result<Vec<()>, Failing>>()?;
     Ok(String::new())
 }
 
@@ -103,7 +113,10 @@ pub(super) async fn abandoned(world: Arc<World>, mut rng: Rng) -> Verdict {
             break;
         }
         if tokio::time::Instant::now() > limit {
-            return Err(Failing::broken("an abandoned task is cancelled", view.body.to_string()));
+            return Err(Failing::broken(
+                "an abandoned task is cancelled",
+                view.body.to_string(),
+            ));
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use test_harness_fake_engine::{Fault, LoadFailure, Script, grandchild as grandchild_of, order, orders};
+use test_harness_fake_engine::{
+    Fault, LoadFailure, Script, grandchild as grandchild_of, order, orders,
+};
 
 use super::engine::gone;
 use crate::error::{Failing, Verdict};
@@ -35,7 +37,13 @@ pub(super) async fn cut(world: Arc<World>, mut rng: Rng) -> Verdict {
 
 pub(super) async fn end_without_final(world: Arc<World>, mut rng: Rng) -> Verdict {
     let after_tokens = rng.between(0, 8);
-    strike(&world, &mut rng, &Fault::EndWithoutFinal { after_tokens }, 1).await
+    strike(
+        &world,
+        &mut rng,
+        &Fault::EndWithoutFinal { after_tokens },
+        1,
+    )
+    .await
 }
 
 pub(super) async fn error_event(world: Arc<World>, mut rng: Rng) -> Verdict {
@@ -130,7 +138,10 @@ pub(super) async fn failing_loads(world: Arc<World>, mut rng: Rng) -> Verdict {
     if said {
         return Ok(String::new());
     }
-    Err(Failing::broken("a failed load says the engine's last words", "never seen"))
+    Err(Failing::broken(
+        "a failed load says the engine's last words",
+        "never seen",
+    ))
 }
 
 pub(super) async fn ignores_term(world: Arc<World>, mut rng: Rng) -> Verdict {
@@ -141,6 +152,8 @@ pub(super) async fn ignores_term(world: Arc<World>, mut rng: Rng) -> Verdict {
     let engine = replaced(&world).await;
     world.script(&healthy());
     let engine = engine?;
+    // A client that cancels would take the hang away before it is noticed.
+    let _quiet = world.quiet().await?;
     let after_tokens = rng.between(1, 8);
     strike(&world, &mut rng, &Fault::Hang { after_tokens }, 1).await?;
     gone(&engine, Duration::from_secs(30)).await
@@ -159,7 +172,10 @@ async fn replaced(world: &World) -> Result<Process, Failing> {
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    Err(Failing::broken("a lost engine is replaced", format!("{next:?} never served")))
+    Err(Failing::broken(
+        "a lost engine is replaced",
+        format!("{next:?} never served"),
+    ))
 }
 
 pub(super) async fn grandchild(world: Arc<World>, _: Rng) -> Verdict {

@@ -96,7 +96,11 @@ fn gaps_and_repeats_are_seen() {
     breaks(NUMBERED, &[started(), token(2, 0), token(3, 0)], invariant);
     breaks(NUMBERED, &[started(), token(2, 0), token(3, 2)], invariant);
     let other = event(2, "token", json!({"i": 0, "t": "w1 "}));
-    breaks(NUMBERED, &[started(), other], "the text has no gap and no repeat");
+    breaks(
+        NUMBERED,
+        &[started(), other],
+        "the text has no gap and no repeat",
+    );
 }
 
 #[test]
@@ -107,7 +111,11 @@ fn a_task_ends_once_and_for_all() {
     breaks(NUMBERED, &events, invariant);
     events[5] = end(6);
     breaks(NUMBERED, &events, invariant);
-    let failed = event(2, "error", json!({"code": "WORKER_RESET", "message": "m", "retriable": true}));
+    let failed = event(
+        2,
+        "error",
+        json!({"code": "WORKER_RESET", "message": "m", "retriable": true}),
+    );
     breaks(NUMBERED, &[started(), failed, end(3)], invariant);
 }
 
@@ -119,7 +127,10 @@ fn a_task_that_never_ends_is_seen() {
     let mut ledger = feed(NUMBERED, &good()[..3]);
     ledger.stream_ended(&key(), "while nothing was wrong");
     ledger.finish();
-    assert_eq!(complaints(&mut ledger), ["every stream ends with `end` or `error`"]);
+    assert_eq!(
+        complaints(&mut ledger),
+        ["every stream ends with `end` or `error`"]
+    );
 }
 
 #[test]
@@ -153,7 +164,10 @@ fn errors_say_code_and_retriable() {
     );
     let mut ledger = Ledger::default();
     ledger.refusal("GET /", 500, &json!({ "error": internal }));
-    assert_eq!(complaints(&mut ledger), ["nothing goes wrong inside the daemon"]);
+    assert_eq!(
+        complaints(&mut ledger),
+        ["nothing goes wrong inside the daemon"]
+    );
 }
 
 #[test]
@@ -220,7 +234,10 @@ fn only_who_asked_is_continued() {
         events[4] = event(5, "end", json!({"finish_reason": "length", "resumed": 1}));
         feed(facts, &events)
     };
-    assert_eq!(complaints(&mut resumed(NUMBERED)), ["only who asked for it is continued"]);
+    assert_eq!(
+        complaints(&mut resumed(NUMBERED)),
+        ["only who asked for it is continued"]
+    );
     let asked = Facts {
         resumes: true,
         ..NUMBERED
@@ -243,12 +260,18 @@ fn the_queues_bound_holds() {
     ledger.pool(&view(3, 0), later);
     assert!(complaints(&mut ledger).is_empty());
     ledger.pool(&view(4, 0), later);
-    assert_eq!(complaints(&mut ledger), ["the queue never holds more than its bound"]);
+    assert_eq!(
+        complaints(&mut ledger),
+        ["the queue never holds more than its bound"]
+    );
     // Tasks that a lost engine gave back stand beyond it for a while.
     ledger.pool(&view(5, 1), later);
     assert!(complaints(&mut ledger).is_empty());
     ledger.pool(&view(6, 1), later);
-    assert_eq!(complaints(&mut ledger), ["the queue never holds more than its bound"]);
+    assert_eq!(
+        complaints(&mut ledger),
+        ["the queue never holds more than its bound"]
+    );
 }
 
 #[test]
