@@ -34,6 +34,10 @@ impl EngineChoice {
 /// again within a bound. The exit status is 0 only if no promise was broken.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "test-harness-chaos", after_help = EXAMPLES)]
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "independent switches of a command line"
+)]
 pub struct Options {
     /// The engine behind the daemon.
     #[arg(long, value_enum, default_value_t = EngineChoice::Scripted)]

@@ -151,7 +151,7 @@ impl World {
                 generation: up.generation,
                 task: id,
             };
-            self.ledger().admitted(key.clone(), facts, Instant::now());
+            self.ledger().admitted(&key, facts, Instant::now());
             return Submitted::Admitted(Task {
                 key,
                 up,

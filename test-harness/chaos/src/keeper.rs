@@ -1,7 +1,7 @@
 //! Keeps the daemon's process: starts it, ends it in the ways that faults
 //! want, and knows which of its ends were wanted.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::fs::OpenOptions;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -45,7 +45,7 @@ pub struct Keeper {
     child: tokio::sync::Mutex<Option<Child>>,
     up: watch::Sender<Option<Up>>,
     fates: Mutex<Vec<Fate>>,
-    ports: Mutex<HashSet<u16>>,
+    ports: Mutex<BTreeSet<u16>>,
 }
 
 impl Keeper {
@@ -91,7 +91,7 @@ impl Keeper {
     }
 
     /// Ports that daemons of this run have listened on.
-    pub fn ports(&self) -> HashSet<u16> {
+    pub fn ports(&self) -> BTreeSet<u16> {
         self.ports
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

@@ -134,7 +134,7 @@ impl Ledger {
         });
     }
 
-    pub fn admitted(&mut self, key: Key, facts: Facts, now: Instant) {
+    pub fn admitted(&mut self, key: &Key, facts: Facts, now: Instant) {
         self.totals.admitted += 1;
         let entry = Entry {
             facts,

@@ -1,7 +1,7 @@
 //! Looks at processes through `/proc`: who belongs to this run, what they
 //! hold, and whether anybody is left.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -108,7 +108,7 @@ pub fn resident_kib(pid: u32) -> Option<u64> {
 
 /// Which of these ports something listens on, over IPv4 loopback or all
 /// addresses.
-pub fn listening(ports: &HashSet<u16>) -> Vec<u16> {
+pub fn listening(ports: &BTreeSet<u16>) -> Vec<u16> {
     const LISTEN: &str = "0A";
     let table = fs::read_to_string("/proc/net/tcp").unwrap_or_default();
     let local_port = |line: &str| {
@@ -169,7 +169,7 @@ mod tests {
     fn a_listening_port_is_seen() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        let ports = HashSet::from([port]);
+        let ports = BTreeSet::from([port]);
         assert_eq!(listening(&ports), [port]);
         assert!(descriptors(std::process::id()).unwrap() > 2);
         assert!(resident_kib(std::process::id()).unwrap() > 100);

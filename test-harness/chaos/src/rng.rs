@@ -11,7 +11,7 @@ impl Rng {
         Self(seed)
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut mixed = self.0;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -21,12 +21,12 @@ impl Rng {
 
     /// From `low` to `high`, both included.
     pub fn between(&mut self, low: u64, high: u64) -> u64 {
-        low + self.next() % (high.max(low) - low + 1)
+        low + self.number() % (high.max(low) - low + 1)
     }
 
     /// True in `share` of a hundred cases.
     pub fn percent(&mut self, share: u64) -> bool {
-        self.next() % 100 < share
+        self.number() % 100 < share
     }
 
     /// One of several, which must not be none.
@@ -42,8 +42,9 @@ impl Rng {
     }
 
     /// A generator whose numbers have nothing to do with this one's.
+    #[must_use]
     pub fn fork(&mut self) -> Self {
-        Self(self.next())
+        Self(self.number())
     }
 
     pub fn millis(&mut self, low: u64, high: u64) -> std::time::Duration {

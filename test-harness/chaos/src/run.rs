@@ -115,7 +115,7 @@ async fn inject_all(world: &Arc<World>, chosen: &[Fault], progress: Progress<'_>
     let mut told = Instant::now();
     let mut count = 0u64;
     while Instant::now() < end {
-        let Some(pick) = scheduler.next() else {
+        let Some(pick) = scheduler.pick() else {
             break;
         };
         let (fault, row) = (&chosen[pick.fault], &mut rows[pick.fault]);

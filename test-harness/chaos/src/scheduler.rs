@@ -31,7 +31,7 @@ impl Scheduler {
     }
 
     /// The next fault; `None` if there are no faults at all.
-    pub fn next(&mut self) -> Option<Pick> {
+    pub fn pick(&mut self) -> Option<Pick> {
         if self.round.is_empty() {
             self.round = self
                 .weights
@@ -57,7 +57,7 @@ mod tests {
     fn picks(weights: &[u32], seed: u64, count: usize) -> Vec<usize> {
         let mut scheduler = Scheduler::new(weights.to_vec(), seed);
         (0..count)
-            .map_while(|_| scheduler.next().map(|pick| pick.fault))
+            .map_while(|_| scheduler.pick().map(|pick| pick.fault))
             .collect()
     }
 
@@ -72,8 +72,8 @@ mod tests {
     #[test]
     fn the_parameters_differ_from_pick_to_pick() {
         let mut scheduler = Scheduler::new(vec![1], 1);
-        let first = scheduler.next().unwrap().rng.next();
-        assert_ne!(first, scheduler.next().unwrap().rng.next());
+        let first = scheduler.pick().unwrap().rng.number();
+        assert_ne!(first, scheduler.pick().unwrap().rng.number());
     }
 
     proptest! {

@@ -311,7 +311,7 @@ fn small_model() -> Vec<u8> {
     out.extend(UINT32.to_le_bytes());
     out.extend(8192u32.to_le_bytes());
     let mut noise = crate::rng::Rng::new(1);
-    out.extend((0..BYTES / 8).flat_map(|_| noise.next().to_le_bytes()));
+    out.extend((0..BYTES / 8).flat_map(|_| noise.number().to_le_bytes()));
     out
 }
 

@@ -30,6 +30,10 @@ const HELP_AGAIN: Duration = Duration::from_secs(4);
 const PATIENCE_MS: u64 = 6000;
 
 /// What the daemon can be asked for.
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "one for each thing, and they are independent"
+)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Offers {
     pub drain: bool,

@@ -58,7 +58,7 @@ pub(super) async fn capacity(world: Arc<World>, mut rng: Rng) -> Verdict {
     let raised = CAPACITY + rng.between(1, 20);
     for capacity in [raised, CAPACITY] {
         apply(&world, &up, |config| {
-            config["pools"][POOL]["queue_capacity"] = json!(capacity)
+            config["pools"][POOL]["queue_capacity"] = json!(capacity);
         })?;
         until_shown(&world, &up, POOL, SOON, |_, view| {
             view["queue"]["capacity"] == capacity

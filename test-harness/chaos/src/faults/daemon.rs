@@ -144,11 +144,13 @@ pub(super) async fn freeze(world: Arc<World>, mut rng: Rng) -> Verdict {
 }
 
 /// Files that a stopped daemon must not leave: all but logs, locks, records of
-/// what was provided, the store and what is half-fetched on purpose.
+/// what was provided, the store, and temporary files that a kill in the midst
+/// of a write left, which later starts clear once they are old.
 pub(crate) fn leftovers(world: &World) -> Vec<String> {
     let known = |path: &str| {
-        path.ends_with(".lock")
-            || path.ends_with(".jsonl")
+        let ending = path.rsplit('.').next();
+        matches!(ending, Some("lock" | "jsonl"))
+            || path.contains(".staged-")
             || (path.starts_with("run/llamacpp-") && path.contains(".log"))
             || path.starts_with("models/")
             || path.starts_with("locks/")

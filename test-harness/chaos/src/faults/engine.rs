@@ -13,7 +13,7 @@ use crate::world::World;
 
 /// How long a hung engine may go on: the longest wait for a token, what ending
 /// it takes, and room for a busy machine.
-const HANG_LIMIT: Duration = Duration::from_secs(60);
+const HANG_LIMIT: Duration = Duration::from_mins(1);
 
 pub(super) async fn kill_idle(world: Arc<World>, _: Rng) -> Verdict {
     let quiet = world.quiet().await?;

@@ -2,7 +2,7 @@
 
 use std::process::Stdio;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -13,6 +13,9 @@ use crate::keeper::signal;
 use crate::rng::Rng;
 use crate::world::World;
 
+/// Nobody goes on with what is so old.
+const LONG_AGO: Duration = Duration::from_hours(24 * 60);
+
 pub(super) async fn stale(world: Arc<World>, mut rng: Rng) -> Verdict {
     world.stop().await?;
     let setup = &world.setup;
@@ -22,7 +25,7 @@ pub(super) async fn stale(world: Arc<World>, mut rng: Rng) -> Verdict {
         .map_err(|error| Failing::broken("the harness can start its tools", error.to_string()))?;
     let identity = json!({
         "pid": if rng.percent(50) { stranger.id() } else { 4_000_000 },
-        "start_time": rng.next() % 1000, "executable": "/nowhere/llama-server",
+        "start_time": rng.number() % 1000, "executable": "/nowhere/llama-server",
     });
     let mut pid_file = identity.clone();
     pid_file["port"] = json!(1);
@@ -33,7 +36,18 @@ pub(super) async fn stale(world: Arc<World>, mut rng: Rng) -> Verdict {
     } else {
         pid_file.to_string()
     };
-    let part = format!("downloads/{}.part", setup.engine.digest);
+    // What can be gone on with stays; what is old goes. Half of the time the
+    // model itself is to be gone on with, from a part that is no part of it.
+    let part = format!("downloads/model-{}.part", setup.engine.digest);
+    if rng.percent(50) {
+        super::model::forget(&world)?;
+    }
+    let old = [
+        setup
+            .cache()
+            .join(format!("downloads/model-{}.part", "0".repeat(64))),
+        setup.cache().join("downloads/.staged-left"),
+    ];
     let written = [
         (setup.pid_file(), text),
         (
@@ -52,13 +66,17 @@ pub(super) async fn stale(world: Arc<World>, mut rng: Rng) -> Verdict {
         ),
     ];
     let mut failed = None;
-    let leftovers = [written[3].0.clone(), written[4].0.clone()];
     for (path, text) in written {
         let parent = path.parent().map(std::fs::create_dir_all);
         let write = parent
             .unwrap_or(Ok(()))
             .and_then(|()| std::fs::write(&path, text));
         failed = failed.or(write.err());
+    }
+    for path in &old {
+        let file = std::fs::File::options().write(true).open(path);
+        let aged = file.and_then(|file| file.set_modified(SystemTime::now() - LONG_AGO));
+        failed = failed.or(aged.err());
     }
     let verdict = async {
         if let Some(error) = failed {
@@ -75,15 +93,22 @@ pub(super) async fn stale(world: Arc<World>, mut rng: Rng) -> Verdict {
     let untouched = matches!(stranger.try_wait(), Ok(None));
     let _ = stranger.kill();
     let _ = stranger.wait();
-    let left: Vec<_> = leftovers.iter().filter(|path| path.exists()).collect();
+    let left: Vec<_> = old.iter().filter(|path| path.exists()).collect();
     let found = format!("{left:?}");
     // Not to be met again by the look at the end of a later stop.
     for path in &left {
         let _ = std::fs::remove_file(path);
     }
+    let part = setup
+        .cache()
+        .join(format!("downloads/model-{}.part", setup.engine.digest));
+    let _ = std::fs::remove_file(part);
     verdict?;
     if !left.is_empty() {
-        return Err(Failing::broken("leftovers of a crash are cleared", found));
+        return Err(Failing::broken(
+            "old leftovers of a crash are cleared",
+            found,
+        ));
     }
     if untouched {
         Ok(String::new())

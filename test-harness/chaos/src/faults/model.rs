@@ -190,7 +190,7 @@ pub(super) async fn full_disk(world: Arc<World>, _: Rng) -> Verdict {
 async fn refused(world: &World) -> Verdict {
     let begun = Instant::now();
     let mut last = Value::Null;
-    while begun.elapsed() < Duration::from_secs(60) {
+    while begun.elapsed() < Duration::from_mins(1) {
         if let Some(up) = world.keeper.up()
             && let Some(view) = world.pool(&up).await
         {

@@ -44,7 +44,7 @@ fn good() -> Vec<Event> {
 
 fn feed(facts: Facts, events: &[Event]) -> Ledger {
     let mut ledger = Ledger::default();
-    ledger.admitted(key(), facts, Instant::now());
+    ledger.admitted(&key(), facts, Instant::now());
     for event in events {
         ledger.event(&key(), event, Instant::now());
     }
@@ -279,8 +279,8 @@ fn strangers_and_doubles_are_seen() {
     let mut ledger = Ledger::default();
     ledger.event(&key(), &started(), Instant::now());
     assert_eq!(complaints(&mut ledger), ["only admitted tasks have events"]);
-    ledger.admitted(key(), NUMBERED, Instant::now());
-    ledger.admitted(key(), NUMBERED, Instant::now());
+    ledger.admitted(&key(), NUMBERED, Instant::now());
+    ledger.admitted(&key(), NUMBERED, Instant::now());
     assert_eq!(complaints(&mut ledger), ["every task has an id of its own"]);
 }
 
