@@ -152,6 +152,7 @@ impl World {
                 task: id,
             };
             self.ledger().admitted(&key, facts, Instant::now());
+            self.journal.write(format!("task {key} admitted"));
             return Submitted::Admitted(Task {
                 key,
                 up,
@@ -224,7 +225,13 @@ impl World {
             // Ends with the bounds of its request.
             let _ = cancel.await;
         }
-        let ending = self.ledger().ending(&task.key);
+        let (ending, tokens) = {
+            let ledger = self.ledger();
+            (ledger.ending(&task.key), ledger.tokens(&task.key))
+        };
+        let how = ending.as_deref().unwrap_or("lost");
+        self.journal
+            .write(format!("task {} {how} after {tokens} tokens", task.key));
         if ending.is_some() {
             self.look(task).await;
         }

@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 /// Lines that a report of a broken promise shows.
-const AT_HAND: usize = 60;
+const AT_HAND: usize = 80;
 
 #[derive(Debug)]
 pub struct Journal {

@@ -111,7 +111,7 @@ pub struct Report {
     pub cancel_to_free: Option<Spread>,
     pub peaks: Peaks,
     pub broken: Vec<BrokenPromise>,
-    /// The journal's last lines.
+    /// The journal's lines up to the first broken promise.
     pub journal: Vec<String>,
     /// Where journal, logs and files are, if they were kept.
     pub directory: String,
@@ -135,7 +135,7 @@ impl Report {
             cancel_to_free: Spread::of(world.freed_ms()),
             peaks,
             broken: broken.into_iter().map(Into::into).collect(),
-            journal: world.journal.last_lines(),
+            journal: world.story(),
             directory: world.setup.dir.display().to_string(),
         }
     }
@@ -224,7 +224,7 @@ impl Report {
             let _ = writeln!(out, "BROKEN: {}\n  {}", broken.invariant, broken.detail);
         }
         if !self.broken.is_empty() {
-            let _ = writeln!(out, "\nthe journal's last lines:");
+            let _ = writeln!(out, "\nthe journal up to the first of them:");
             for line in &self.journal {
                 let _ = writeln!(out, "  {line}");
             }

@@ -195,8 +195,8 @@ impl Setup {
 const RESTART: [(&str, u64); 5] = [
     ("first_delay_ms", 50),
     ("last_delay_ms", 500),
-    ("crashes", 8),
-    ("window_seconds", 10),
+    ("crashes", 10),
+    ("window_seconds", 30),
     ("cool_down_seconds", 3),
 ];
 

@@ -57,6 +57,8 @@ pub struct World {
     config: Mutex<Value>,
     ledger: Mutex<Ledger>,
     broken: Mutex<Vec<Broken>>,
+    /// The journal's last lines when the first promise was broken.
+    story: Mutex<Vec<String>>,
     offers: Mutex<Offers>,
     freed_ms: Mutex<Vec<u64>>,
     paused: AtomicBool,
@@ -104,6 +106,7 @@ impl World {
             config: Mutex::new(config),
             ledger: Mutex::default(),
             broken: Mutex::default(),
+            story: Mutex::default(),
             offers: Mutex::default(),
             freed_ms: Mutex::default(),
             paused: AtomicBool::new(false),
@@ -161,9 +164,17 @@ impl World {
         for one in found {
             self.journal
                 .write(format!("BROKEN {}: {}", one.invariant, one.detail));
+            if broken.is_empty() {
+                *lock(&self.story) = self.journal.last_lines();
+            }
             broken.push(one);
         }
         broken.len()
+    }
+
+    /// What led to the first broken promise; empty if none was broken.
+    pub fn story(&self) -> Vec<String> {
+        lock(&self.story).clone()
     }
 
     pub fn all_broken(&self) -> Vec<Broken> {
@@ -378,7 +389,8 @@ impl World {
     /// Whether a small task is answered.
     async fn probe(&self) -> bool {
         let mut rng = Rng::new(1);
-        let (body, facts) = self.task_body(&mut rng, 2);
+        let (mut body, facts) = self.task_body(&mut rng, 2);
+        body["priority"] = json!("interactive");
         match self.submit(&body, facts).await {
             Submitted::Admitted(task) => {
                 let ending = self.follow(&task, &Manner::default()).await;

@@ -95,7 +95,8 @@ fn newest_change(dir: &Path) -> Option<SystemTime> {
 }
 
 /// Puts an engine into `dir` as `llama-server`, with its script beside it, and
-/// returns the engine's path. Installing again replaces the script; a running
+/// returns the engine's path. Installing again replaces the script, whole, so
+/// that an engine that just starts reads the old or the new one; a running
 /// engine read its own at start.
 pub fn install(dir: &Path, script: &Script) -> PathBuf {
     std::fs::create_dir_all(dir).expect("the test's directory can be made");
@@ -104,7 +105,10 @@ pub fn install(dir: &Path, script: &Script) -> PathBuf {
         link_or_copy(&binary(), &engine);
     }
     let text = serde_json::to_string_pretty(script).expect("a script is plain data");
-    std::fs::write(dir.join(SCRIPT_FILE), text).expect("the test's directory can be written to");
+    let staged = dir.join(format!("{SCRIPT_FILE}.new"));
+    std::fs::write(&staged, text)
+        .and_then(|()| std::fs::rename(&staged, dir.join(SCRIPT_FILE)))
+        .expect("the test's directory can be written to");
     engine
 }
 

@@ -231,19 +231,15 @@ async fn a_numbered_answer_goes_on_where_the_prompt_ends() {
         ..Script::default()
     };
     let engine = FakeEngine::start(&script);
-    let answer = async |prompt: Value| {
+    let answer = async |prompt: &str| {
         let (status, body) = post(&engine, &json!({"prompt": prompt, "n_predict": 3})).await;
         assert_eq!(status, 200, "{body}");
         let body: Value = serde_json::from_str(&body).unwrap();
         body["content"].as_str().unwrap().to_owned()
     };
-    assert_eq!(answer(json!("count")).await, "w0 w1 w2 ");
-    assert_eq!(answer(json!("count w0 w1 ")).await, "w2 w3 w4 ");
-    assert_eq!(
-        answer(json!("<|im_start|>assistant\nw0 ")).await,
-        "w1 w2 w3 "
-    );
-    assert_eq!(answer(json!(["count ", 0, 1, 2])).await, "w3 w4 w5 ");
+    assert_eq!(answer("count").await, "w0 w1 w2 ");
+    assert_eq!(answer("count w0 w1 ").await, "w2 w3 w4 ");
+    assert_eq!(answer("<|im_start|>assistant\nw0 ").await, "w1 w2 w3 ");
 }
 
 #[tokio::test]

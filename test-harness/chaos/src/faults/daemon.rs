@@ -5,12 +5,13 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::json;
+use test_harness_fake_engine::Script;
 
 use crate::error::{Failing, Verdict};
 use crate::keeper::{Up, signal};
 use crate::procs;
 use crate::rng::Rng;
-use crate::setup::POOL;
+use crate::setup::{POOL, healthy};
 use crate::source::Mischief;
 use crate::world::{DEATH_LIMIT, World};
 
@@ -22,18 +23,12 @@ pub(super) async fn kill_ready(world: Arc<World>, _: Rng) -> Verdict {
 }
 
 pub(super) async fn kill_loading(world: Arc<World>, mut rng: Rng) -> Verdict {
-    if world.is_scripted() {
-        world.script(&test_harness_fake_engine::Script {
-            load_ms: 400,
-            grandchild: rng.percent(50),
-            ..crate::setup::healthy()
-        });
-    }
-    let engine = world.serving_engine().await?;
-    signal(engine.pid, Signal::SIGKILL);
-    let loading = super::engine::new_engine(&world, &engine).await;
-    world.script(&crate::setup::healthy());
-    loading?;
+    let script = Script {
+        load_ms: 400,
+        grandchild: rng.percent(50),
+        ..healthy()
+    };
+    super::engine::started_anew(&world, &script).await?;
     tokio::time::sleep(rng.millis(0, 200)).await;
     kill_and_start(&world).await
 }

@@ -4,11 +4,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use serde_json::json;
+use test_harness_fake_engine::{Script, starts};
 
+use crate::client::Manner;
 use crate::error::{Failing, Verdict};
 use crate::keeper::signal;
 use crate::procs::Process;
 use crate::rng::Rng;
+use crate::setup::healthy;
 use crate::world::World;
 
 /// How long a hung engine may go on: the longest wait for a token, what ending
@@ -24,32 +28,44 @@ pub(super) async fn kill_idle(world: Arc<World>, _: Rng) -> Verdict {
 }
 
 pub(super) async fn kill_streaming(world: Arc<World>, mut rng: Rng) -> Verdict {
-    let task = {
-        let tokens = rng.between(1, 10);
-        world.streaming(&mut rng, tokens, 120).await?
-    };
+    let tokens = rng.between(1, 10);
+    world.streaming(&mut rng, tokens, 120).await?;
     let engine = world.serving_engine().await?;
     signal(engine.pid, Signal::SIGKILL);
-    gone(&engine, Duration::from_secs(10)).await?;
-    let _ = task;
-    Ok(String::new())
+    gone(&engine, Duration::from_secs(10)).await
 }
 
 pub(super) async fn kill_loading(world: Arc<World>, mut rng: Rng) -> Verdict {
-    if world.is_scripted() {
-        world.script(&test_harness_fake_engine::Script {
+    let loading = started_anew(
+        &world,
+        &Script {
             load_ms: 400,
-            ..crate::setup::healthy()
-        });
-    }
-    let first = world.serving_engine().await?;
-    signal(first.pid, Signal::SIGKILL);
-    let second = new_engine(&world, &first).await;
-    world.script(&crate::setup::healthy());
-    let second = second?;
+            ..healthy()
+        },
+    )
+    .await?;
     tokio::time::sleep(rng.millis(0, 150)).await;
-    signal(second.pid, Signal::SIGKILL);
-    gone(&second, Duration::from_secs(10)).await
+    signal(loading.pid, Signal::SIGKILL);
+    gone(&loading, Duration::from_secs(10)).await
+}
+
+/// Kills the engine, and returns the next one as soon as it runs, most likely
+/// while it loads. A scripted one follows this script; those after it do not.
+pub(super) async fn started_anew(world: &World, script: &Script) -> Result<Process, Failing> {
+    let before = world.serving_engine().await?;
+    let starts = || world.setup.engine.script_dir.as_deref().map(starts);
+    let earlier = starts();
+    world.script(script);
+    signal(before.pid, Signal::SIGKILL);
+    gone(&before, Duration::from_secs(10)).await?;
+    let next = new_engine(world, &before).await;
+    // A start is counted when the script has been read.
+    let limit = Instant::now() + world.patience();
+    while earlier.is_some() && starts() == earlier && Instant::now() < limit {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    world.script(&healthy());
+    next
 }
 
 /// The engine that is started after another one.
@@ -120,4 +136,86 @@ pub(super) async fn gone(process: &Process, limit: Duration) -> Verdict {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     Ok(String::new())
+}
+
+/// Kills one engine after the other as soon as it serves, until the pool gives
+/// up for a while and says so.
+pub(super) async fn crash_loop(world: Arc<World>, _: Rng) -> Verdict {
+    const ENOUGH: u32 = 20;
+    let mut last = None;
+    for kills in 0..ENOUGH {
+        let limit = Instant::now() + world.patience();
+        let engine = loop {
+            if Instant::now() > limit {
+                return Err(Failing::broken(
+                    "a lost engine is replaced",
+                    format!("after {kills} kills"),
+                ));
+            }
+            if let Some(up) = world.keeper.up()
+                && let Some(view) = world.pool(&up).await
+            {
+                let why = view["last_error"]["message"].as_str().unwrap_or("");
+                if view["state"] == "failed" && !why.is_empty() {
+                    return Ok(format!("failed after {kills} kills"));
+                }
+                let engine = view["replica"]["pid"]
+                    .as_u64()
+                    .and_then(|pid| Process::of(pid as u32));
+                if let Some(engine) = engine
+                    .filter(|engine| view["state"] == "ready" && last.as_ref() != Some(engine))
+                {
+                    break engine;
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        };
+        signal(engine.pid, Signal::SIGKILL);
+        last = Some(engine);
+    }
+    Err(Failing::broken(
+        "a pool whose engine crashes on and on gives up",
+        format!("{ENOUGH} kills"),
+    ))
+}
+
+/// A task that asked for it is continued on the next engine.
+pub(super) async fn continued(world: Arc<World>, mut rng: Rng) -> Verdict {
+    super::daemon::offering(
+        &world,
+        world.offers().resume_tasks,
+        "on_worker_reset: resume",
+    )?;
+    // The clients' own tasks would only make the wait longer.
+    let quiet = world.quiet().await?;
+    let (mut body, mut facts) = world.task_body(&mut rng, 150);
+    body["on_worker_reset"] = json!("resume");
+    facts.resumes = true;
+    let task = world.admitted(&body, facts).await?;
+    let crashes = rng.between(1, 2);
+    let crash = async {
+        for crash in 1..=crashes {
+            let tokens = crash * 20 + rng.between(0, 20);
+            while world.ledger().is_open(&task.key) && world.ledger().tokens(&task.key) < tokens {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            signal(world.serving_engine().await?.pid, Signal::SIGKILL);
+        }
+        Ok::<(), Failing>(())
+    };
+    let manner = Manner::default();
+    let (ending, crashed) = tokio::join!(world.follow(&task, &manner), crash);
+    drop(quiet);
+    crashed?;
+    let tokens = world.ledger().tokens(&task.key);
+    match ending.as_deref() {
+        Some("length" | "stop") => Ok(format!("{tokens} tokens over {crashes} crashes")),
+        other => Err(Failing::broken(
+            "a task that asked for it is continued",
+            format!(
+                "{}: {other:?} after {tokens} tokens and {crashes} crashes",
+                task.key
+            ),
+        )),
+    }
 }

@@ -60,10 +60,8 @@ pub(super) async fn stale(world: Arc<World>, mut rng: Rng) -> Verdict {
             json!({ "pid": 4_000_001, "url": "http://127.0.0.1:1" }).to_string(),
         ),
         (setup.cache().join(part), "half a model".to_owned()),
-        (
-            setup.cache().join("models/.staged-left"),
-            "half a file".to_owned(),
-        ),
+        (old[0].clone(), "half a model".to_owned()),
+        (old[1].clone(), "half a file".to_owned()),
     ];
     let mut failed = None;
     for (path, text) in written {

@@ -73,6 +73,8 @@ pub fn all() -> Vec<Fault> {
         fault!("term-engine", "SIGTERM to the engine, past the daemon", engine::term),
         fault!("stop-engine", "SIGSTOP the engine for good: it hangs and must be replaced", engine::stop_for_good),
         fault!("pause-engine", "SIGSTOP and SIGCONT: must be survived without a restart", engine::pause),
+        fault!("crash-loop", "kill -9 every engine as soon as it serves: the pool must give up, and come back", engine::crash_loop),
+        fault!("continued", "kill -9 the engine under a task that asked to be continued", engine::continued),
         fault!("crash-in-stream", "the engine exits in mid-stream", script::crash, scripted),
         fault!("hang-in-stream", "no further byte after some tokens, while /health says 200", script::hang, scripted),
         fault!("cut-connection", "the engine's connection breaks in mid-stream", script::cut, scripted),

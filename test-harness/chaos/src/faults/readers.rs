@@ -54,7 +54,7 @@ async fn bare_reader(task: &Task) -> Option<TcpStream> {
 }
 
 pub(super) async fn never_read(world: Arc<World>, mut rng: Rng) -> Verdict {
-    let task = world.streaming(&mut rng, 1, 200).await?;
+    let task = world.streaming(&mut rng, 1, 120).await?;
     let mut deaf = Vec::new();
     for _ in 0..rng.between(3, 8) {
         deaf.extend(bare_reader(&task).await);
@@ -75,9 +75,9 @@ pub(super) async fn never_read(world: Arc<World>, mut rng: Rng) -> Verdict {
 
 pub(super) async fn slow(world: Arc<World>, mut rng: Rng) -> Verdict {
     let readers = (0..4).map(|_| {
-        let (body, facts) = world.task_body(&mut rng, 80);
+        let (body, facts) = world.task_body(&mut rng, 40);
         let manner = Manner {
-            pause: rng.millis(40, 120),
+            pause: rng.millis(30, 100),
             ..Manner::default()
         };
         let world = Arc::clone(&world);

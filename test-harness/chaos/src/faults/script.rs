@@ -8,7 +8,7 @@ use test_harness_fake_engine::{
     Fault, LoadFailure, Script, grandchild as grandchild_of, order, orders,
 };
 
-use super::engine::gone;
+use super::engine::{gone, started_anew};
 use crate::error::{Failing, Verdict};
 use crate::keeper::signal;
 use crate::procs::Process;
@@ -92,23 +92,18 @@ async fn strike(world: &World, rng: &mut Rng, fault: &Fault, times: u64) -> Verd
 }
 
 pub(super) async fn slow_load(world: Arc<World>, mut rng: Rng) -> Verdict {
-    world.script(&Script {
+    let script = Script {
         load_ms: rng.between(800, 2500),
         log_every_ms: 100,
         ..healthy()
-    });
-    let engine = world.serving_engine().await?;
-    signal(engine.pid, Signal::SIGKILL);
-    gone(&engine, Duration::from_secs(10)).await?;
-    let replaced = super::engine::new_engine(&world, &engine).await;
-    world.script(&healthy());
-    let replaced = replaced?;
+    };
+    let loading = started_anew(&world, &script).await?;
     // Slow is not dead: it must be the one that serves in the end.
     let serving = world.serving_engine().await?;
-    if serving == replaced {
+    if serving == loading {
         return Ok(String::new());
     }
-    let detail = format!("{replaced:?} was loading, {serving:?} serves");
+    let detail = format!("{loading:?} was loading, {serving:?} serves");
     Err(Failing::broken("a slow load is waited for", detail))
 }
 
@@ -145,13 +140,12 @@ pub(super) async fn failing_loads(world: Arc<World>, mut rng: Rng) -> Verdict {
 }
 
 pub(super) async fn ignores_term(world: Arc<World>, mut rng: Rng) -> Verdict {
-    world.script(&Script {
+    let script = Script {
         ignore_term: true,
         ..healthy()
-    });
-    let engine = replaced(&world).await;
-    world.script(&healthy());
-    let engine = engine?;
+    };
+    let engine = started_anew(&world, &script).await?;
+    world.settle().await?;
     // A client that cancels would take the hang away before it is noticed.
     let _quiet = world.quiet().await?;
     let after_tokens = rng.between(1, 8);
@@ -159,36 +153,16 @@ pub(super) async fn ignores_term(world: Arc<World>, mut rng: Rng) -> Verdict {
     gone(&engine, Duration::from_secs(30)).await
 }
 
-/// Kills the engine, and waits until another one serves.
-async fn replaced(world: &World) -> Result<Process, Failing> {
-    let engine = world.serving_engine().await?;
-    signal(engine.pid, Signal::SIGKILL);
-    gone(&engine, Duration::from_secs(10)).await?;
-    let next = super::engine::new_engine(world, &engine).await?;
-    let limit = Instant::now() + world.patience();
-    while Instant::now() < limit {
-        if world.serving_engine().await? == next {
-            return Ok(next);
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    Err(Failing::broken(
-        "a lost engine is replaced",
-        format!("{next:?} never served"),
-    ))
-}
-
 pub(super) async fn grandchild(world: Arc<World>, _: Rng) -> Verdict {
     let Some(dir) = world.setup.engine.script_dir.clone() else {
         return Err(Failing::Missing("a scripted engine"));
     };
-    world.script(&Script {
+    let script = Script {
         grandchild: true,
         ..healthy()
-    });
-    let engine = replaced(&world).await;
-    world.script(&healthy());
-    let engine = engine?;
+    };
+    let engine = started_anew(&world, &script).await?;
+    world.settle().await?;
     let child = grandchild_of(&dir).and_then(Process::of);
     let Some(child) = child else {
         return Err(Failing::broken("the engine has a child", "none was noted"));

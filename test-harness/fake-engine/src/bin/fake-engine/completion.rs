@@ -34,11 +34,11 @@ pub(crate) async fn completion(
         let message = "request body must be a JSON object";
         return shapes::error(400, "invalid_request_error", message);
     };
-    let Some(prompt) = request.get("prompt").and_then(prompt_text) else {
+    let Some(prompt) = request.get("prompt").and_then(Value::as_str) else {
         let message = "[json.exception.out_of_range.403] key 'prompt' not found";
         return shapes::error(400, "invalid_request_error", message);
     };
-    let (prompt_tokens, ctx) = (engine.count_tokens(&prompt), engine.args.slot_ctx());
+    let (prompt_tokens, ctx) = (engine.count_tokens(prompt), engine.args.slot_ctx());
     if prompt_tokens >= ctx {
         return shapes::context_exceeded(prompt_tokens, ctx);
     }
@@ -54,7 +54,7 @@ pub(crate) async fn completion(
         .fetch_add(prompt_tokens, Ordering::Relaxed);
     let streamed = request.get("stream").and_then(Value::as_bool) == Some(true);
     let (chunk_bytes, late_headers) = (engine.script.chunk_bytes, engine.script.late_headers);
-    let mut answer = Answer::new(engine, request, &prompt, fault, slot);
+    let mut answer = Answer::new(engine, request, prompt_tokens, fault, slot);
     if !streamed {
         return answer.whole().await;
     }
@@ -72,38 +72,6 @@ pub(crate) async fn completion(
         size => Body::from_stream(events.flat_map(move |event| cut(event, size))),
     };
     ([(header::CONTENT_TYPE, "text/event-stream")], body).into_response()
-}
-
-/// A text, or a list of texts and token ids: an id stands for the word that a
-/// numbered answer gave it to.
-fn prompt_text(prompt: &Value) -> Option<String> {
-    match prompt {
-        Value::String(text) => Some(text.clone()),
-        Value::Array(parts) => parts.iter().map(prompt_part).collect(),
-        _ => None,
-    }
-}
-
-fn prompt_part(part: &Value) -> Option<String> {
-    match part {
-        Value::String(text) => Some(text.clone()),
-        Value::Number(id) => Some(numbered_word(id.as_u64()?)),
-        _ => None,
-    }
-}
-
-fn numbered_word(number: u64) -> String {
-    format!("w{number} ")
-}
-
-/// Where a numbered answer to this prompt begins: after the word that the
-/// prompt ends with, if it is one of such an answer.
-fn first_number(prompt: &str) -> u64 {
-    let last = prompt.split_whitespace().next_back();
-    // A chat template ends with a marker and a line break before the answer.
-    let last = last.and_then(|word| word.rsplit('>').next());
-    let number = last.and_then(|word| word.strip_prefix('w')?.parse::<u64>().ok());
-    number.map_or(0, |number| number + 1)
 }
 
 fn next_fault(engine: &Engine) -> Option<Fault> {
@@ -138,8 +106,6 @@ struct Answer {
     engine: Arc<Engine>,
     request: Map<String, Value>,
     prompt_tokens: u64,
-    /// The number of the first word of a numbered answer.
-    begins_at: u64,
     fault: Option<Fault>,
     slot: Slot,
     limit: u64,
@@ -152,7 +118,7 @@ impl Answer {
     fn new(
         engine: Arc<Engine>,
         request: Map<String, Value>,
-        prompt: &str,
+        prompt_tokens: u64,
         fault: Option<Fault>,
         slot: Slot,
     ) -> Self {
@@ -164,10 +130,9 @@ impl Answer {
         };
         Self {
             limit: asked.unwrap_or(u64::MAX).min(own),
-            prompt_tokens: engine.count_tokens(prompt),
-            begins_at: first_number(prompt),
             engine,
             request,
+            prompt_tokens,
             fault,
             slot,
             sent: 0,
@@ -188,7 +153,7 @@ impl Answer {
         if self.sent < self.limit {
             let piece = self.take_piece();
             return Some(Ok(event(&json!({
-                "index": 0, "content": piece, "tokens": [self.begins_at + self.sent - 1], "stop": false, "id_slot": -1,
+                "index": 0, "content": piece, "tokens": [self.sent], "stop": false, "id_slot": -1,
                 "tokens_predicted": self.sent, "tokens_evaluated": self.prompt_tokens,
             }))));
         }
@@ -210,16 +175,23 @@ impl Answer {
     }
 
     fn take_piece(&mut self) -> String {
+        if self.engine.script.numbered {
+            return self.take_number();
+        }
         let pieces = &self.engine.script.pieces;
         let place = self.sent as usize % pieces.len().max(1);
-        let piece = if self.engine.script.numbered {
-            numbered_word(self.begins_at + self.sent)
-        } else {
-            pieces.get(place).cloned().unwrap_or_default()
-        };
+        let piece = pieces.get(place).cloned().unwrap_or_default();
         self.sent += 1;
         self.engine.tokens_predicted.fetch_add(1, Ordering::Relaxed);
         piece
+    }
+
+    fn take_number(&mut self) -> String {
+        let prompt = self.request.get("prompt").and_then(Value::as_str);
+        let number = first_number(prompt.unwrap_or_default()) + self.sent;
+        self.sent += 1;
+        self.engine.tokens_predicted.fetch_add(1, Ordering::Relaxed);
+        format!("w{number} ")
     }
 
     async fn strike(&mut self) -> Option<io::Result<Bytes>> {
@@ -270,4 +242,12 @@ impl Answer {
 
 fn event(data: &Value) -> Bytes {
     Bytes::from(format!("data: {data}\n\n"))
+}
+
+/// Where a numbered answer to this prompt begins: after the word that the
+/// prompt ends with, if it is one of such an answer.
+fn first_number(prompt: &str) -> u64 {
+    let last = prompt.split_whitespace().next_back();
+    let number = last.and_then(|word| word.strip_prefix('w')?.parse::<u64>().ok());
+    number.map_or(0, |number| number + 1)
 }
