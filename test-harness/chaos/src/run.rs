@@ -196,8 +196,7 @@ async fn inject(world: &Arc<World>, fault: &Fault, rng: Rng, row: &mut Row) {
 /// Lets the clients finish what they began.
 async fn wind_down(world: &World, clients: &mut JoinSet<()>) {
     let limit = tokio::time::Instant::now() + WIND_DOWN;
-    // The sampler goes on, so the run is not over; the clients only pause.
-    let _quiet = world.quiet().await;
+    world.close();
     while tokio::time::Instant::now() < limit && world.ledger().open_tasks() > 0 {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }

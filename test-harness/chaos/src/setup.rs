@@ -108,7 +108,7 @@ impl Setup {
     /// The configuration to begin with.
     pub fn config(&self, source: &str) -> Result<Value, HarnessError> {
         let scripted = self.engine.script_dir.is_some();
-        let (first, next) = if scripted { (4, 2) } else { (20, 4) };
+        let (first, next) = if scripted { (5, 3) } else { (20, 4) };
         let mut config = json!({
             "listen": "127.0.0.1:0",
             "cache_dir": self.cache(),
@@ -137,6 +137,9 @@ impl Setup {
             if let Some(section) = section(&schema, name, wanted) {
                 config["pools"][POOL][name] = section;
             }
+        }
+        if let Some(limits) = section(&schema, "limits", &LIMITS) {
+            config["limits"] = limits;
         }
         Ok(config)
     }
@@ -202,6 +205,13 @@ const RESTART: [(&str, u64); 5] = [
 
 /// Hangs are to be noticed soon.
 const LIVENESS: [(&str, u64); 2] = [("check_seconds", 1), ("probe_seconds", 3)];
+
+/// Clients that fall silent are to be let go soon.
+const LIMITS: [(&str, u64); 3] = [
+    ("header_seconds", 2),
+    ("body_stall_seconds", 2),
+    ("reader_stall_seconds", 5),
+];
 
 /// A section of the configuration, as far as the daemon knows it.
 fn section(schema: &Value, name: &str, wanted: &[(&str, u64)]) -> Option<Value> {

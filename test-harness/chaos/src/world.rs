@@ -62,6 +62,8 @@ pub struct World {
     offers: Mutex<Offers>,
     freed_ms: Mutex<Vec<u64>>,
     paused: AtomicBool,
+    /// Clients begin nothing any more.
+    closing: AtomicBool,
     over: AtomicBool,
 }
 
@@ -110,6 +112,7 @@ impl World {
             offers: Mutex::default(),
             freed_ms: Mutex::default(),
             paused: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             over: AtomicBool::new(false),
         });
         world.write_config(|_| ())?;
@@ -142,7 +145,12 @@ impl World {
     }
 
     pub fn is_paused(&self) -> bool {
-        self.paused.load(Ordering::Acquire)
+        self.paused.load(Ordering::Acquire) || self.closing.load(Ordering::Acquire)
+    }
+
+    /// From now on the clients only finish what they began.
+    pub fn close(&self) {
+        self.closing.store(true, Ordering::Release);
     }
 
     pub fn note_freed(&self, ms: u64) {
@@ -191,6 +199,11 @@ impl World {
         };
         let path = self.setup.config_file();
         std::fs::write(&path, text).map_err(HarnessError::file("cannot write", &path))
+    }
+
+    /// Whether the daemon was told how long a client may be silent.
+    pub fn has_limits(&self) -> bool {
+        lock(&self.config)["limits"].is_object()
     }
 
     /// The script for the engine's next start.

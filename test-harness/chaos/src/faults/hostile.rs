@@ -16,6 +16,10 @@ use crate::world::World;
 /// How soon a daemon must answer others while it is molested.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
+/// Within this a client that sends nothing more is let go, where the run has
+/// set a limit of two seconds.
+const SILENCE_LIMIT: Duration = Duration::from_secs(20);
+
 async fn connect(up: &Up) -> Result<TcpStream, Failing> {
     let address = up.url.trim_start_matches("http://");
     let connected = TcpStream::connect(address).await;
@@ -62,13 +66,13 @@ async fn answers_others(world: &World, up: &Up) -> Verdict {
 pub(super) async fn half_open(world: Arc<World>, mut rng: Rng) -> Verdict {
     let up = offering(&world, true, "")?;
     let starts: &[&[u8]] = &[
-        b"",
         b"POST /v2/tas",
         b"POST /v2/tasks HTTP/1.1\r\nHost: x\r\n",
         b"POST /v2/tasks HTTP/1.1\r\nHost: x\r\nContent-Length: 400\r\n\r\n{\"prompt\": \"a",
     ];
     let mut held = Vec::new();
-    for _ in 0..rng.between(10, 30) {
+    let count = rng.between(10, 30);
+    for _ in 0..count {
         let mut stream = connect(&up).await?;
         let start: &[u8] = rng.one_of::<&[u8]>(starts);
         let _ = stream.write_all(start).await;
@@ -77,7 +81,19 @@ pub(super) async fn half_open(world: Arc<World>, mut rng: Rng) -> Verdict {
     answers_others(&world, &up).await?;
     tokio::time::sleep(rng.millis(200, 1000)).await;
     answers_others(&world, &up).await?;
-    Ok(format!("{} connections", held.len()))
+    if world.has_limits() {
+        for mut stream in held.drain(..) {
+            let mut rest = Vec::new();
+            let closed = stream.read_to_end(&mut rest);
+            if tokio::time::timeout(SILENCE_LIMIT, closed).await.is_err() {
+                return Err(Failing::broken(
+                    "a client that falls silent is let go",
+                    format!("not within {SILENCE_LIMIT:?}"),
+                ));
+            }
+        }
+    }
+    Ok(format!("{count} connections"))
 }
 
 pub(super) async fn garbage(world: Arc<World>, mut rng: Rng) -> Verdict {
