@@ -360,14 +360,17 @@ impl World {
             self.broken("a cancel is answered", detail);
             return None;
         }
+        let (started, tokens) = {
+            let ledger = self.ledger();
+            (ledger.has_started(&task.key), ledger.tokens(&task.key))
+        };
         // Of queued tasks nothing has to be freed.
-        let ran = self.ledger().tokens(&task.key) > 0;
         if let (true, Some(true), Some(freed)) = (
-            ran,
+            started,
             reply.body["cancelled"].as_bool(),
             reply.body["freed_ms"].as_u64(),
         ) {
-            self.note_freed(freed);
+            self.note_freed(freed, tokens == 0);
         }
         let path = format!("/v2/tasks/{}", task.key.task);
         let view = self.ask(&task.up, "GET", &path, None).await?;

@@ -169,6 +169,11 @@ impl Ledger {
         self.tasks.get(key).map_or(0, |entry| entry.tokens)
     }
 
+    /// Whether the engine has begun with it.
+    pub fn has_started(&self, key: &Key) -> bool {
+        self.tasks.get(key).is_some_and(|entry| entry.started)
+    }
+
     pub fn is_open(&self, key: &Key) -> bool {
         self.tasks
             .get(key)

@@ -108,7 +108,10 @@ pub struct Report {
     pub seconds: u64,
     pub faults: Vec<Row>,
     pub totals: Totals,
+    /// From the cancel of a decoding task until its slot was seen free.
     pub cancel_to_free: Option<Spread>,
+    /// The same while the engine was still reading the prompt.
+    pub cancel_to_free_in_prompt: Option<Spread>,
     pub peaks: Peaks,
     pub broken: Vec<BrokenPromise>,
     /// The journal's lines up to the first broken promise.
@@ -132,7 +135,8 @@ impl Report {
             seconds: took.as_secs(),
             faults,
             totals: world.ledger().totals().clone(),
-            cancel_to_free: Spread::of(world.freed_ms()),
+            cancel_to_free: Spread::of(world.freed().decoding),
+            cancel_to_free_in_prompt: Spread::of(world.freed().in_prompt),
             peaks,
             broken: broken.into_iter().map(Into::into).collect(),
             journal: world.story(),
@@ -198,12 +202,18 @@ impl Report {
             totals.replays,
             totals.most_queued
         );
-        if let Some(free) = &self.cancel_to_free {
-            let _ = writeln!(
-                out,
-                "Cancel to free: median {} ms, at most {} ms, over {} cancels.",
-                free.median_ms, free.most_ms, free.count
-            );
+        let spreads = [
+            ("while decoding", &self.cancel_to_free),
+            ("in the prompt", &self.cancel_to_free_in_prompt),
+        ];
+        for (when, spread) in spreads {
+            if let Some(free) = spread {
+                let _ = writeln!(
+                    out,
+                    "Cancel to free {when}: median {} ms, at most {} ms, over {} cancels.",
+                    free.median_ms, free.most_ms, free.count
+                );
+            }
         }
         let peaks = &self.peaks;
         let _ = writeln!(

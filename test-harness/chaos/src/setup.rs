@@ -150,7 +150,7 @@ impl Setup {
             "provision": { "mode": "system", "path": self.engine.binary },
             "threads": 1,
             "slots": SLOTS,
-            "ctx": 1024,
+            "ctx": 2048,
             "queue_capacity": CAPACITY,
             "batch_ageing_seconds": 2,
             "load_timeout_seconds": 30,

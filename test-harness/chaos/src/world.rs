@@ -45,6 +45,15 @@ pub struct Offers {
     pub hangup: bool,
 }
 
+/// How long it took from a cancel until the engine's slot was seen free, in
+/// milliseconds.
+#[derive(Debug, Clone, Default)]
+pub struct Freed {
+    pub decoding: Vec<u64>,
+    /// The engine was still reading the prompt.
+    pub in_prompt: Vec<u64>,
+}
+
 #[derive(Debug)]
 pub struct World {
     own: Weak<World>,
@@ -60,7 +69,7 @@ pub struct World {
     /// The journal's last lines when the first promise was broken.
     story: Mutex<Vec<String>>,
     offers: Mutex<Offers>,
-    freed_ms: Mutex<Vec<u64>>,
+    freed: Mutex<Freed>,
     paused: AtomicBool,
     /// Clients begin nothing any more.
     closing: AtomicBool,
@@ -110,7 +119,7 @@ impl World {
             broken: Mutex::default(),
             story: Mutex::default(),
             offers: Mutex::default(),
-            freed_ms: Mutex::default(),
+            freed: Mutex::default(),
             paused: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             over: AtomicBool::new(false),
@@ -153,12 +162,18 @@ impl World {
         self.closing.store(true, Ordering::Release);
     }
 
-    pub fn note_freed(&self, ms: u64) {
-        lock(&self.freed_ms).push(ms);
+    /// A slot was seen free so many milliseconds after a cancel.
+    pub fn note_freed(&self, ms: u64, in_prompt: bool) {
+        let mut freed = lock(&self.freed);
+        if in_prompt {
+            freed.in_prompt.push(ms);
+        } else {
+            freed.decoding.push(ms);
+        }
     }
 
-    pub fn freed_ms(&self) -> Vec<u64> {
-        lock(&self.freed_ms).clone()
+    pub fn freed(&self) -> Freed {
+        lock(&self.freed).clone()
     }
 
     pub fn broken(&self, invariant: &'static str, detail: impl Into<String>) {

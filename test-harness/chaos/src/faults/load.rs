@@ -58,7 +58,10 @@ pub(super) async fn cancel_storm(world: Arc<World>, mut rng: Rng) -> Verdict {
     let mut storm = Vec::new();
     for _ in 0..rng.between(5, 10) {
         let length = rng.between(20, 100);
-        let (body, facts) = world.task_body(&mut rng, length);
+        let (mut body, facts) = world.task_body(&mut rng, length);
+        if !world.is_scripted() && rng.percent(25) {
+            body["prompt"] = json!(long_prompt());
+        }
         let manner = Manner {
             // At its first token at the earliest; queued ones are cancelled below.
             cancel_after: rng.percent(50).then(|| rng.between(1, 10)),
@@ -91,6 +94,12 @@ pub(super) async fn cancel_storm(world: Arc<World>, mut rng: Rng) -> Verdict {
     }
     join_all(storm).await;
     Ok(String::new())
+}
+
+/// About 1,400 tokens to the small model: seconds of work before the first one.
+fn long_prompt() -> String {
+    let numbers: Vec<String> = (1..=300).map(|number| number.to_string()).collect();
+    numbers.join(", ")
 }
 
 pub(super) async fn deadlines(world: Arc<World>, mut rng: Rng) -> Verdict {
