@@ -2,12 +2,13 @@
 //! real port, speaks the real engine's HTTP shapes, and fails on demand.
 //!
 //! It is for tests only. Nothing it says may ever reach a client who could
-//! take it for a model's answer, so no crate depends on it outside
-//! `[dev-dependencies]`.
+//! take it for a model's answer, so only `[dev-dependencies]` and other test
+//! harnesses name it.
 //!
 //! - [`script`]: what the engine shall do, as a value
 //! - [`install`]: put an engine with its script into a directory
 //! - [`FakeEngine`]: start one, wait until it is ready, kill it on drop
+//! - [`order`]: have one completion of a running engine go wrong
 //!
 //! ```no_run
 //! use test_harness_fake_engine::{FakeEngine, Script};
@@ -15,6 +16,7 @@
 //! println!("{}", engine.url());
 //! ```
 
+pub mod orders;
 pub mod script;
 
 mod running;
@@ -24,6 +26,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::SystemTime;
 
+pub use orders::order;
 pub use running::FakeEngine;
 pub use script::{Fault, LoadFailure, Script};
 
@@ -92,7 +95,8 @@ fn newest_change(dir: &Path) -> Option<SystemTime> {
 }
 
 /// Puts an engine into `dir` as `llama-server`, with its script beside it, and
-/// returns the engine's path. Installing again replaces the script; a running
+/// returns the engine's path. Installing again replaces the script, whole, so
+/// that an engine that just starts reads the old or the new one; a running
 /// engine read its own at start.
 pub fn install(dir: &Path, script: &Script) -> PathBuf {
     std::fs::create_dir_all(dir).expect("the test's directory can be made");
@@ -101,7 +105,10 @@ pub fn install(dir: &Path, script: &Script) -> PathBuf {
         link_or_copy(&binary(), &engine);
     }
     let text = serde_json::to_string_pretty(script).expect("a script is plain data");
-    std::fs::write(dir.join(SCRIPT_FILE), text).expect("the test's directory can be written to");
+    let staged = dir.join(format!("{SCRIPT_FILE}.new"));
+    std::fs::write(&staged, text)
+        .and_then(|()| std::fs::rename(&staged, dir.join(SCRIPT_FILE)))
+        .expect("the test's directory can be written to");
     engine
 }
 

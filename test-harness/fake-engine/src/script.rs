@@ -24,8 +24,11 @@ pub struct Script {
     pub load_failure: Option<LoadFailure>,
     /// How many starts `load_failure` is for; later ones work. `None`: all.
     pub failing_starts: Option<u64>,
-    /// Lines of about 100 bytes written to the log while loading.
+    /// Lines of about 100 bytes written to the log when loading begins.
     pub log_lines: u64,
+    /// Time between further lines while loading: a slow load that shows
+    /// progress. 0 writes none.
+    pub log_every_ms: u64,
     /// Do not exit on SIGTERM.
     pub ignore_term: bool,
     /// Start a `sleep 1000` as a child of the engine.
@@ -42,6 +45,11 @@ pub struct Script {
     /// How many words about its progress in the prompt come before the first
     /// piece, where they are asked for.
     pub progress_events: u64,
+    /// Answer with `w0 w1 w2 …` up to `n_predict` instead of with `pieces`. A
+    /// prompt that ends with such a word is continued with the next one, as a
+    /// real model goes on with its own half-said answer: a gap or a repeat in
+    /// a continued answer shows.
+    pub numbered: bool,
     /// Time before the first piece.
     pub first_token_ms: u64,
     /// Send the response's headers only with the first piece, as older builds
@@ -78,12 +86,14 @@ impl Default for Script {
             load_failure: None,
             failing_starts: None,
             log_lines: 0,
+            log_every_ms: 0,
             ignore_term: false,
             grandchild: false,
             pieces: pieces.split_inclusive(' ').map(str::to_owned).collect(),
             cycle: false,
             continues: false,
             progress_events: 0,
+            numbered: false,
             first_token_ms: 0,
             late_headers: false,
             token_ms: 0,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use test_harness_fake_engine::{
-    FakeEngine, Fault, LoadFailure, Script, grandchild, install, starts,
+    FakeEngine, Fault, LoadFailure, Script, grandchild, install, order, starts,
 };
 
 fn until(what: &str, mut holds: impl FnMut() -> bool) {
@@ -222,4 +222,46 @@ async fn a_slot_lingers_after_its_client_left() {
     drop(answer);
     until("the slot is free", || engine.busy_slots() == 0);
     assert!(left.elapsed() >= Duration::from_millis(150));
+}
+
+#[tokio::test]
+async fn a_numbered_answer_goes_on_where_the_prompt_ends() {
+    let script = Script {
+        numbered: true,
+        ..Script::default()
+    };
+    let engine = FakeEngine::start(&script);
+    let answer = async |prompt: &str| {
+        let (status, body) = post(&engine, &json!({"prompt": prompt, "n_predict": 3})).await;
+        assert_eq!(status, 200, "{body}");
+        let body: Value = serde_json::from_str(&body).unwrap();
+        body["content"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(answer("count").await, "w0 w1 w2 ");
+    assert_eq!(answer("count w0 w1 ").await, "w2 w3 w4 ");
+    assert_eq!(answer("<|im_start|>assistant\nw0 ").await, "w1 w2 w3 ");
+}
+
+#[tokio::test]
+async fn an_order_makes_one_completion_go_wrong() {
+    let engine = FakeEngine::start(&Script::default());
+    order(engine.dir(), &Fault::Status500);
+    let body = json!({"prompt": "a"});
+    assert_eq!(post(&engine, &body).await.0, 500);
+    assert_eq!(post(&engine, &body).await.0, 200);
+    order(engine.dir(), &Fault::Status500);
+    assert_eq!(test_harness_fake_engine::orders::take_back(engine.dir()), 1);
+    assert_eq!(post(&engine, &body).await.0, 200);
+}
+
+#[test]
+fn an_unknown_argument_ends_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = Command::new(install(dir.path(), &Script::default()))
+        .arg("--no-such-flag")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("--no-such-flag"), "{text}");
 }

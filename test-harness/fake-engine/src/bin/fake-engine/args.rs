@@ -1,5 +1,7 @@
 //! The few arguments the fake engine heeds. It accepts all others, as it must
-//! take any command line that the real engine takes.
+//! take any command line that the real engine takes, but for those that begin
+//! with `--no-such-`: these it refuses as the real one refuses what it does not
+//! know.
 
 #[derive(Debug, Clone)]
 #[allow(clippy::struct_excessive_bools, reason = "one for each switch")]
@@ -15,6 +17,8 @@ pub(crate) struct Args {
     pub(crate) api_key: Option<String>,
     pub(crate) version: bool,
     pub(crate) list_devices: bool,
+    /// The argument that is refused, if one is.
+    pub(crate) refused: Option<String>,
 }
 
 impl Args {
@@ -30,6 +34,7 @@ impl Args {
             api_key: None,
             version: false,
             list_devices: false,
+            refused: None,
         };
         let mut arguments = arguments;
         while let Some(argument) = arguments.next() {
@@ -45,6 +50,9 @@ impl Args {
                 "--no-slots" => args.slots = false,
                 "--version" => args.version = true,
                 "--list-devices" => args.list_devices = true,
+                unknown if unknown.starts_with("--no-such-") => {
+                    args.refused = Some(unknown.to_owned());
+                }
                 _ => {}
             }
         }

@@ -13,7 +13,7 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
 use serde_json::{Map, Value, json};
-use test_harness_fake_engine::Fault;
+use test_harness_fake_engine::{Fault, orders};
 use tokio::time::sleep;
 
 use crate::routes::Engine;
@@ -90,6 +90,9 @@ fn pieces_told(engine: &Engine, prompt: &str) -> u64 {
 }
 
 fn next_fault(engine: &Engine) -> Option<Fault> {
+    if let Some(ordered) = orders::take(&engine.home) {
+        return Some(ordered);
+    }
     let number = engine.completions.fetch_add(1, Ordering::Relaxed);
     let faulty = engine
         .script
@@ -140,7 +143,7 @@ impl Answer {
         skipped: u64,
     ) -> Self {
         let asked = request.get("n_predict").and_then(Value::as_u64);
-        let own = if engine.script.cycle {
+        let own = if engine.script.cycle || engine.script.numbered {
             u64::MAX
         } else {
             engine.script.pieces.len() as u64 - skipped
@@ -218,12 +221,23 @@ impl Answer {
     }
 
     fn take_piece(&mut self) -> String {
+        if self.engine.script.numbered {
+            return self.take_number();
+        }
         let pieces = &self.engine.script.pieces;
         let place = (self.skipped + self.sent) as usize % pieces.len().max(1);
         let piece = pieces.get(place).cloned().unwrap_or_default();
         self.sent += 1;
         self.engine.tokens_predicted.fetch_add(1, Ordering::Relaxed);
         piece
+    }
+
+    fn take_number(&mut self) -> String {
+        let prompt = self.request.get("prompt").and_then(Value::as_str);
+        let number = first_number(prompt.unwrap_or_default()) + self.sent;
+        self.sent += 1;
+        self.engine.tokens_predicted.fetch_add(1, Ordering::Relaxed);
+        format!("w{number} ")
     }
 
     async fn strike(&mut self) -> Option<io::Result<Bytes>> {
@@ -274,4 +288,12 @@ impl Answer {
 
 fn event(data: &Value) -> Bytes {
     Bytes::from(format!("data: {data}\n\n"))
+}
+
+/// Where a numbered answer to this prompt begins: after the word that the
+/// prompt ends with, if it is one of such an answer.
+fn first_number(prompt: &str) -> u64 {
+    let last = prompt.split_whitespace().next_back();
+    let number = last.and_then(|word| word.strip_prefix('w')?.parse::<u64>().ok());
+    number.map_or(0, |number| number + 1)
 }

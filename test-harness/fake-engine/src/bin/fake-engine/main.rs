@@ -42,6 +42,10 @@ async fn main() {
         println!("Available devices:\n  (none)");
         return;
     }
+    if let Some(flag) = &args.refused {
+        eprintln!("error: invalid argument: {flag}");
+        exit(1);
+    }
     let starts = count_start(&home);
     // Handlers stand before the port is open, so a signal is never missed.
     obey_signals(script.ignore_term);
@@ -62,7 +66,7 @@ async fn main() {
     if let Ok(address) = listener.local_addr() {
         write_whole(&home.join(PORT_FILE), &address.port().to_string());
     }
-    let engine = Arc::new(Engine::new(script, args));
+    let engine = Arc::new(Engine::new(script, args, home));
     tokio::spawn(load(Arc::clone(&engine), starts));
     let counted = Arc::clone(&engine);
     let listener = listener.tap_io(move |stream| {
@@ -149,6 +153,23 @@ fn obey_signals(ignore_term: bool) {
     }
 }
 
+/// Takes the time that loading takes, with or without a sign of progress.
+async fn tell_progress(script: &Script) {
+    let load = tokio::time::sleep(Duration::from_millis(script.load_ms));
+    if script.log_every_ms == 0 {
+        return load.await;
+    }
+    tokio::pin!(load);
+    loop {
+        tokio::select! {
+            () = &mut load => return,
+            () = tokio::time::sleep(Duration::from_millis(script.log_every_ms)) => {
+                eprintln!("0.00.005.000 I llm    load_tensors: one more");
+            }
+        }
+    }
+}
+
 /// Loads the model that is none.
 async fn load(engine: Arc<Engine>, starts: u64) {
     let script = &engine.script;
@@ -161,7 +182,7 @@ async fn load(engine: Arc<Engine>, starts: u64) {
             "0.00.004.000 I llm    load_tensors: line {line:>9} of a flood that nobody reads but that must not block us"
         );
     }
-    tokio::time::sleep(Duration::from_millis(script.load_ms)).await;
+    tell_progress(script).await;
     if script.load_hang {
         return;
     }

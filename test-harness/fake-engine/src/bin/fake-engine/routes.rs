@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fmt::Write;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -25,6 +26,8 @@ const REMEMBERED: usize = 1000;
 #[derive(Debug)]
 pub(crate) struct Engine {
     pub(crate) script: Script,
+    /// Where the binary lies, and orders for it.
+    pub(crate) home: PathBuf,
     pub(crate) args: Args,
     pub(crate) slots: Slots,
     pub(crate) tokens_predicted: AtomicU64,
@@ -37,12 +40,13 @@ pub(crate) struct Engine {
 }
 
 impl Engine {
-    pub(crate) fn new(script: Script, args: Args) -> Self {
+    pub(crate) fn new(script: Script, args: Args, home: PathBuf) -> Self {
         let linger = Duration::from_millis(script.slot_free_ms);
         Self {
             slots: Slots::new(args.parallel, linger),
             script,
             args,
+            home,
             tokens_predicted: AtomicU64::new(0),
             prompt_tokens: AtomicU64::new(0),
             completions: AtomicU64::new(0),

@@ -1,0 +1,45 @@
+//! The program: runs the chaos and prints what came of it.
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a program for people to watch"
+)]
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use test_harness_chaos::args::Options;
+use test_harness_chaos::client::chain;
+use test_harness_chaos::faults;
+use test_harness_chaos::run::run;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let options = Options::parse();
+    if options.list {
+        for fault in faults::all() {
+            let only = if fault.scripted_only {
+                " (scripted engine only)"
+            } else {
+                ""
+            };
+            println!("{:<24} {}{only}", fault.name, fault.about);
+        }
+        return ExitCode::SUCCESS;
+    }
+    eprintln!("{}", options.command_line());
+    let report = match run(options, &|line| eprintln!("{line}")).await {
+        Ok(report) => report,
+        Err(error) => {
+            eprintln!("error: {}", chain(&error));
+            return ExitCode::from(2);
+        }
+    };
+    println!("{}", report.table());
+    if report.is_clean() {
+        println!("no promise was broken");
+        return ExitCode::SUCCESS;
+    }
+    println!("{}", report.story());
+    ExitCode::FAILURE
+}
