@@ -16,6 +16,7 @@ use worker_adapters_adapter_api::{
     TaskInput, TokenEvent, TokenStream, WorkerAdapter, WorkerError,
 };
 
+use super::lifecycle::RestartCause;
 use super::{Change, Phase, PoolHandle, PoolSettings, Submission, Wanted};
 use crate::app::config::PoolConfig;
 use crate::services::admission::{Client, Place, Priority};
@@ -125,12 +126,16 @@ fn resuming(resumes: bool) -> Submission {
 }
 
 fn pool(host: &AdapterHost) -> PoolHandle {
-    let config = Arc::new(PoolConfig {
+    let config = PoolConfig {
         queue_capacity: 4,
         default_max_tokens: 1,
         ..PoolConfig::default()
-    });
-    let settings = PoolSettings::new(PoolId::default_pool(), config, DEADLINE);
+    };
+    pool_of(config, host)
+}
+
+fn pool_of(config: PoolConfig, host: &AdapterHost) -> PoolHandle {
+    let settings = PoolSettings::new(PoolId::default_pool(), Arc::new(config), DEADLINE);
     PoolHandle::start(
         settings,
         host.clone(),
@@ -333,7 +338,13 @@ async fn a_drain_ends_a_task_that_waits_to_be_gone_on_with() {
     let log = Arc::clone(&submission.record.log);
     pool.submit(submission).await.unwrap();
     // It waits between two engines, or runs: either way it ends, and once.
-    tokio::time::timeout(DEADLINE, pool.drain(Duration::ZERO))
+    let stopped = async {
+        let stopping = pool.wait_for(|snapshot| snapshot.phase == Phase::Stopping);
+        stopping.await.unwrap();
+        pool.change(Change::Stopped).await;
+    };
+    let drained = async { tokio::join!(pool.drain(Duration::ZERO), stopped) };
+    tokio::time::timeout(DEADLINE, drained)
         .await
         .expect("the drain ends");
     assert!(matches!(log.last(), Some(TaskEvent::Error(_))));
@@ -343,17 +354,21 @@ async fn a_drain_ends_a_task_that_waits_to_be_gone_on_with() {
 async fn a_pool_that_fails_ends_what_its_lost_engine_gives_back() {
     let host = AdapterHost::new(HostSettings::default());
     let _engine = Breaks::bound(&host, reset);
-    let pool = pool(&host);
+    let mut config = (*pool(&host).settings().config).clone();
+    config.restart.crashes = 1;
+    let pool = pool_of(config, &host);
     pool.change(Change::Ready(Arc::new(context()).into())).await;
     let submission = resuming(true);
     let log = Arc::clone(&submission.record.log);
     pool.submit(submission).await.unwrap();
     let failure = Failure::new(ErrorCode::PoolUnavailable, "no more");
-    pool.change(Change::NotStarted {
+    pool.change(Change::Exited {
+        cause: RestartCause::Crash,
         failure,
-        log: Vec::new(),
     })
     .await;
+    let failed = pool.wait_for(|snapshot| snapshot.phase == Phase::Failed);
+    failed.await.unwrap();
     tokio::time::timeout(DEADLINE, log.closed())
         .await
         .expect("the task ends");
