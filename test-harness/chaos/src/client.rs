@@ -424,7 +424,8 @@ impl World {
             deadline: None,
         };
         let prompt = if self.is_scripted() {
-            "count the words of this".to_owned()
+            // What is continued is put right behind it.
+            "count the words of this: ".to_owned()
         } else {
             format!("1, 2, 3, 4, 5, {}, ", rng.between(6, 99))
         };

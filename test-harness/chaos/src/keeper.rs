@@ -237,6 +237,17 @@ impl Keeper {
     }
 }
 
+/// A run that is given up leaves no daemon behind.
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        if let Some(child) = self.child.get_mut() {
+            // An error only says that it has ended already.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
 /// Sends a signal. An error says that the process is gone, which whoever cares
 /// sees elsewhere.
 pub fn signal(pid: u32, signal: Signal) {

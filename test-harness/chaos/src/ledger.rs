@@ -474,6 +474,8 @@ impl Entry {
         if self.facts.numbered && text != Some(&format!("w{} ", self.tokens)) {
             let detail = format!("`w{} ` was due", self.tokens);
             broken.push(("the text has no gap and no repeat", detail));
+            // One slip shifts all that follows; it is told once.
+            self.facts.numbered = false;
         }
         self.tokens += 1;
         for byte in text.unwrap_or("").bytes() {

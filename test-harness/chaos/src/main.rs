@@ -28,7 +28,15 @@ async fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     eprintln!("{}", options.command_line());
-    let report = match run(options, &|line| eprintln!("{line}")).await {
+    let outcome = tokio::select! {
+        outcome = run(options, &|line| eprintln!("{line}")) => outcome,
+        // The daemon goes with what is dropped here.
+        _ = tokio::signal::ctrl_c() => {
+            eprintln!("given up");
+            return ExitCode::from(130);
+        }
+    };
+    let report = match outcome {
         Ok(report) => report,
         Err(error) => {
             eprintln!("error: {}", chain(&error));
