@@ -69,9 +69,10 @@ impl WorkerError {
                 ..
             } => ErrorCode::PoolUnavailable,
             Self::Timeout { .. } => ErrorCode::DecodeTimeout,
-            Self::Reset { .. } => ErrorCode::WorkerReset,
+            // The engine's fault, not ours: it is no longer relied on.
+            Self::Reset { .. } | Self::Protocol { .. } => ErrorCode::WorkerReset,
             // Cancelled is an outcome, and whoever cancelled knows of it.
-            Self::Protocol { .. } | Self::Cancelled => ErrorCode::Internal,
+            Self::Cancelled => ErrorCode::Internal,
         }
     }
 
@@ -86,12 +87,12 @@ impl WorkerError {
         match self {
             Self::InvalidParams { .. }
             | Self::ContextLengthExceeded { .. }
-            | Self::Protocol { .. }
             | Self::Cancelled => false,
             Self::Loading { .. }
             | Self::Unreachable { .. }
             | Self::Timeout { .. }
-            | Self::Reset { .. } => true,
+            | Self::Reset { .. }
+            | Self::Protocol { .. } => true,
         }
     }
 }
@@ -109,6 +110,9 @@ impl Hinted for WorkerError {
                 "the machine may be overloaded; the engine's log in the cache directory tells more"
             }
             Self::Reset { .. } => "send the task again; the engine is being restarted",
+            Self::Protocol { .. } => {
+                "send the task again; if it stays so, this build of the engine does not fit: see `engine_version` in GET /v2/pools"
+            }
             Self::Loading { .. }
             | Self::Unreachable { .. }
             | Self::Timeout {
