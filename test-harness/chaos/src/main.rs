@@ -12,6 +12,7 @@ use test_harness_chaos::args::Options;
 use test_harness_chaos::client::chain;
 use test_harness_chaos::faults;
 use test_harness_chaos::run::run;
+use tokio::signal::unix::{SignalKind, signal};
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -31,7 +32,7 @@ async fn main() -> ExitCode {
     let outcome = tokio::select! {
         outcome = run(options, &|line| eprintln!("{line}")) => outcome,
         // The daemon goes with what is dropped here.
-        _ = tokio::signal::ctrl_c() => {
+        () = asked_to_stop() => {
             eprintln!("given up");
             return ExitCode::from(130);
         }
@@ -50,4 +51,16 @@ async fn main() -> ExitCode {
     }
     println!("{}", report.story());
     ExitCode::FAILURE
+}
+
+/// Waits for SIGINT or SIGTERM.
+async fn asked_to_stop() {
+    let Ok(mut terminate) = signal(SignalKind::terminate()) else {
+        // Without a handler the signal itself ends the program.
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        _ = terminate.recv() => {}
+    }
 }
