@@ -438,8 +438,8 @@ impl Entry {
                     broken.push(("an error says code and retriable", problem));
                 }
                 let code = event.data["code"].as_str().unwrap_or("?").to_owned();
-                // What names the engine is a fault of the engine's.
-                if code == "INTERNAL" && event.data["engine"].is_null() {
+                // A fault of ours; an engine's has codes of its own.
+                if code == "INTERNAL" {
                     broken.push(("nothing goes wrong inside the daemon", code.clone()));
                 }
                 self.standing = Standing::Failed { code };

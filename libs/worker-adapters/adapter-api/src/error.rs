@@ -85,9 +85,9 @@ impl WorkerError {
     /// Whether the same task may succeed if it is sent again.
     pub fn retriable(&self) -> bool {
         match self {
-            Self::InvalidParams { .. }
-            | Self::ContextLengthExceeded { .. }
-            | Self::Cancelled => false,
+            Self::InvalidParams { .. } | Self::ContextLengthExceeded { .. } | Self::Cancelled => {
+                false
+            }
             Self::Loading { .. }
             | Self::Unreachable { .. }
             | Self::Timeout { .. }

@@ -39,6 +39,9 @@ use crate::wire::{Chunk, PromptProgress};
 /// that works.
 const ACCEPT_WINDOW: Duration = Duration::from_secs(1);
 
+/// How long a limit is taken for granted: other tasks come to the engine and go.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
 type Opening = Pin<Box<dyn Future<Output = Result<Response, WorkerError>> + Send>>;
 type Events = Pin<Box<dyn Stream<Item = Result<String, SseError<reqwest::Error>>> + Send>>;
 
@@ -74,6 +77,8 @@ pub(crate) struct Completion {
     started: Instant,
     /// When the latest event came, and what it told; none before the first.
     progress: Option<(Instant, Told)>,
+    /// When other tasks' prompts were last seen to hold this one up.
+    shared_until: Option<Instant>,
     prompt_tokens: u64,
     max_tokens: u64,
     tagging: Option<Tagging>,
@@ -99,6 +104,7 @@ impl Completion {
         let speed = work.speed.tokens_per_second();
         let batch = first_batch(work.prompt_tokens, speed);
         live.handle.expect_batch(batch);
+        live.handle.set_prompt_left(work.prompt_tokens);
         let now = Instant::now();
         Self {
             client,
@@ -109,6 +115,7 @@ impl Completion {
             text_bytes: 0,
             started: now,
             progress: None,
+            shared_until: None,
             prompt_tokens: work.prompt_tokens,
             max_tokens: u64::from(work.max_tokens),
             tagging: work.tagging,
@@ -168,32 +175,47 @@ impl Completion {
     /// One step: the response's headers, or one event. May be dropped and
     /// called again without losing anything.
     async fn advance(&mut self) -> Result<(), WorkerError> {
-        let Some(live) = &self.live else {
-            return Ok(());
-        };
-        let limit = self.limit(live);
-        let cancel = &live.handle.cancel;
-        match &mut self.state {
-            State::Opening(opening) => {
-                let response = limit.apply(cancel, opening).await??;
-                live.handle.set_taken();
-                let bytes = response.bytes_stream();
-                self.state = State::Reading(Box::pin(event_data(bytes, SseLimits::default())));
-                Ok(())
+        loop {
+            let Some(live) = &self.live else {
+                return Ok(());
+            };
+            let others = live.other_prompts();
+            if others.is_some() {
+                self.shared_until = Some(Instant::now());
             }
-            State::Reading(events) => match limit.apply(cancel, events.next()).await? {
-                Some(Ok(data)) => self.take(&data),
-                Some(Err(error)) => Err(broken(error)),
-                None => Err(WorkerError::Reset {
-                    reason: "the response ended before its last event".to_owned(),
-                }),
-            },
-            State::Closed => Ok(()),
+            let limit = self.limit(others);
+            let cancel = &live.handle.cancel;
+            match &mut self.state {
+                State::Opening(opening) => {
+                    let Some(response) = limit.apply(cancel, opening).await? else {
+                        continue;
+                    };
+                    let response = response?;
+                    live.handle.set_taken();
+                    let bytes = response.bytes_stream();
+                    self.state = State::Reading(Box::pin(event_data(bytes, SseLimits::default())));
+                    return Ok(());
+                }
+                State::Reading(events) => {
+                    let Some(event) = limit.apply(cancel, events.next()).await? else {
+                        continue;
+                    };
+                    return match event {
+                        Some(Ok(data)) => self.take(&data),
+                        Some(Err(error)) => Err(broken(error)),
+                        None => Err(WorkerError::Reset {
+                            reason: "the response ended before its last event".to_owned(),
+                        }),
+                    };
+                }
+                State::Closed => return Ok(()),
+            }
         }
     }
 
-    /// How long the next event is waited for.
-    fn limit(&self, live: &LiveTask) -> Limit {
+    /// How long the next event is waited for, as things are now: with so many
+    /// tokens of other tasks' prompts in work, if any.
+    fn limit(&self, others: Option<u64>) -> Limit {
         let settings = &self.client.settings;
         let deadlines = Deadlines {
             first_token: settings.first_token_timeout,
@@ -211,8 +233,11 @@ impl Completion {
                 (since, TimeoutPhase::FirstToken, after)
             }
             Some((since, Told::Decoding(context))) => {
-                let after = deadlines.decoding(context, live.other_prompts(), speed);
-                (since, TimeoutPhase::NextToken, after)
+                let deadline = match others {
+                    Some(tokens) => since + deadlines.decoding(context, tokens, speed),
+                    None => deadlines.decoding_until(context, (since, self.shared_until), speed),
+                };
+                (since, TimeoutPhase::NextToken, deadline - since)
             }
         };
         Limit {
@@ -236,6 +261,8 @@ impl Completion {
             // No token, whatever else it holds.
             if let Some(live) = &self.live {
                 live.handle.set_telling();
+                let left = progress.total.saturating_sub(progress.processed);
+                live.handle.set_prompt_left(left);
             }
             self.progress = Some((now, Told::Prompt(progress)));
             return Ok(());
@@ -300,7 +327,7 @@ impl Completion {
     }
 }
 
-/// How long one step may take.
+/// How long one step may take, as things are now.
 struct Limit {
     deadline: Instant,
     phase: TimeoutPhase,
@@ -308,18 +335,24 @@ struct Limit {
 }
 
 impl Limit {
+    /// `None` when it is time to see whether the limit still holds.
     async fn apply<T>(
         self,
         cancel: &CancellationToken,
         step: impl Future<Output = T>,
-    ) -> Result<T, WorkerError> {
+    ) -> Result<Option<T>, WorkerError> {
+        let look = self.deadline.min(Instant::now() + LOOK_AGAIN);
         tokio::select! {
             biased;
             () = cancel.cancelled() => Err(WorkerError::Cancelled),
-            outcome = timeout_at(self.deadline, step) => outcome.map_err(|_| WorkerError::Timeout {
-                phase: self.phase,
-                after: self.after,
-            }),
+            outcome = timeout_at(look, step) => match outcome {
+                Ok(outcome) => Ok(Some(outcome)),
+                Err(_) if look < self.deadline => Ok(None),
+                Err(_) => Err(WorkerError::Timeout {
+                    phase: self.phase,
+                    after: self.after,
+                }),
+            },
         }
     }
 }

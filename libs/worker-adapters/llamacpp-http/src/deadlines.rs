@@ -71,17 +71,35 @@ impl Deadlines {
         self.first_token + working_on(owed.saturating_sub(COVERED_PROMPT), speed)
     }
 
-    /// For the next token, with so many tokens of context in use. Another task's
-    /// prompt in the same batch holds it up for as long as that batch takes.
+    /// For the next token, with so many tokens of context in use. So many tokens
+    /// of other tasks' prompts hold it up for as long as their batch takes.
     pub(crate) fn decoding(
         &self,
         context: u64,
-        other_prompts: bool,
+        other_prompts: u64,
         speed: Option<f64>,
     ) -> Duration {
         let scale = context.max(COVERED_CONTEXT) as f64 / COVERED_CONTEXT as f64;
-        let shared = if other_prompts { LARGEST_BATCH } else { 0 };
+        let shared = other_prompts.min(LARGEST_BATCH);
         self.next_token.mul_f64(scale) + working_on(shared, speed)
+    }
+
+    /// The same, when the last token came at `since` and other tasks' prompts
+    /// held it up until `shared_until`: from then on it has the time of one that
+    /// was not held up, within what a whole batch may take.
+    pub(crate) fn decoding_until<T>(
+        &self,
+        context: u64,
+        (since, shared_until): (T, Option<T>),
+        speed: Option<f64>,
+    ) -> T
+    where
+        T: Ord + Copy + std::ops::Add<Duration, Output = T>,
+    {
+        let alone = self.decoding(context, 0, speed);
+        let latest = since + self.decoding(context, LARGEST_BATCH, speed);
+        let from = shared_until.map_or(since, |until| until.max(since));
+        (from + alone).min(latest)
     }
 }
 
@@ -118,13 +136,28 @@ mod tests {
     #[test]
     fn short_tasks_get_what_is_set_and_long_ones_more() {
         assert_eq!(SET.in_prompt(200, false, None), SET.first_token);
-        assert_eq!(SET.decoding(4000, false, None), SET.next_token);
+        assert_eq!(SET.decoding(4000, 0, None), SET.next_token);
         // 1000 tokens beyond the covered ones, at 5 and at 100 / 4 tokens per second.
         let prompt = 1000 + COVERED_PROMPT;
         assert_eq!(SET.in_prompt(prompt, false, None).as_secs(), 210);
         assert_eq!(SET.in_prompt(prompt, false, Some(100.0)).as_secs(), 50);
-        assert_eq!(SET.decoding(8192, false, None), 2 * SET.next_token);
-        assert!(SET.decoding(10, true, None) > SET.next_token);
+        assert_eq!(SET.decoding(8192, 0, None), 2 * SET.next_token);
+        // Ten tokens of somebody else's prompt, at 5 per second.
+        assert_eq!(SET.decoding(10, 10, None), 2 * SET.next_token);
+    }
+
+    #[test]
+    fn a_token_that_was_held_up_is_not_waited_for_much_longer_afterwards() {
+        let at = |seconds| Duration::from_secs(seconds);
+        let until = |shared| {
+            SET.decoding_until(10, (at(100), shared), Some(4096.0))
+                .as_secs()
+        };
+        assert_eq!(until(None), 102);
+        assert_eq!(until(Some(at(50))), 102, "before the last token");
+        assert_eq!(until(Some(at(101))), 103);
+        // A batch of 2048 takes 2 s at a quarter of the speed.
+        assert_eq!(until(Some(at(1000))), 104, "never for ever");
     }
 
     #[test]
@@ -149,13 +182,13 @@ mod tests {
     proptest! {
         #[test]
         fn more_work_never_gets_less_time(
-            fewer in 0u64..100_000, more in 0u64..100_000, told: bool, speed in prop::option::of(0.001f64..10_000.0),
+            fewer in 0u64..100_000, more in 0u64..100_000, told: bool, others in 0u64..10_000, speed in prop::option::of(0.001f64..10_000.0),
         ) {
             let both = fewer + more;
             prop_assert!(SET.in_prompt(both, told, speed) >= SET.in_prompt(fewer, told, speed));
             prop_assert!(SET.in_prompt(fewer, told, speed) >= SET.first_token);
-            prop_assert!(SET.decoding(both, told, speed) >= SET.decoding(fewer, told, speed));
-            prop_assert!(SET.decoding(fewer, told, speed) >= SET.next_token);
+            prop_assert!(SET.decoding(both, others, speed) >= SET.decoding(fewer, others, speed));
+            prop_assert!(SET.decoding(fewer, others, speed) >= SET.next_token);
         }
     }
 }

@@ -52,6 +52,8 @@ struct Shared {
     events: AtomicU64,
     /// How long a batch of the prompt will take, before one was seen.
     expected_batch: AtomicU64,
+    /// Tokens of its prompt that the engine has not told of yet.
+    prompt_left: AtomicU64,
     cancelled: OnceLock<Instant>,
 }
 
@@ -82,6 +84,10 @@ impl Handle {
 
     pub(crate) fn is_telling(&self) -> bool {
         self.shared.telling.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_prompt_left(&self, tokens: u64) {
+        self.shared.prompt_left.store(tokens, Ordering::Relaxed);
     }
 
     pub(crate) fn note_gap(&self, gap: Duration) {
@@ -173,15 +179,22 @@ impl LiveTasks {
         self.others(id, Handle::is_taken)
     }
 
-    /// Whether the engine works on the prompt of another task.
-    pub(crate) fn other_prompts(&self, id: TaskId) -> bool {
-        self.others(id, |handle| !handle.is_decoding()) > 0
+    /// What is left of the prompts of other tasks, in tokens; `None` if the engine
+    /// works on no such prompt.
+    pub(crate) fn other_prompts(&self, id: TaskId) -> Option<u64> {
+        let tasks = self.lock();
+        let in_prompt = tasks
+            .running
+            .iter()
+            .filter(|(other, handle)| **other != id && !handle.is_decoding());
+        let left = in_prompt.map(|(_, handle)| handle.shared.prompt_left.load(Ordering::Relaxed));
+        left.reduce(u64::saturating_add)
     }
 
     fn others(&self, id: TaskId, which: impl Fn(&Handle) -> bool) -> usize {
         let tasks = self.lock();
-        let mut others = tasks.running.iter().filter(|(other, _)| **other != id);
-        others.by_ref().filter(|(_, handle)| which(handle)).count()
+        let others = tasks.running.iter().filter(|(other, _)| **other != id);
+        others.filter(|(_, handle)| which(handle)).count()
     }
 
     fn lock(&self) -> MutexGuard<'_, Tasks> {
@@ -199,7 +212,7 @@ pub(crate) struct LiveTask {
 }
 
 impl LiveTask {
-    pub(crate) fn other_prompts(&self) -> bool {
+    pub(crate) fn other_prompts(&self) -> Option<u64> {
         self.tasks.other_prompts(self.id)
     }
 }

@@ -95,6 +95,40 @@ async fn a_hang_in_mid_stream_is_a_timeout_for_the_next_token() {
 }
 
 #[tokio::test]
+async fn a_hang_is_noticed_soon_after_another_tasks_prompt_is_over() {
+    let engine = FakeEngine::start_with(
+        &Script {
+            first_token_ms: 500,
+            fault: Some(Fault::Hang { after_tokens: 1 }),
+            faulty_completions: Some(1),
+            ..Script::default()
+        },
+        &["--parallel", "2"],
+    );
+    let adapter = adapter_with(&engine, |settings| {
+        settings.next_token_timeout = NEXT_TOKEN_TIMEOUT;
+    });
+    let hangs = adapter.submit(task(5)).await.unwrap();
+    // Still in its prompt when the one token of the other comes; at the speed that is
+    // assumed before one was measured such a prompt takes minutes.
+    let mut long = task(1);
+    long.input = TaskInput::Prompt("long ".repeat(1_000));
+    let other = adapter.submit(long).await.unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(30), async {
+        tokio::join!(Outcome::of(hangs), Outcome::of(other))
+    });
+    let (hung, other) = ended.await.expect("the hang is noticed");
+    other.end();
+    assert!(matches!(
+        hung.error,
+        Some(WorkerError::Timeout {
+            phase: TimeoutPhase::NextToken,
+            ..
+        })
+    ));
+}
+
+#[tokio::test]
 async fn no_first_token_is_a_timeout_and_frees_the_slot() {
     for late_headers in [false, true] {
         let script = Script {
