@@ -81,6 +81,16 @@ impl<'a> Download<'a> {
     }
 }
 
+impl Download<'_> {
+    /// The same patience for repairs.
+    fn patience(&self) -> Patience {
+        Patience {
+            attempts: self.attempts,
+            pause: self.backoff,
+        }
+    }
+}
+
 /// A complete file, checked as far as it could be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fetched {
@@ -197,15 +207,12 @@ async fn look_again(
         return Err(wrong);
     };
     step.note(format!("{wrong}; looking for what is wrong with it"));
-    let patience = Patience {
-        attempts: download.attempts,
-        pause: download.backoff,
-    };
+    let patience = download.patience();
     let mut again = Again::new(client, download);
     let length = if sure {
         size
     } else {
-        again.length(size).await?
+        again.length(size, patience).await?
     };
     let measure = (download.chunk_bytes, length);
     match repair::second_look(download.part, measure, expected, patience, &mut again, step).await? {
