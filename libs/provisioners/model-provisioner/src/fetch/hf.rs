@@ -17,7 +17,7 @@ use llama_orch_types::Digest;
 use provision_kit::chain::one_line;
 use provision_kit::download::{CHUNK_BYTES, DownloadError, Fetched, display_url};
 use provision_kit::fs::{free_space, remove_file_if_there, write_atomic};
-use provision_kit::part::{PartFile, Sidecar, remove_sidecars, sidecar};
+use provision_kit::part::{PartFile, Sidecar, remove_sidecars, sidecar, take_notes};
 use provision_kit::progress::Step;
 use provision_kit::repair::{self, Outcome, Patience, Reply, Reread, Sink};
 
@@ -52,18 +52,18 @@ pub(super) async fn fetch(
                     // What is here may still be mended by the next start.
                     return result;
                 }
-                remove_sidecars(part)?;
+                let chunks = take_notes(part)?;
                 if result.is_err() {
                     remove_file_if_there(part)?;
                 }
-                return result;
+                return result.map(|fetched| Fetched { chunks, ..fetched });
             }
             _ => {
-                remove_sidecars(part)?;
                 return Ok(Fetched {
                     path: part.to_owned(),
                     digest,
                     size,
+                    chunks: take_notes(part)?,
                 });
             }
         };
@@ -222,6 +222,7 @@ impl<'a> Transfer<'a> {
                 path: self.part.to_owned(),
                 digest: expected,
                 size,
+                chunks: None,
             }),
             Outcome::Same => Err(wrong),
             Outcome::Differs { chunks } => Err(DownloadError::Unstable {
