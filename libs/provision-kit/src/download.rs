@@ -23,7 +23,7 @@ use reqwest::redirect::{Action, Attempt as Attempted, Policy};
 
 use crate::download_again::Again;
 use crate::fs::remove_file_if_there;
-use crate::part::remove_sidecars;
+use crate::part::{remove_sidecars, take_notes};
 use crate::progress::Step;
 use crate::rate::RateLimit;
 use crate::repair::{self, Outcome, Patience};
@@ -81,6 +81,16 @@ impl<'a> Download<'a> {
     }
 }
 
+impl Download<'_> {
+    /// The same patience for repairs.
+    fn patience(&self) -> Patience {
+        Patience {
+            attempts: self.attempts,
+            pause: self.backoff,
+        }
+    }
+}
+
 /// A complete file, checked as far as it could be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fetched {
@@ -89,6 +99,9 @@ pub struct Fetched {
     pub digest: Digest,
     /// In bytes.
     pub size: u64,
+    /// The digests of its chunks, as [`crate::part`] writes them beside a part
+    /// file; where they are kept, a spoilt copy can be mended with them.
+    pub chunks: Option<String>,
 }
 
 /// A client for [`fetch`]: bounded connects, no overall time limit (a model
@@ -158,18 +171,18 @@ async fn fetch_and_mend(
                     // What is here may still be mended by the next start.
                     return result;
                 }
-                remove_sidecars(download.part)?;
+                let chunks = take_notes(download.part)?;
                 if result.is_err() {
                     remove_file_if_there(download.part)?;
                 }
-                return result;
+                return result.map(|fetched| Fetched { chunks, ..fetched });
             }
             _ => {
-                remove_sidecars(download.part)?;
                 return Ok(Fetched {
                     path: download.part.to_owned(),
                     digest,
                     size,
+                    chunks: take_notes(download.part)?,
                 });
             }
         };
@@ -197,15 +210,12 @@ async fn look_again(
         return Err(wrong);
     };
     step.note(format!("{wrong}; looking for what is wrong with it"));
-    let patience = Patience {
-        attempts: download.attempts,
-        pause: download.backoff,
-    };
+    let patience = download.patience();
     let mut again = Again::new(client, download);
     let length = if sure {
         size
     } else {
-        again.length(size).await?
+        again.length(size, patience).await?
     };
     let measure = (download.chunk_bytes, length);
     match repair::second_look(download.part, measure, expected, patience, &mut again, step).await? {
@@ -215,6 +225,7 @@ async fn look_again(
                 path: download.part.to_owned(),
                 digest: expected,
                 size,
+                chunks: None,
             })
         }
         Outcome::Same => Err(wrong),

@@ -7,7 +7,7 @@ use reqwest::{Client, Response, StatusCode};
 
 use crate::download::{Download, DownloadError, display_url};
 use crate::download_headers::{content_range, retry_after, stored_etag};
-use crate::repair::{Reply, Reread, Sink};
+use crate::repair::{Patience, Reply, Reread, Sink};
 
 /// One file on a server.
 pub(crate) struct Again<'a> {
@@ -26,13 +26,25 @@ impl<'a> Again<'a> {
     }
 
     /// The file's length as the server gives it now, else this one.
-    pub(crate) async fn length(&self, otherwise: u64) -> Result<u64, DownloadError> {
+    pub(crate) async fn length(
+        &self,
+        otherwise: u64,
+        patience: Patience,
+    ) -> Result<u64, DownloadError> {
         if let Some(expected) = self.download.expected_size {
             return Ok(expected);
         }
-        // The body of this answer is not read.
-        let response = self.send(None).await?;
-        Ok(response.content_length().unwrap_or(otherwise))
+        let mut failures = 0;
+        loop {
+            match self.send(None).await {
+                // The body of this answer is not read.
+                Ok(response) => return Ok(response.content_length().unwrap_or(otherwise)),
+                Err(error) => {
+                    let may_pass = error.is_worth_another_request();
+                    patience.after(error, may_pass, &mut failures).await?;
+                }
+            }
+        }
     }
 
     async fn send(&self, range: Option<&Range<u64>>) -> Result<Response, DownloadError> {

@@ -182,6 +182,14 @@ pub fn remove_sidecars(part: &Path) -> Result<(), FsError> {
         .try_for_each(|kind| remove_file_if_there(&sidecar(part, kind)))
 }
 
+/// Ends the notes about a complete part file: they are removed, and the digests
+/// of its chunks, where there are any, handed on as text. Blocks.
+pub fn take_notes(part: &Path) -> Result<Option<String>, FsError> {
+    let chunks = std::fs::read_to_string(sidecar(part, Sidecar::Chunks)).ok();
+    remove_sidecars(part)?;
+    Ok(chunks)
+}
+
 /// Writes bytes into the middle of a part file. Blocks.
 fn write_at(path: &Path, start: u64, bytes: &[u8]) -> Result<(), FsError> {
     OpenOptions::new()

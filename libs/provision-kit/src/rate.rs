@@ -163,7 +163,33 @@ impl Bucket {
 #[derive(Debug, Clone, Default)]
 pub struct RateLimit(Option<Arc<Mutex<Bucket>>>);
 
+/// What a rate is for, the rate, and the limit that is shared.
+type Shared = (&'static str, ByteRate, RateLimit);
+
+/// The limits of this process: each pool has provisioners of its own, and all
+/// of them use the same line. As many as there are rates in the configuration.
+static SHARED: Mutex<Vec<Shared>> = Mutex::new(Vec::new());
+
 impl RateLimit {
+    /// The limit that everybody in this process shares who names the same
+    /// purpose and rate.
+    pub fn shared(purpose: &'static str, rate: Option<ByteRate>) -> Self {
+        let Some(rate) = rate else {
+            return Self::default();
+        };
+        // Poison means that another thread panicked; the list itself is whole.
+        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = shared
+            .iter()
+            .find(|(of, at, _)| *of == purpose && *at == rate);
+        if let Some((_, _, limit)) = known {
+            return limit.clone();
+        }
+        let limit = Self::new(Some(rate));
+        shared.push((purpose, rate, limit.clone()));
+        limit
+    }
+
     pub fn new(rate: Option<ByteRate>) -> Self {
         Self(rate.map(|rate| Arc::new(Mutex::new(Bucket::new(rate)))))
     }
@@ -244,6 +270,20 @@ mod tests {
                 prop_assert_eq!(bucket.take(rate.0 / 20, now), Duration::ZERO);
             }
         }
+    }
+
+    #[test]
+    fn one_rate_for_one_purpose_is_shared() {
+        let rate = |text: &str| Some(text.parse().unwrap());
+        let same = |one: &RateLimit, other: &RateLimit| match (&one.0, &other.0) {
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+            _ => false,
+        };
+        let limit = RateLimit::shared("tests", rate("5MiB"));
+        assert!(same(&limit, &RateLimit::shared("tests", rate("5 MiB"))));
+        assert!(!same(&limit, &RateLimit::shared("tests", rate("6MiB"))));
+        assert!(!same(&limit, &RateLimit::shared("others", rate("5MiB"))));
+        assert!(RateLimit::shared("tests", None).0.is_none());
     }
 
     #[tokio::test]

@@ -31,10 +31,6 @@ use crate::progress::Step;
 /// would not agree with either.
 const MOST_DIFFERENCES: usize = 64;
 
-/// Readings in a row that bring nothing before a repair is given up, where
-/// the caller sets none.
-const ATTEMPTS: u32 = 3;
-
 /// What a source answers to a request for a part of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reply {
@@ -176,12 +172,21 @@ pub struct Patience {
     pub pause: Duration,
 }
 
-impl Default for Patience {
-    fn default() -> Self {
-        Self {
-            attempts: ATTEMPTS,
-            pause: Duration::from_millis(500),
+impl Patience {
+    /// Counts a failure, and waits if another attempt is worth it; the error
+    /// back if none is.
+    pub(crate) async fn after<E>(
+        self,
+        error: E,
+        may_pass: bool,
+        failures: &mut u32,
+    ) -> Result<(), E> {
+        *failures += 1;
+        if !may_pass || *failures >= self.attempts {
+            return Err(error);
         }
+        tokio::time::sleep(self.pause).await;
+        Ok(())
     }
 }
 
@@ -190,6 +195,7 @@ impl Default for Patience {
 pub async fn open<S: Reread>(
     path: &Path,
     chunk: u64,
+    patience: Patience,
     source: &mut S,
     step: &Step,
 ) -> Result<PartFile, S::Error> {
@@ -210,7 +216,7 @@ pub async fn open<S: Reread>(
     let record = record_of(path, chunk).await;
     let mut cut_at = None;
     for (_, (range, digest)) in wanted {
-        match read_part(source, range.clone(), chunk, Patience::default()).await? {
+        match read_part(source, range.clone(), chunk, patience).await? {
             Some(bytes) if sha256_bytes(&bytes) == digest => {
                 replace_chunk(path, &record, range.start, bytes).await?;
             }
@@ -244,7 +250,7 @@ pub async fn second_look<S: Reread>(
     source: &mut S,
     step: &mut Step,
 ) -> Result<Outcome, S::Error> {
-    let mended = open(path, chunk, source, step).await?;
+    let mended = open(path, chunk, patience, source, step).await?;
     if mended.size() == size {
         // Something else than the bytes' way may have spoilt them.
         let (digest, size) = mended.complete().await?;
@@ -292,6 +298,8 @@ async fn read_all<S: Reread>(
 ) -> Result<(), S::Error> {
     let chunk = record.size();
     let mut from = 0;
+    // Of a source that always begins anew only what lies beyond is progress.
+    let mut furthest = 0;
     let mut failures = 0;
     while from < size {
         let mut sink = Sink {
@@ -310,21 +318,30 @@ async fn read_all<S: Reread>(
         // What came of a chunk that was cut comes again.
         let reached = sink.position - sink.pending.len() as u64;
         let reached = if sink.is_full() { size } else { reached };
-        failures = if reached > from { 0 } else { failures + 1 };
+        let progress = reached > furthest;
+        if progress {
+            furthest = reached;
+            failures = 0;
+        }
         match result {
             Ok(Reply::Sent) => from = reached,
             // From its start a file can always be read.
-            Ok(Reply::NoSuchPart) => from = 0,
-            Err(error) if !S::may_pass(&error) || failures >= patience.attempts => {
-                return Err(error);
+            Ok(Reply::NoSuchPart) => {
+                failures += 1;
+                if failures > patience.attempts {
+                    break;
+                }
+                from = 0;
             }
-            Err(_) => {
+            Err(error) => {
+                let may_pass = S::may_pass(&error);
+                if progress && may_pass {
+                    tokio::time::sleep(patience.pause).await;
+                } else {
+                    patience.after(error, may_pass, &mut failures).await?;
+                }
                 from = reached;
-                tokio::time::sleep(patience.pause).await;
             }
-        }
-        if failures > patience.attempts {
-            break;
         }
     }
     Ok(())
@@ -374,11 +391,8 @@ async fn read_part<S: Reread>(
             Ok(Reply::Sent) if sink.is_full() => return Ok(Some(sink.pending)),
             Ok(_) => return Ok(None),
             Err(error) => {
-                failures += 1;
-                if !S::may_pass(&error) || failures >= patience.attempts.max(1) {
-                    return Err(error);
-                }
-                tokio::time::sleep(patience.pause).await;
+                let may_pass = S::may_pass(&error);
+                patience.after(error, may_pass, &mut failures).await?;
             }
         }
     }

@@ -27,6 +27,8 @@ enum Fault {
     None,
     /// The connection breaks after this many bytes.
     Cut(usize),
+    /// The same, and it always begins at the file's start.
+    CutAnew(usize),
     /// The byte at this place of the file is wrong, where it is sent at all.
     Flip(usize),
     IgnoreRange,
@@ -87,7 +89,7 @@ async fn answer(State(server): State<Arc<Server>>, request: Request) -> Response
     };
     let same = header("if-range").is_none_or(|wanted| wanted == etag);
     let asked = range
-        .filter(|_| same && fault != Fault::IgnoreRange)
+        .filter(|_| same && !matches!(fault, Fault::IgnoreRange | Fault::CutAnew(_)))
         .map(|range| {
             let (start, last) = range["bytes=".len()..].split_once('-').unwrap();
             let end = last.parse::<usize>().map_or(total, |last| last + 1);
@@ -123,13 +125,14 @@ async fn answer(State(server): State<Arc<Server>>, request: Request) -> Response
         bytes[at - start] ^= 0x10;
     }
     let body = match fault {
-        Fault::Cut(count) | Fault::Short(count) => {
+        Fault::Cut(count) | Fault::CutAnew(count) | Fault::Short(count) => {
             bytes.truncate(count);
             server.sent.fetch_add(bytes.len(), Ordering::SeqCst);
-            if let Fault::Cut(_) = fault {
+            let breaks = !matches!(fault, Fault::Short(_));
+            if breaks {
                 response = response.header("content-length", length);
             }
-            cut_body(bytes, fault == Fault::Cut(count))
+            cut_body(bytes, breaks)
         }
         _ => {
             server.sent.fetch_add(bytes.len(), Ordering::SeqCst);
@@ -311,6 +314,32 @@ async fn a_second_look_that_is_cut_for_good_keeps_what_is_there() {
 }
 
 #[tokio::test]
+async fn a_second_look_waits_for_a_server_that_is_busy() {
+    let content = content(10 * CHUNK);
+    // Without a length, the first look at one counts as well.
+    for first in [Fault::Flip(7), Fault::Short(0)] {
+        let faults = [first, Fault::Busy, Fault::Cut(5 * CHUNK), Fault::Busy];
+        let faults = [&faults[..], &[Fault::None]].concat();
+        let (url, _) = Server::start(&content, &faults).await;
+        let bench = Bench::new();
+        let fetched = bench.fetch(&url, sha256_bytes(&content), 3).await.unwrap();
+        assert_eq!(std::fs::read(&fetched.path).unwrap(), content, "{first:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_always_begins_anew_and_never_ends_is_given_up() {
+    let content = content(10 * CHUNK);
+    let faults = [Fault::Flip(7), Fault::CutAnew(5 * CHUNK)];
+    let (url, server) = Server::start(&content, &faults).await;
+    let digest = sha256_bytes(&content);
+    let error = Bench::new().fetch(&url, digest, 3).await.unwrap_err();
+    assert!(error.retriable(), "{error}");
+    let requests = server.requests.load(Ordering::SeqCst);
+    assert!(requests <= 12, "{requests} requests");
+}
+
+#[tokio::test]
 async fn a_rate_is_kept() {
     let content = content(10 * CHUNK);
     let (url, _) = Server::start(&content, &[Fault::None]).await;
@@ -335,6 +364,7 @@ fn faults() -> impl Strategy<Value = Vec<Fault>> {
     let fault = prop_oneof![
         Just(Fault::None),
         (0usize..40_000).prop_map(Fault::Cut),
+        (0usize..40_000).prop_map(Fault::CutAnew),
         (0usize..40_000).prop_map(Fault::Short),
         (0usize..40_000).prop_map(Fault::Flip),
         Just(Fault::IgnoreRange),
@@ -346,8 +376,14 @@ fn faults() -> impl Strategy<Value = Vec<Fault>> {
     prop::collection::vec(fault, 0..7)
 }
 
+/// Few, unless somebody asks for more: each case has a server of its own.
+fn cases() -> u32 {
+    let asked = std::env::var("PROPTEST_CASES");
+    asked.map_or(60, |text| text.parse().unwrap())
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(60))]
+    #![proptest_config(ProptestConfig::with_cases(cases()))]
 
     /// Whatever happens on the way and to the disk in between: what is
     /// accepted is right, it ends, and one wrong byte is always mended.

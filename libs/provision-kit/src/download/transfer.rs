@@ -46,7 +46,14 @@ impl<'a> Transfer<'a> {
         step: &Step,
     ) -> Result<Self, DownloadError> {
         let mut again = Again::new(client, download);
-        let mut part = repair::open(download.part, download.chunk_bytes, &mut again, step).await?;
+        let mut part = repair::open(
+            download.part,
+            download.chunk_bytes,
+            download.patience(),
+            &mut again,
+            step,
+        )
+        .await?;
         let etag = stored_etag(download.part);
         // Without a digest or the server's name for the version, nothing would
         // notice that the file changed between two transfers.

@@ -70,6 +70,11 @@ impl Gate {
             remove_file_if_there(&path)?;
             return Err(ModelError::ChangedMeanwhile { path });
         }
+        if let Some(chunks) = &fetched.chunks
+            && let Err(error) = self.store.save_chunks(fetched.digest, chunks)
+        {
+            tracing::warn!(path = %path.display(), error = %one_line(&error), "should this model be spoilt, all of it will have to be fetched again");
+        }
         Ok(self.record(claim, path, published, fetched.digest, facts))
     }
 
@@ -96,6 +101,7 @@ impl Gate {
                 path,
                 expected: digest,
                 actual,
+                repair: None,
             });
         }
         let facts = read_facts(&path, &path.display().to_string())?;

@@ -51,6 +51,9 @@ pub enum ModelError {
         path: PathBuf,
         expected: Digest,
         actual: Digest,
+        /// Why it could not be fetched again, if that was tried.
+        #[source]
+        repair: Option<Box<ModelError>>,
     },
     #[error("{} was changed while it was being verified", path.display())]
     ChangedMeanwhile { path: PathBuf },
@@ -102,6 +105,7 @@ impl ModelError {
             Self::Lock(error) => error.retriable(),
             Self::File(error) => error.retriable(),
             Self::BeingRemoved { .. } | Self::ChangedMeanwhile { .. } => true,
+            Self::Changed { repair, .. } => repair.as_ref().is_some_and(|error| error.retriable()),
             _ => false,
         }
     }
@@ -128,6 +132,7 @@ impl Hinted for ModelError {
             Self::WrongDigest { .. } => {
                 "the file is not the pinned one: name a source that holds the same bytes, or correct the digest".to_owned()
             }
+            Self::Changed { repair: Some(error), .. } if error.retriable() => return error.hint(),
             Self::Changed { path, .. } => format!(
                 "if nobody meant to change it, the disk may be failing; `rm {}` and start again to fetch it anew",
                 path.display()

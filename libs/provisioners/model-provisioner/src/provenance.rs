@@ -15,6 +15,8 @@ pub enum How {
     Cached,
     /// It was fetched now.
     Fetched,
+    /// It was in the store and spoilt, and was mended or fetched again.
+    Mended,
     /// It lies elsewhere on this machine and is used there.
     InPlace,
 }

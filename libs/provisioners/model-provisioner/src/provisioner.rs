@@ -4,8 +4,11 @@
 //! reference ─► profile or single source
 //!    │ lock of this model (another process may be fetching it: then wait)
 //!    ├─► in the store already? ── yes ──► still what was verified? ─► use it
+//!    │                               └─ no ──► mended from the sources (`mend`)
 //!    └─► sources in order ─► part file ─► digest, header, signature ─► rename ─► record
 //! ```
+
+mod mend;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -33,6 +36,7 @@ use crate::reference::ModelRef;
 use crate::store::{ModelRecord, Store};
 use crate::verify::SignatureVerifier;
 use crate::wanted::Wanted;
+use mend::Mended;
 
 /// How long a model that is just being removed is waited for.
 const REMOVAL_WAIT: Duration = Duration::from_secs(10);
@@ -45,6 +49,7 @@ pub struct ModelProvisioner {
     profiles: Profiles,
     gate: Gate,
     leases: Arc<Leases>,
+    mended: Mended,
     fetcher: Fetcher,
     locks: PathBuf,
     downloads: PathBuf,
@@ -76,6 +81,7 @@ impl ModelProvisioner {
                 verifier: None,
             },
             leases: Arc::new(Leases::new(cache.locks())),
+            mended: Mended::default(),
             fetcher: Fetcher::new(&config, cache.downloads()),
             locks: cache.locks(),
             downloads: cache.downloads(),
@@ -188,13 +194,16 @@ impl ModelProvisioner {
             }
             Err(error) => return Err(error.into()),
         };
-        let provided = match self.use_cached(wanted).await? {
-            Some(provided) => {
+        let provided = match self.use_cached(wanted).await {
+            Ok(Some(provided)) => {
                 let size = provided.record.stamp.size_bytes;
                 step.set(size, Some(size));
                 provided
             }
-            None => self.fetch_new(wanted, step).await?,
+            Ok(None) => self.fetch_new(wanted, step).await?,
+            // Without a lock nobody may write.
+            Err(error) if held.is_none() => return Err(error),
+            Err(error) => self.mend(wanted, error, step).await?,
         };
         drop(held);
         // The model is verified: a record that cannot be written does not change that.
@@ -204,7 +213,7 @@ impl ModelProvisioner {
                 one_line(&error)
             ));
         }
-        if provided.how == How::Fetched {
+        if matches!(provided.how, How::Fetched | How::Mended) {
             self.enforce_limit(step).await;
         }
         Ok(provided)
@@ -309,16 +318,30 @@ impl ModelProvisioner {
         Ok(None)
     }
 
-    /// Tries the sources in order.
     async fn fetch_new(&self, wanted: &Wanted, step: &mut Step) -> Result<Provided, ModelError> {
+        let expected = match self.config.verify {
+            VerifyPolicy::Off => Expected::default(),
+            _ => wanted.expected,
+        };
+        self.fetch_from_sources(wanted, expected, step).await
+    }
+
+    /// Where the model's bytes gather.
+    fn part(&self, wanted: &Wanted) -> PathBuf {
+        self.downloads.join(format!("model-{}.part", wanted.key))
+    }
+
+    /// Tries the sources in order.
+    async fn fetch_from_sources(
+        &self,
+        wanted: &Wanted,
+        mut expected: Expected,
+        step: &mut Step,
+    ) -> Result<Provided, ModelError> {
         let mut attempts = Vec::new();
-        let mut expected = wanted.expected;
-        if self.config.verify == VerifyPolicy::Off {
-            expected = Expected::default();
-        }
+        let part = self.part(wanted);
         for (index, source) in wanted.sources.iter().enumerate() {
             expected.has_alternative = index + 1 < wanted.sources.len();
-            let part = self.downloads.join(format!("model-{}.part", wanted.key));
             match self.fetcher.fetch(source, expected, &part, step).await {
                 Ok(obtained) => match self.admit(wanted, source, obtained).await {
                     // A file of ours that is not what the profile says: the next source may be right.

@@ -4,6 +4,8 @@
 //! models/
 //!   sha256/<64 hex digits>     a model file; its name is its digest
 //!   records/<64 hex digits>.json      what is known about it
+//!   records/<64 hex digits>.chunks    the digests of its chunks as it arrived,
+//!                                     to mend it with
 //!   records/file-<64 hex digits>.json what is known about a file that lies
 //!                                     elsewhere; the digits name its path
 //! ```
@@ -141,6 +143,20 @@ impl Store {
         self.records().join(format!("{name}.json"))
     }
 
+    fn chunks_path(&self, digest: Digest) -> PathBuf {
+        self.records().join(format!("{}.chunks", digest.hex()))
+    }
+
+    /// The digests of a stored model's chunks, where they are known.
+    pub fn chunks(&self, digest: Digest) -> Option<String> {
+        fs::read_to_string(self.chunks_path(digest)).ok()
+    }
+
+    /// Keeps the digests of a stored model's chunks.
+    pub fn save_chunks(&self, digest: Digest, chunks: &str) -> Result<(), FsError> {
+        write_atomic(&self.chunks_path(digest), chunks.as_bytes())
+    }
+
     /// The record, if there is a readable one.
     pub fn record(&self, place: Place<'_>) -> Option<ModelRecord> {
         read_record(&self.record_path(place))
@@ -218,6 +234,7 @@ impl Store {
     pub fn remove(&self, digest: Digest) -> Result<(), SaveError> {
         let _lock = FileLock::acquire_blocking(&self.lock, RECORD_LOCK_TIMEOUT)?;
         remove_file_if_there(&self.path_of(digest))?;
+        remove_file_if_there(&self.chunks_path(digest))?;
         remove_file_if_there(&self.record_path(Place::Stored(digest)))?;
         Ok(())
     }
@@ -302,8 +319,11 @@ mod tests {
         assert_eq!(listed, [new.digest, old.digest]);
         fs::remove_file(&old.path).unwrap();
         assert_eq!(store.list().unwrap().len(), 1);
+        store.save_chunks(new.digest, "chunks 1\n").unwrap();
+        assert!(store.chunks(new.digest).is_some());
         store.remove(new.digest).unwrap();
         store.remove(new.digest).unwrap();
+        assert_eq!(store.chunks(new.digest), None);
         assert!(store.list().unwrap().is_empty());
         assert!(!new.path.exists());
     }

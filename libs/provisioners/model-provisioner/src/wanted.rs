@@ -10,7 +10,7 @@ use crate::profile::Profiles;
 use crate::reference::ModelRef;
 
 /// A reference, resolved.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Wanted {
     /// What the user asked for, without what may be secret in it.
     pub(crate) id: String,

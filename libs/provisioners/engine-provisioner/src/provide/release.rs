@@ -248,7 +248,7 @@ async fn fetch(
     let request = Download {
         expected_digest: Some(digest),
         attempts: 3,
-        rate: RateLimit::new(config.max_download_rate),
+        rate: RateLimit::shared("engines", config.max_download_rate),
         ..Download::new(&url, &part)
     };
     let what = format!("fetching {archive}");

@@ -314,7 +314,7 @@ impl Job<'_> {
         let part = downloads.join(format!("{}.part", source.digest.hex()));
         let request = Download {
             expected_digest: Some(source.digest),
-            rate: RateLimit::new(self.config.max_download_rate),
+            rate: RateLimit::shared("engines", self.config.max_download_rate),
             ..Download::new(&source.url, &part)
         };
         let what = format!("fetching {}", self.source);

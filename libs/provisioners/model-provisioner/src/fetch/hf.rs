@@ -17,7 +17,7 @@ use llama_orch_types::Digest;
 use provision_kit::chain::one_line;
 use provision_kit::download::{CHUNK_BYTES, DownloadError, Fetched, display_url};
 use provision_kit::fs::{free_space, remove_file_if_there, write_atomic};
-use provision_kit::part::{PartFile, Sidecar, remove_sidecars, sidecar};
+use provision_kit::part::{PartFile, Sidecar, remove_sidecars, sidecar, take_notes};
 use provision_kit::progress::Step;
 use provision_kit::repair::{self, Outcome, Patience, Reply, Reread, Sink};
 
@@ -52,18 +52,18 @@ pub(super) async fn fetch(
                     // What is here may still be mended by the next start.
                     return result;
                 }
-                remove_sidecars(part)?;
+                let chunks = take_notes(part)?;
                 if result.is_err() {
                     remove_file_if_there(part)?;
                 }
-                return result;
+                return result.map(|fetched| Fetched { chunks, ..fetched });
             }
             _ => {
-                remove_sidecars(part)?;
                 return Ok(Fetched {
                     path: part.to_owned(),
                     digest,
                     size,
+                    chunks: take_notes(part)?,
                 });
             }
         };
@@ -143,7 +143,14 @@ impl<'a> Transfer<'a> {
     /// Attempts until the file is whole or hope is gone.
     async fn run(&self, step: &mut Step, resumed: &mut bool) -> Result<(Digest, u64), FetchError> {
         let mut total = self.expected.size.or_else(|| self.stored_total());
-        let mut part = repair::open(self.part, CHUNK_BYTES, &mut Again(self), step).await?;
+        let mut part = repair::open(
+            self.part,
+            CHUNK_BYTES,
+            self.patience(),
+            &mut Again(self),
+            step,
+        )
+        .await?;
         if part.size() > 0 && (!self.resumable || total.is_none_or(|total| part.size() > total)) {
             part.restart().await?;
         }
@@ -184,6 +191,13 @@ impl<'a> Transfer<'a> {
         }
     }
 
+    fn patience(&self) -> Patience {
+        Patience {
+            attempts: self.fetcher.attempts_at(self.expected),
+            pause: self.fetcher.backoff,
+        }
+    }
+
     /// Mends a complete file of a wrong digest, or says what is wrong with it.
     async fn look_again(
         &self,
@@ -200,10 +214,7 @@ impl<'a> Transfer<'a> {
             return Err(wrong);
         }
         step.note(format!("{wrong}; looking for what is wrong with it"));
-        let patience = Patience {
-            attempts: self.fetcher.attempts_at(self.expected),
-            pause: self.fetcher.backoff,
-        };
+        let patience = self.patience();
         let measure = (CHUNK_BYTES, size);
         let again = &mut Again(self);
         match repair::second_look(self.part, measure, expected, patience, again, step).await? {
@@ -211,6 +222,7 @@ impl<'a> Transfer<'a> {
                 path: self.part.to_owned(),
                 digest: expected,
                 size,
+                chunks: None,
             }),
             Outcome::Same => Err(wrong),
             Outcome::Differs { chunks } => Err(DownloadError::Unstable {

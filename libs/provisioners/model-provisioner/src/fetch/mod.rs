@@ -75,7 +75,7 @@ impl Fetcher {
             stall_timeout: Duration::from_secs(config.stall_timeout_seconds.max(1)),
             attempts: config.attempts.max(1),
             backoff: BACKOFF,
-            rate: RateLimit::new(config.max_download_rate),
+            rate: RateLimit::shared("models", config.max_download_rate),
         }
     }
 

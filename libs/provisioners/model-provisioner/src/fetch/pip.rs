@@ -203,6 +203,7 @@ impl Extraction {
                 path: self.part.clone(),
                 digest,
                 size: actual,
+                chunks: None,
             }),
         }
     }

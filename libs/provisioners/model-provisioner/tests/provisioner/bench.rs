@@ -2,6 +2,7 @@
 //! misbehave.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -149,6 +150,15 @@ pub(crate) fn model() -> (Vec<u8>, Digest) {
     (bytes, digest)
 }
 
+/// A model of two whole chunks and a third.
+pub(crate) fn large_model() -> (Vec<u8>, Digest) {
+    let mut file = Gguf::tiny();
+    file.tensor("blk.0.weight", &[4_400_000], 0, 17_600_000);
+    let bytes = file.bytes();
+    let digest = sha256_bytes(&bytes);
+    (bytes, digest)
+}
+
 /// How the server answers a GET; one entry for each, the last for all others.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Behaviour {
@@ -170,6 +180,8 @@ pub(crate) struct Server {
     script: Vec<Behaviour>,
     token: Option<&'static str>,
     seen: Mutex<Vec<(Method, String, HeaderMap)>>,
+    /// Bytes of files in all answers.
+    sent: AtomicUsize,
 }
 
 impl Server {
@@ -188,6 +200,7 @@ impl Server {
             script: script.to_vec(),
             token,
             seen: Mutex::default(),
+            sent: AtomicUsize::new(0),
         });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
@@ -196,6 +209,11 @@ impl Server {
             .with_state(Arc::clone(&server));
         tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
         (address, server)
+    }
+
+    /// Bytes of files in all answers since the last call.
+    pub(crate) fn sent(&self) -> usize {
+        self.sent.swap(0, Ordering::SeqCst)
     }
 
     pub(crate) fn gets(&self) -> usize {
@@ -290,6 +308,7 @@ async fn answer(State(server): State<Arc<Server>>, request: Request) -> Response
         _ => bytes.len(),
     };
     response = response.header("content-length", length);
+    server.sent.fetch_add(bytes.len(), Ordering::SeqCst);
     let body = match behaviour {
         Behaviour::Huge => cut_body(bytes),
         Behaviour::CutAfter(count) => cut_body(bytes[..count].to_vec()),

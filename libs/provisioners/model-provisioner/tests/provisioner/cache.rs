@@ -18,7 +18,8 @@ use crate::gguf::{Gguf, text};
 #[tokio::test]
 async fn a_verified_file_is_not_read_again_while_it_stands() {
     let (bytes, _) = model();
-    let (address, _) = Server::start(&bytes, &[Behaviour::Honest]).await;
+    let script = [Behaviour::Honest, Behaviour::Status(404)];
+    let (address, _) = Server::start(&bytes, &script).await;
     let bench = Bench::new();
     let reference = format!("{address}/m.gguf");
     let model = bench.ensure(&reference).await.unwrap();
@@ -39,11 +40,11 @@ async fn a_verified_file_is_not_read_again_while_it_stands() {
     record.stamp = FileStamp::of(&model.path).unwrap();
     store.save(record).unwrap();
     assert_eq!(bench.ensure(&reference).await.unwrap().digest, model.digest);
-    // Once its ctime tells of a change, it is hashed and refused.
+    // Once its ctime tells of a change, it is hashed; without a source, refused.
     file.set_modified(before.modified().unwrap()).unwrap();
     let error = bench.ensure(&reference).await.unwrap_err();
     assert!(
-        matches!(&error, ModelError::Changed { expected, actual, .. }
+        matches!(&error, ModelError::Changed { expected, actual, repair: Some(_), .. }
             if *expected == model.digest && *actual == sha256_bytes(&other)),
         "{error}"
     );
@@ -240,6 +241,8 @@ async fn eviction_shows_first_and_spares_what_is_in_use() {
     drop(user);
     assert_eq!(bench.provisioner().evict().await.unwrap().remove.len(), 1);
     assert!(bench.stored().is_empty());
+    let records = bench.cache().models().join("records");
+    assert_eq!(std::fs::read_dir(records).unwrap().count(), 0);
 }
 
 #[tokio::test]

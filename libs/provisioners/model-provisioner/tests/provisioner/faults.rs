@@ -64,7 +64,16 @@ async fn a_cache_that_cannot_be_written_to_serves_what_it_holds() {
         let reference = format!("{address}/m.gguf");
         bench.ensure(&reference).await.unwrap();
         without_locks(&bench, refuse);
-        assert_eq!(bench.ensure(&reference).await.unwrap().digest, digest);
+        let model = bench.ensure(&reference).await.unwrap();
+        assert_eq!(model.digest, digest);
+        assert_eq!(server.gets(), 1);
+        // What is spoilt it cannot mend.
+        crate::mend::spoil(&model.path, bytes.len() as u64 - 1);
+        let error = bench.ensure(&reference).await.unwrap_err();
+        assert!(
+            matches!(error, ModelError::Changed { repair: None, .. }),
+            "{error:?}"
+        );
         assert_eq!(server.gets(), 1);
         // What it does not hold it cannot take in.
         let error = bench
@@ -87,8 +96,10 @@ async fn a_link_in_the_store_is_checked_and_never_written_through() {
     let stored = bench.cache().models().join("sha256").join(digest.hex());
     std::fs::create_dir_all(stored.parent().unwrap()).unwrap();
     symlink(&victim, &stored).unwrap();
-    let error = bench.ensure("tiny").await.unwrap_err();
-    assert!(matches!(error, ModelError::Changed { .. }), "{error:?}");
+    // Another file takes its place.
+    let model = bench.ensure("tiny").await.unwrap();
+    assert!(std::fs::symlink_metadata(&model.path).unwrap().is_file());
+    assert_eq!(std::fs::read(&victim).unwrap(), b"somebody's file");
     std::fs::remove_file(&stored).unwrap();
     // Where a download gathers.
     let part = format!("model-{}.part", digest.hex());

@@ -12,5 +12,6 @@ mod cache;
 mod faults;
 #[cfg(feature = "hf")]
 mod hub;
+mod mend;
 mod pip;
 mod sources;
