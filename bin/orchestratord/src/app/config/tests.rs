@@ -68,6 +68,15 @@ fn every_complaint_names_file_line_and_key() {
 }
 
 #[test]
+fn a_place_is_named_once() {
+    let complaint = complaint("pools:\n  a:\n    slots: 999\n");
+    assert!(
+        complaint.contains("`slots`: 999 is out of range: 1 to 256 |"),
+        "{complaint}"
+    );
+}
+
+#[test]
 fn an_unknown_key_is_answered_with_the_nearest() {
     assert!(complaint("pools:\n  a:\n    slotz: 2\n").contains("slots"));
 }
