@@ -35,6 +35,9 @@ pub struct AppState {
     pub started: Instant,
     #[cfg(feature = "provisioning")]
     pub models: Arc<provisioners_model_provisioner::ModelProvisioner>,
+    /// `models` of the configuration.
+    #[cfg(feature = "provisioning")]
+    pub model_settings: provisioners_model_provisioner::ModelProvisionerConfig,
 }
 
 impl AppState {

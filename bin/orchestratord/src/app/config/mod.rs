@@ -31,6 +31,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use self::limits::Limits;
+#[cfg(feature = "provisioning")]
+pub use self::loaded::Unfit;
 pub use self::loaded::{DEFAULT_FILE, Loaded, Place, SetupError};
 use self::read::{address, engine_kind, ranged, ranged_option};
 pub use self::source::Source;
