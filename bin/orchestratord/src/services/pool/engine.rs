@@ -13,7 +13,7 @@ use super::lifecycle::{
 };
 use super::orders::Request;
 use super::{Bound, Change, LogTail, Order, PoolSettings, ReloadView, Transition, Wanted};
-use crate::app::config::PoolConfig;
+use crate::app::config::{PoolConfig, shown_model};
 use crate::services::event_log::Failure;
 use crate::services::telemetry;
 
@@ -101,7 +101,7 @@ impl Actor {
     }
 
     fn begin_reload(&mut self, config: PoolConfig) -> Result<(), Failure> {
-        let model = config.model.clone();
+        let model = shown_model(&config.model);
         let candidate = self.candidate.replace(Arc::new(config));
         let last = self.reload.take();
         let begun = self.event(Event::Reload, "reload was asked for");
