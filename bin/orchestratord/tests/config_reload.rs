@@ -256,6 +256,7 @@ async fn a_file_is_compared_with_what_a_pools_own_reload_gave_it() {
             (pool["reload"]["state"] == "done").then_some(pool)
         })
         .await;
+    assert_eq!(own["flags"], json!(["--verbose"]));
     daemon.rewrite_config(|config| config["pools"]["a"]["queue_capacity"] = json!(128));
     let differs = "pool a: reloaded: flags [\"--verbose\"] → [], queue_capacity 64 → 128\n";
     let planned = daemon.beside(&["reload", "--dry-run"]);
@@ -264,6 +265,7 @@ async fn a_file_is_compared_with_what_a_pools_own_reload_gave_it() {
     assert_eq!(said(&done).0, differs);
     let after = daemon.until_ready("a").await;
     assert_ne!(pid(&after), pid(&own));
+    assert_eq!(after["flags"], json!([]));
     assert_eq!(said(&daemon.beside(&["reload"])).0, "pool a: unchanged\n");
 }
 

@@ -37,6 +37,9 @@ pub struct PoolView {
     pub engine: String,
     /// The model as the configuration names it.
     pub model: String,
+    /// The engine's further flags: the configuration's, or those of the last
+    /// reload.
+    pub flags: Vec<String>,
     pub state: Phase,
     /// Milliseconds in this state.
     pub in_state_ms: u64,
@@ -175,6 +178,7 @@ impl PoolView {
             pool_id: settings.id.to_string(),
             engine: settings.engine.to_string(),
             model: settings.model.clone(),
+            flags: settings.config.flags.clone(),
             state: snapshot.phase,
             in_state_ms: snapshot.since.elapsed().as_millis() as u64,
             queue: QueueView {
