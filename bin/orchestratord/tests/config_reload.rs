@@ -245,6 +245,31 @@ async fn a_wrong_file_changes_nothing_at_all() {
 }
 
 #[tokio::test]
+async fn a_file_is_compared_with_what_a_pools_own_reload_gave_it() {
+    let daemon = with_pools(&Script::default(), &["a"]).await;
+    let request = json!({ "flags": ["--verbose"] });
+    let answer = daemon.post("/v2/pools/a/reload", request).await;
+    assert_eq!(answer.status(), 202);
+    let own = daemon
+        .until("the pool's own reload is over", async || {
+            let pool = daemon.get_json("/v2/pools/a").await;
+            (pool["reload"]["state"] == "done").then_some(pool)
+        })
+        .await;
+    assert_eq!(own["flags"], json!(["--verbose"]));
+    daemon.rewrite_config(|config| config["pools"]["a"]["queue_capacity"] = json!(128));
+    let differs = "pool a: reloaded: flags [\"--verbose\"] → [], queue_capacity 64 → 128\n";
+    let planned = daemon.beside(&["reload", "--dry-run"]);
+    assert_eq!(said(&planned).0, differs);
+    let done = daemon.beside(&["reload"]);
+    assert_eq!(said(&done).0, differs);
+    let after = daemon.until_ready("a").await;
+    assert_ne!(pid(&after), pid(&own));
+    assert_eq!(after["flags"], json!([]));
+    assert_eq!(said(&daemon.beside(&["reload"])).0, "pool a: unchanged\n");
+}
+
+#[tokio::test]
 async fn a_pool_whose_new_engine_fails_goes_back_to_what_it_was() {
     let daemon = with_pools(&Script::default(), &["a"]).await;
     let broken = Script {

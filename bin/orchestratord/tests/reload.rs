@@ -191,14 +191,20 @@ async fn a_reload_that_fails_is_rolled_back_with_the_reason_and_the_old_engine_u
             Script::default(),
             "/no/such/model.gguf",
         ),
-        (
-            json!({ "flags": ["--port", "1"] }),
-            Script::default(),
-            "port",
-        ),
         (json!({}), dies, "no room for the tensors"),
         (json!({}), cannot_answer, "trial task"),
     ];
+    // What no engine can be started with is refused at once.
+    for (request, key) in [
+        (json!({ "flags": ["--port", "1"] }), "`flags`"),
+        (json!({ "model": "nobody" }), "`model`"),
+    ] {
+        let refused = daemon.post("/v2/pools/default/reload", request).await;
+        assert_eq!(refused.status(), 400);
+        let refused: Value = refused.json().await.unwrap();
+        let said = refused["error"]["message"].as_str().unwrap();
+        assert!(said.starts_with(key), "{said}");
+    }
     for (request, script, reason) in trials {
         install(&daemon.engine_dir(), &script);
         ask(&daemon, "reload", request).await;

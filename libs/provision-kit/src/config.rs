@@ -121,7 +121,8 @@ fn explain(error: &YamlError, text: &str, origin: &Path) -> ConfigError {
             message: format!("the key `{key}` stands here a second time"),
         },
         other => {
-            let message = one_line(&other.to_string());
+            let said = one_line(&other.to_string());
+            let message = without_place(&said).to_owned();
             let line = other.location().map_or(0, |at| at.line());
             ConfigError::Invalid {
                 place,
@@ -150,6 +151,20 @@ fn key_on_line(text: &str, line: u64) -> Option<&str> {
 /// The message itself without the drawing of the source below it.
 fn one_line(text: &str) -> String {
     text.lines().next().unwrap_or_default().trim().to_owned()
+}
+
+/// The message without the parser's own `at line 3, column 12` at its end: the
+/// place is named before it.
+fn without_place(message: &str) -> &str {
+    let only_place = |tail: &str| {
+        let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        tail.split_once(", column ")
+            .is_some_and(|(line, column)| is_number(line) && is_number(column))
+    };
+    match message.rsplit_once(" at line ") {
+        Some((said, tail)) if only_place(tail) => said,
+        _ => message,
+    }
 }
 
 /// The known word that looks most like `word`, if one looks like it at all.

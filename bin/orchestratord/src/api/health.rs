@@ -20,7 +20,7 @@ pub enum Status {
     Ok,
     /// Some pool is being made ready.
     Preparing,
-    /// Some pool has failed.
+    /// Some pool has failed or is stopped.
     Degraded,
 }
 

@@ -45,6 +45,6 @@ pub async fn capabilities(State(state): State<Arc<AppState>>) -> Json<Capabiliti
         features: features(),
         require_real_llama: state.real_only,
         uptime_ms: state.started.elapsed().as_millis() as u64,
-        pools: state.pools.get().values().map(PoolView::of).collect(),
+        pools: state.pools.get().values().map(PoolView::brief).collect(),
     })
 }

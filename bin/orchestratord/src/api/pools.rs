@@ -1,7 +1,7 @@
 //! `/v2/pools`: what there is, and how it is.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::body::Bytes;
@@ -10,6 +10,7 @@ use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::http::header::RETRY_AFTER;
 use axum::response::{IntoResponse, Response};
+use jiff::Timestamp;
 use llama_orch_types::ErrorCode;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -17,6 +18,8 @@ use utoipa::ToSchema;
 
 use super::error::{ApiError, ErrorBody};
 use super::tasks::Preparation;
+#[cfg(feature = "provisioning")]
+use crate::app::config::Unfit;
 use crate::app::state::AppState;
 use crate::services::event_log::Failure;
 use crate::services::pool::{Phase, PoolHandle, ReloadRequest, ReloadView, Restarts, Transition};
@@ -34,6 +37,9 @@ pub struct PoolView {
     pub engine: String,
     /// The model as the configuration names it.
     pub model: String,
+    /// The engine's further flags: the configuration's, or those of the last
+    /// reload.
+    pub flags: Vec<String>,
     pub state: Phase,
     /// Milliseconds in this state.
     pub in_state_ms: u64,
@@ -53,12 +59,16 @@ pub struct PoolView {
     /// and `failed`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub next_try_ms: Option<u64>,
-    /// The last changes of state, the oldest first; at most 20.
+    /// The last changes of state, the oldest first; at most 20. Only where one
+    /// pool is asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub transitions: Vec<TransitionView>,
     /// The reload under way, or the last one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reload: Option<ReloadView>,
     /// The last lines of the engine's log; of the last engine, if none runs.
+    /// Only where one pool is asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub engine_log: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub replica: Option<ReplicaView>,
@@ -73,18 +83,19 @@ pub struct TransitionView {
     pub from: Phase,
     pub to: Phase,
     pub cause: String,
-    /// Milliseconds since the Unix epoch.
-    pub at: u64,
+    /// When, as RFC 3339 has it, in UTC.
+    pub at: String,
 }
 
 impl TransitionView {
     fn of(transition: &Transition) -> Self {
-        let since_epoch = transition.at.duration_since(SystemTime::UNIX_EPOCH);
+        // Fails only where the clock is thousands of years off.
+        let at = Timestamp::try_from(transition.at).unwrap_or_default();
         Self {
             from: transition.from,
             to: transition.to,
             cause: transition.cause.clone(),
-            at: since_epoch.unwrap_or_default().as_millis() as u64,
+            at: format!("{at:.3}"),
         }
     }
 }
@@ -141,6 +152,15 @@ pub struct PoolHealth {
 }
 
 impl PoolView {
+    /// Without what has happened: for a list.
+    pub fn brief(pool: &PoolHandle) -> Self {
+        Self {
+            transitions: Vec::new(),
+            engine_log: Vec::new(),
+            ..Self::of(pool)
+        }
+    }
+
     pub fn of(pool: &PoolHandle) -> Self {
         let snapshot = pool.snapshot();
         let settings = &snapshot.settings;
@@ -158,6 +178,7 @@ impl PoolView {
             pool_id: settings.id.to_string(),
             engine: settings.engine.to_string(),
             model: settings.model.clone(),
+            flags: settings.config.flags.clone(),
             state: snapshot.phase,
             in_state_ms: snapshot.since.elapsed().as_millis() as u64,
             queue: QueueView {
@@ -193,7 +214,7 @@ impl PoolView {
 #[utoipa::path(get, path = "/v2/pools", tag = "pools", responses((status = 200, body = PoolsView)))]
 pub async fn list(State(state): State<Arc<AppState>>) -> Json<PoolsView> {
     Json(PoolsView {
-        pools: state.pools.get().values().map(PoolView::of).collect(),
+        pools: state.pools.get().values().map(PoolView::brief).collect(),
     })
 }
 
@@ -251,7 +272,7 @@ pub async fn health(
 /// it is.
 #[utoipa::path(
     post, path = "/v2/pools/{id}/drain", tag = "pools",
-    params(("id" = String, Path)), request_body = DrainRequest,
+    params(("id" = String, Path)), request_body = Option<DrainRequest>,
     responses(
         (status = 202, body = PoolView), (status = 400, body = ErrorBody),
         (status = 404, body = ErrorBody), (status = 503, body = ErrorBody),
@@ -302,7 +323,7 @@ pub async fn resume(
 /// far it is. 409 while another reload is under way or the pool is drained.
 #[utoipa::path(
     post, path = "/v2/pools/{id}/reload", tag = "pools",
-    params(("id" = String, Path)), request_body = ReloadRequest,
+    params(("id" = String, Path)), request_body = Option<ReloadRequest>,
     responses(
         (status = 202, body = PoolView), (status = 400, body = ErrorBody), (status = 404, body = ErrorBody),
         (status = 409, body = ErrorBody), (status = 503, body = ErrorBody),
@@ -316,8 +337,22 @@ pub async fn reload(
     let Path(id) = path?;
     let pool = state.pool(&id)?;
     let request: ReloadRequest = parse(&body?)?;
+    #[cfg(feature = "provisioning")]
+    request
+        .applied_to(&pool.settings().config)
+        .check_launch(&pool.settings().id, &state.model_settings)
+        .map_err(unfit)?;
     pool.reload(request).await.map_err(conflict)?;
     Ok((StatusCode::ACCEPTED, Json(PoolView::of(&pool))))
+}
+
+/// What no engine can be started with is refused before one is.
+#[cfg(feature = "provisioning")]
+fn unfit(unfit: Unfit) -> ApiError {
+    let message = format!("`{}`: {}", unfit.key, unfit.problem);
+    Failure::new(ErrorCode::InvalidParams, message)
+        .with_hint(unfit.hint)
+        .into()
 }
 
 /// A reload is refused for the pool's state, not for how often it is asked.

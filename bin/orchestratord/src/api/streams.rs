@@ -15,6 +15,7 @@ use hyper::body::{Frame, SizeHint};
 use llama_orch_types::ErrorCode;
 
 use super::error::ApiError;
+use crate::app::config::Limits;
 use crate::app::server::Peer;
 use crate::services::event_log::Failure;
 
@@ -25,15 +26,15 @@ const COME_BACK: Duration = Duration::from_secs(1);
 /// token is the same for all.
 #[derive(Debug)]
 pub struct StreamCounts {
-    at_most: u64,
+    limits: Limits,
     // Held for a look-up and an addition only, never across an await.
     open: Mutex<HashMap<IpAddr, u64>>,
 }
 
 impl StreamCounts {
-    pub fn new(at_most: u64) -> Arc<Self> {
+    pub fn new(limits: Limits) -> Arc<Self> {
         Arc::new(Self {
-            at_most,
+            limits,
             open: Mutex::default(),
         })
     }
@@ -42,7 +43,7 @@ impl StreamCounts {
     fn take(self: &Arc<Self>, client: IpAddr) -> Option<OpenStream> {
         let mut open = self.lock();
         let count = open.entry(client).or_default();
-        if *count >= self.at_most {
+        if *count >= self.limits.streams_for(client) {
             return None;
         }
         *count += 1;
@@ -86,7 +87,7 @@ pub async fn bounded(
     let peer = request.extensions().get::<Peer>();
     let client = peer.map_or(Ipv4Addr::UNSPECIFIED.into(), |peer| peer.0);
     let Some(open) = counts.take(client) else {
-        return too_many(counts.at_most).into_response();
+        return too_many(counts.limits.streams_for(client)).into_response();
     };
     let answer = next.run(request).await;
     answer.map(|body| Body::new(CountedBody { body, _open: open }))
@@ -95,7 +96,7 @@ pub async fn bounded(
 fn too_many(at_most: u64) -> ApiError {
     let mut failure = Failure::new(
         ErrorCode::AdmissionReject,
-        format!("this client has {at_most} event streams open, as many as it may"),
+        format!("this client's address has {at_most} event streams open, as many as it may"),
     )
     .retry_after(COME_BACK)
     .with_hint("close some, or raise `limits.streams_per_client`");
@@ -134,7 +135,10 @@ mod tests {
 
     #[test]
     fn each_client_has_its_own_count_and_none_is_kept_for_nothing() {
-        let counts = StreamCounts::new(2);
+        let counts = StreamCounts::new(Limits {
+            streams_per_client: Some(2),
+            ..Limits::default()
+        });
         let (one, other): (IpAddr, IpAddr) =
             (Ipv4Addr::LOCALHOST.into(), Ipv4Addr::BROADCAST.into());
         let first = counts.take(one).unwrap();

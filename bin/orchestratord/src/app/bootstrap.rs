@@ -271,6 +271,8 @@ pub fn start(plan: Plan) -> Result<App, StartError> {
         started: Instant::now(),
         #[cfg(feature = "provisioning")]
         models: Arc::new(model_provisioner(&config.models, &dirs, Arc::new(Silent))?),
+        #[cfg(feature = "provisioning")]
+        model_settings: config.models.clone(),
         pools: Current::new(BTreeMap::new()),
         reloads,
     });

@@ -11,9 +11,12 @@ use axum::response::Response;
 use axum::routing::get;
 use axum::{Json, Router};
 use utoipa::OpenApi;
+use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme};
+use utoipa::openapi::{Content, OpenApi as OpenApiDescription, Ref, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::config::Limits;
 use super::state::AppState;
 use crate::api::error::ApiError;
 use crate::api::streams::{self, StreamCounts};
@@ -58,14 +61,64 @@ fn described_routes(streams: Arc<StreamCounts>) -> OpenApiRouter<Arc<AppState>> 
         .routes(routes!(admin::reload, admin::show))
 }
 
+/// Adds what holds for many routes: the token, and what may be answered before
+/// a handler is reached.
+fn complete(mut description: OpenApiDescription) -> OpenApiDescription {
+    let token = SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer));
+    description
+        .components
+        .get_or_insert_default()
+        .add_security_scheme("token", token);
+    for (path, item) in &mut description.paths.paths {
+        if path == "/health" {
+            continue;
+        }
+        for operation in [&mut item.get, &mut item.post].into_iter().flatten() {
+            let takes_body = operation.request_body.is_some();
+            operation.security = Some(vec![
+                SecurityRequirement::default(),
+                SecurityRequirement::new("token", [""; 0]),
+            ]);
+            let early = [
+                ("401", "A token is configured, and it is missing or wrong"),
+                (
+                    "403",
+                    "No token is configured, and a web page or another host asks",
+                ),
+            ];
+            let of_a_body = [
+                ("408", "The body did not come in time"),
+                ("413", "The body is too large"),
+            ];
+            let body_errors = of_a_body.into_iter().filter(|_| takes_body);
+            for (status, why) in early.into_iter().chain(body_errors) {
+                let content = Content::new(Some(Ref::from_schema_name("ErrorBody")));
+                let answer = ResponseBuilder::new()
+                    .description(why)
+                    .content("application/json", content);
+                let responses = &mut operation.responses.responses;
+                responses
+                    .entry(status.to_owned())
+                    .or_insert_with(|| answer.build().into());
+            }
+        }
+    }
+    description
+}
+
 /// The description that `/openapi.json` serves, made from the handlers.
-pub fn openapi() -> utoipa::openapi::OpenApi {
-    described_routes(StreamCounts::new(0)).split_for_parts().1
+pub fn openapi() -> OpenApiDescription {
+    complete(
+        described_routes(StreamCounts::new(Limits::default()))
+            .split_for_parts()
+            .1,
+    )
 }
 
 pub fn router(state: Arc<AppState>) -> Router {
-    let streams = StreamCounts::new(state.limits.streams_per_client);
+    let streams = StreamCounts::new(state.limits.clone());
     let (routes, description) = described_routes(streams).split_for_parts();
+    let description = complete(description);
     routes
         .route(
             "/openapi.json",
@@ -97,4 +150,34 @@ async fn no_method(method: Method, request: Request) -> Result<Response, ApiErro
         ApiError::invalid(format!("`{path}` does not know the method {method}"))
             .with_status(StatusCode::METHOD_NOT_ALLOWED),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_description_tells_of_the_token_and_of_refused_bodies() {
+        let description = serde_json::to_value(openapi()).unwrap();
+        let schemes = &description["components"]["securitySchemes"];
+        assert_eq!(schemes["token"]["scheme"], "bearer");
+        let paths = &description["paths"];
+        let submit = &paths["/v2/tasks"]["post"];
+        assert_eq!(submit["security"][1]["token"], serde_json::json!([]));
+        for status in ["401", "403", "408", "413", "429"] {
+            let body = &submit["responses"][status]["content"]["application/json"]["schema"];
+            assert_eq!(body["$ref"], "#/components/schemas/ErrorBody", "{status}");
+        }
+        let show = &paths["/v2/tasks/{id}"]["get"]["responses"];
+        assert!(show["401"].is_object() && show["413"].is_null());
+        assert!(
+            paths["/health"]["get"]["security"].is_null(),
+            "it needs no token"
+        );
+        // Bodies that may be left out are not called required.
+        for route in ["drain", "reload"] {
+            let body = &paths[format!("/v2/pools/{{id}}/{route}")]["post"]["requestBody"];
+            assert!(body.is_object() && body["required"] != true, "{body}");
+        }
+    }
 }

@@ -60,7 +60,7 @@ impl Signals {
                 && let Some(reloads) = &reloads
                 && self.terminal.is_as_at_start()
             {
-                reloads.hang_up().await;
+                reloads.hang_up();
                 continue;
             }
             if told.asked.is_cancelled() {

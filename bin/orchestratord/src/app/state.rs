@@ -35,6 +35,9 @@ pub struct AppState {
     pub started: Instant,
     #[cfg(feature = "provisioning")]
     pub models: Arc<provisioners_model_provisioner::ModelProvisioner>,
+    /// `models` of the configuration.
+    #[cfg(feature = "provisioning")]
+    pub model_settings: provisioners_model_provisioner::ModelProvisionerConfig,
 }
 
 impl AppState {
@@ -55,15 +58,15 @@ impl AppState {
     /// The pool for a task: the one it names, else the one that serves the
     /// model it names, else `default`, else the only one.
     pub fn pool_for(&self, pool: Option<&str>, model: Option<&str>) -> Result<PoolHandle, Failure> {
-        let model = model.map(shortened);
         if let Some(pool) = pool {
             let found = self.pool(pool)?;
             return match model {
-                Some(model) if model != found.settings().model => Err(Failure::new(
+                Some(model) if !serves(&found, model) => Err(Failure::new(
                     ErrorCode::ModelNotFound,
                     format!(
-                        "pool `{pool}` serves `{}`, not `{model}`",
-                        found.settings().model
+                        "pool `{pool}` serves `{}`, not `{}`",
+                        found.settings().model,
+                        shortened(model)
                     ),
                 )
                 .with_hint("leave out one of `pool_id` and `model`")),
@@ -72,7 +75,7 @@ impl AppState {
         }
         let pools = self.pools.get();
         if let Some(model) = model {
-            let found = pools.values().find(|pool| pool.settings().model == model);
+            let found = pools.values().find(|pool| serves(pool, model));
             return found
                 .cloned()
                 .ok_or_else(|| model_not_served(model, &pools));
@@ -101,6 +104,13 @@ impl AppState {
     }
 }
 
+/// Whether a pool's model is called so: as the configuration has it, or as it
+/// is shown.
+fn serves(pool: &PoolHandle, model: &str) -> bool {
+    let settings = pool.settings();
+    model == settings.model || model == settings.config.model
+}
+
 fn model_not_served(model: &str, pools: &BTreeMap<PoolId, PoolHandle>) -> Failure {
     let served: Vec<String> = pools
         .values()
@@ -112,7 +122,7 @@ fn model_not_served(model: &str, pools: &BTreeMap<PoolId, PoolHandle>) -> Failur
     };
     Failure::new(
         ErrorCode::ModelNotFound,
-        format!("no pool serves `{model}`"),
+        format!("no pool serves `{}`", shortened(model)),
     )
     .with_hint(hint)
 }

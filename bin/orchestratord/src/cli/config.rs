@@ -8,7 +8,7 @@ use provision_kit::progress::Silent;
 
 use super::{Context, Listen, report};
 use crate::app::bootstrap::{Plan, StartError, directories};
-use crate::app::config::Config;
+use crate::app::config::{Config, shown_model};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ConfigCommand {
@@ -50,7 +50,10 @@ fn check(context: &Context) -> Result<(), StartError> {
     for (id, pool) in &config.pools {
         report::line(format!(
             "pool {id}: engine {}, model {}, {} slot(s), queue of {}",
-            pool.engine, pool.model, pool.slots, pool.queue_capacity
+            pool.engine,
+            shown_model(&pool.model),
+            pool.slots,
+            pool.queue_capacity
         ));
     }
     Ok(())

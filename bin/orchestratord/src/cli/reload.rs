@@ -207,11 +207,13 @@ impl Daemon {
     async fn follow(&self, begun: ReloadReport) -> Result<ReloadReport, ReloadError> {
         let id = begun.id;
         let mut last = begun;
-        let mut said = String::new();
+        let mut said = None;
         while last.state == ReloadStage::Running {
             let waiting = waiting_for(&last);
             if waiting != said {
-                report::aside(&waiting);
+                if let Some(waiting) = &waiting {
+                    report::aside(waiting);
+                }
                 said = waiting;
             }
             tokio::time::sleep(LOOK_EVERY).await;
@@ -225,12 +227,13 @@ impl Daemon {
     }
 }
 
-fn waiting_for(report: &ReloadReport) -> String {
+/// For people; `None` while no pool is on its way.
+fn waiting_for(report: &ReloadReport) -> Option<String> {
     let unfinished =
         |pool: &&PoolReport| matches!(pool.state, PoolProgress::Planned | PoolProgress::Working);
     let pools = report.pools.iter().filter(unfinished);
     let names: Vec<&str> = pools.map(|pool| pool.pool_id.as_str()).collect();
-    format!("waiting for: {}", names.join(", "))
+    (!names.is_empty()).then(|| format!("waiting for: {}", names.join(", ")))
 }
 
 /// Where the daemon listens that uses the configured runtime directory.

@@ -11,7 +11,7 @@ use provisioners_engine_provisioner::{EngineInstallation, LaunchSpec, PoolLock, 
 use super::keeper::{Beside, Kept};
 use super::room::{self, Running};
 use super::{Parts, ProvisionError, STOP_GRACE};
-use crate::app::config::PoolConfig;
+use crate::app::config::{PoolConfig, shown_model};
 use crate::services::pool::Change;
 use crate::services::telemetry;
 
@@ -48,7 +48,7 @@ impl Parts {
             .record(begun.elapsed());
         tracing::info!(
             pool = %context.pool_id, engine = context.engine_version, mode = %context.provisioning_mode,
-            model = config.model, ctx = context.ctx, slots = context.slots, url = context.url,
+            model = shown_model(&config.model), ctx = context.ctx, slots = context.slots, url = context.url,
             took_ms = begun.elapsed().as_millis() as u64, "pool ready"
         );
         Ok(engine)

@@ -72,3 +72,38 @@ async fn no_log_line_and_no_answer_shows_the_token() {
         assert_eq!(line, None);
     }
 }
+
+#[tokio::test]
+async fn no_log_line_and_no_answer_shows_what_signs_a_models_address() {
+    const SIGNATURE: &str = "a-signature";
+    // Longer than what is repeated of a client's text.
+    let rest = "x".repeat(120);
+    let model = |signature| format!("https://127.0.0.1:1/model.gguf?sig={signature}&{rest}");
+    let daemon = Setup::new(&Script::default())
+        .pool("model", model(SIGNATURE))
+        .start();
+    daemon.rewrite_config(|config| {
+        config["pools"]["default"]["model"] = model("a-signature-too").into();
+    });
+    let plan = daemon.beside(&["reload", "--dry-run"]);
+    assert!(plan.status.success());
+    let mut answers = String::from_utf8(plan.stdout).unwrap();
+    assert!(answers.contains("pool default: reloaded: model https://127.0.0.1:1/model.gguf?…"));
+    for path in [
+        "/v2/pools",
+        "/v2/pools/default",
+        "/v2/meta/capabilities",
+        "/metrics",
+    ] {
+        answers.push_str(&daemon.get(path).await.text().await.unwrap());
+    }
+    let other = serde_json::json!({ "prompt": "a", "model": "other" });
+    let unknown = daemon.post("/v2/tasks", other).await;
+    assert_eq!(unknown.status(), 404);
+    answers.push_str(&unknown.text().await.unwrap());
+    assert!(!answers.contains(SIGNATURE), "{answers}");
+    assert!(!daemon.log().contains(SIGNATURE));
+    // Who knows the address may name it.
+    let task = serde_json::json!({ "prompt": "a", "model": model(SIGNATURE) });
+    assert_eq!(daemon.post("/v2/tasks", task).await.status(), 202);
+}

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::{Config, PoolConfig};
+use super::{Config, PoolConfig, shown_model};
 
 /// Settings of the daemon that are taken over while it runs.
 const LIVE_IN_DAEMON: [&str; 1] = ["drain_seconds"];
@@ -172,7 +172,7 @@ fn collect(name: String, value: Value, found: &mut BTreeMap<String, Value>) {
 fn shown(value: Option<&Value>) -> String {
     let text = match value {
         None | Some(Value::Null) => return "(default)".to_owned(),
-        Some(Value::String(text)) => text.clone(),
+        Some(Value::String(text)) => shown_model(text),
         Some(value) => value.to_string(),
     };
     match text.char_indices().nth(SHOWN) {

@@ -4,7 +4,11 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+#[cfg(feature = "provisioning")]
+use llama_orch_types::Hinted;
 use llama_orch_types::{EngineKind, PoolId};
+#[cfg(feature = "provisioning")]
+use provision_kit::chain::one_line;
 use provision_kit::config::{ConfigError, parse_strict};
 #[cfg(feature = "provisioning")]
 use provisioners_engine_provisioner::Profile;
@@ -200,35 +204,56 @@ impl Loaded {
 
 #[cfg(feature = "provisioning")]
 impl Loaded {
-    /// What would only fail when the engine and the model have been provided.
     fn check_provisioning(&self, id: &PoolId, pool: &PoolConfig) -> Result<(), SetupError> {
-        use llama_orch_types::Hinted;
-        use provision_kit::chain::one_line;
+        pool.check_launch(id, &self.config.models).map_err(|unfit| {
+            self.rule(
+                &["pools", id.as_str(), unfit.key],
+                unfit.problem,
+                unfit.hint,
+            )
+        })
+    }
+}
 
-        let at = |key| ["pools", id.as_str(), key];
-        if pool.profile == Some(Profile::Deterministic) && pool.slots > 1 {
-            return Err(self.rule(
-                &at("slots"),
+/// A setting that no engine can be started with.
+#[cfg(feature = "provisioning")]
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unfit {
+    pub key: &'static str,
+    pub problem: String,
+    pub hint: String,
+}
+
+#[cfg(feature = "provisioning")]
+impl PoolConfig {
+    /// Finds what would only fail when the engine and the model have been
+    /// provided.
+    pub fn check_launch(&self, id: &PoolId, models: &ModelProvisionerConfig) -> Result<(), Unfit> {
+        let unfit = |key, problem, hint: Option<String>| Unfit {
+            key,
+            problem,
+            hint: hint.unwrap_or_default(),
+        };
+        if self.profile == Some(Profile::Deterministic) && self.slots > 1 {
+            return Err(unfit(
+                "slots",
                 format!(
                     "the profile `deterministic` has one slot, not {}",
-                    pool.slots
+                    self.slots
                 ),
-                "set `slots: 1`, or `profile: throughput`",
+                Some("set `slots: 1`, or `profile: throughput`".to_owned()),
             ));
         }
-        if pool.engine != EngineKind::Llamacpp {
+        if self.engine != EngineKind::Llamacpp {
             return Ok(());
         }
-        if let Err(error) = check_model(&self.config.models, &pool.model) {
-            let hint = error.hint().unwrap_or_default();
-            return Err(self.rule(&at("model"), one_line(&error), hint));
+        if let Err(error) = check_model(models, &self.model) {
+            return Err(unfit("model", one_line(&error), error.hint()));
         }
-        if let Err(error) = provisioners_engine_provisioner::render_argv(&pool.trial_launch(id), 1)
-        {
-            let hint = error.hint().unwrap_or_default();
-            return Err(self.rule(&at("flags"), one_line(&error), hint));
+        match provisioners_engine_provisioner::render_argv(&self.trial_launch(id), 1) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(unfit("flags", one_line(&error), error.hint())),
         }
-        Ok(())
     }
 }
 

@@ -26,11 +26,13 @@ use llama_orch_types::{EngineKind, PoolId};
 #[cfg(feature = "provisioning")]
 use provisioners_engine_provisioner::{EngineConfig, LaunchSpec, Profile};
 #[cfg(feature = "provisioning")]
-use provisioners_model_provisioner::ModelProvisionerConfig;
+use provisioners_model_provisioner::{ModelProvisionerConfig, ModelRef};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use self::limits::Limits;
+#[cfg(feature = "provisioning")]
+pub use self::loaded::Unfit;
 pub use self::loaded::{DEFAULT_FILE, Loaded, Place, SetupError};
 use self::read::{address, engine_kind, ranged, ranged_option};
 pub use self::source::Source;
@@ -262,6 +264,26 @@ impl Default for PoolConfig {
             provision: EngineConfig::default(),
         }
     }
+}
+
+/// A model as it is shown, which is as it is configured, but for the query of
+/// an address: that may be a signature, and is replaced by a part of its digest.
+pub fn shown_model(reference: &str) -> String {
+    match reference.split_once('?') {
+        Some((address, _)) if address.contains("://") => without_query(reference, address),
+        _ => reference.to_owned(),
+    }
+}
+
+#[cfg(feature = "provisioning")]
+fn without_query(reference: &str, address: &str) -> String {
+    let parsed = reference.parse::<ModelRef>();
+    parsed.map_or_else(|_| format!("{address}?…"), |parsed| parsed.to_string())
+}
+
+#[cfg(not(feature = "provisioning"))]
+fn without_query(_: &str, address: &str) -> String {
+    format!("{address}?…")
 }
 
 impl PoolConfig {

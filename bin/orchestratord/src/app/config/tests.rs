@@ -68,6 +68,26 @@ fn every_complaint_names_file_line_and_key() {
 }
 
 #[test]
+fn a_signed_models_query_is_not_shown() {
+    for plain in ["haiku", "./a?b.gguf", "https://example.org/m.gguf"] {
+        assert_eq!(shown_model(plain), plain);
+    }
+    let shown = shown_model("https://example.org/m.gguf?sig=s3cret");
+    assert!(shown.starts_with("https://example.org/m.gguf?…"), "{shown}");
+    assert!(!shown.contains("s3cret"));
+    assert!(!shown_model("https://u:p@example.org/m.gguf?sig=s3cret").contains("s3cret"));
+}
+
+#[test]
+fn a_place_is_named_once() {
+    let complaint = complaint("pools:\n  a:\n    slots: 999\n");
+    assert!(
+        complaint.contains("`slots`: 999 is out of range: 1 to 256 |"),
+        "{complaint}"
+    );
+}
+
+#[test]
 fn an_unknown_key_is_answered_with_the_nearest() {
     assert!(complaint("pools:\n  a:\n    slotz: 2\n").contains("slots"));
 }

@@ -28,7 +28,7 @@ pub(super) struct Examined {
 }
 
 impl Reloader {
-    /// Reads and checks; changes nothing.
+    /// Reads and checks; changes no pool.
     pub(super) async fn examine(&mut self) -> Result<Examined, Failure> {
         let (source, reporter) = (self.source.clone(), Arc::clone(&self.reporter));
         // On a thread that may wait: the file may lie anywhere.
@@ -48,6 +48,7 @@ impl Reloader {
             return Err(Failure::new(ErrorCode::InvalidParams, message)
                 .with_hint("an empty file stands for the defaults"));
         }
+        self.learn_settings();
         let difference = Difference::between(&self.config, &config);
         let in_force = Loaded {
             config: difference.apply_to(&self.config, &config),
@@ -69,6 +70,21 @@ impl Reloader {
             difference,
             report,
         })
+    }
+
+    /// A pool's own reload may have given it other settings than the file said.
+    /// Those are what a new file is compared with.
+    fn learn_settings(&mut self) {
+        // What a pool that is on its way will have is known here alone.
+        let settled = self
+            .pools
+            .iter()
+            .filter(|(id, _)| !self.aims.contains_key(*id));
+        for (id, live) in settled {
+            if let Some(known) = self.config.pools.get_mut(id) {
+                known.clone_from(&live.handle.settings().config);
+            }
+        }
     }
 }
 

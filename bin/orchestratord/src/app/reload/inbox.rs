@@ -1,9 +1,11 @@
 //! What goes to the reloader and what comes back: commands, and the report of
 //! the last reload.
 
+use std::sync::Arc;
+
 use axum::http::StatusCode;
 use llama_orch_types::{ErrorCode, PoolId};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::report::{ChangeKind, PoolProgress, ReloadReport, ReloadStage};
 use crate::api::error::ApiError;
@@ -12,19 +14,16 @@ use crate::services::event_log::Failure;
 /// Commands that may wait before senders have to.
 const COMMAND_QUEUE: usize = 16;
 
-pub(super) enum Command {
-    Reload {
-        dry_run: bool,
-        reply: oneshot::Sender<Result<ReloadReport, ApiError>>,
-    },
-    /// SIGHUP: nobody waits for an answer.
-    HangUp,
+pub(super) struct Command {
+    pub(super) dry_run: bool,
+    pub(super) reply: oneshot::Sender<Result<ReloadReport, ApiError>>,
 }
 
 /// The way to the reloader. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct ReloadHandle {
     commands: mpsc::Sender<Command>,
+    hung_up: Arc<Notify>,
     report: watch::Receiver<ReloadReport>,
 }
 
@@ -32,6 +31,8 @@ pub struct ReloadHandle {
 #[derive(Debug)]
 pub(in crate::app) struct Inbox {
     pub(super) commands: mpsc::Receiver<Command>,
+    /// SIGHUP: nobody waits for an answer, and many are as good as one.
+    pub(super) hung_up: Arc<Notify>,
     report: watch::Sender<ReloadReport>,
     /// A SIGHUP came that was not heeded yet.
     pub(super) again: bool,
@@ -40,12 +41,15 @@ pub(in crate::app) struct Inbox {
 pub(in crate::app) fn channel() -> (ReloadHandle, Inbox) {
     let (sender, commands) = mpsc::channel(COMMAND_QUEUE);
     let (publish, report) = watch::channel(ReloadReport::default());
+    let hung_up = Arc::new(Notify::new());
     let handle = ReloadHandle {
         commands: sender,
+        hung_up: Arc::clone(&hung_up),
         report,
     };
     let inbox = Inbox {
         commands,
+        hung_up,
         report: publish,
         again: false,
     };
@@ -58,17 +62,17 @@ impl ReloadHandle {
     pub async fn reload(&self, dry_run: bool) -> Result<ReloadReport, ApiError> {
         let (reply, answer) = oneshot::channel();
         // Both fail only when the reloader has ended.
-        let _ = self.commands.send(Command::Reload { dry_run, reply }).await;
+        let _ = self.commands.send(Command { dry_run, reply }).await;
         answer.await.unwrap_or_else(|_| {
             let stopping = Failure::new(ErrorCode::PoolUnavailable, "the daemon is shutting down");
             Err(stopping.into())
         })
     }
 
-    /// The same for a signal: what comes of it is logged.
-    pub async fn hang_up(&self) {
-        // Fails only when the reloader has ended, and with it the daemon.
-        let _ = self.commands.send(Command::HangUp).await;
+    /// The same for a signal: what comes of it is logged. Never waits, so that
+    /// no signal that ends the daemon waits behind it.
+    pub fn hang_up(&self) {
+        self.hung_up.notify_one();
     }
 
     /// The last reload, as far as it is.
@@ -126,7 +130,11 @@ impl Inbox {
         });
         let report = self.report.borrow().clone();
         for line in report.lines() {
-            tracing::info!(reload = report.id, "{line}");
+            if report.state == ReloadStage::Failed {
+                tracing::warn!(reload = report.id, "{line}");
+            } else {
+                tracing::info!(reload = report.id, "{line}");
+            }
         }
     }
 
@@ -136,12 +144,10 @@ impl Inbox {
         loop {
             tokio::select! {
                 done = &mut work => return done,
-                Some(command) = self.commands.recv() => match command {
-                    Command::Reload { reply, .. } => {
-                        let _ = reply.send(Err(busy()));
-                    }
-                    Command::HangUp => self.again = true,
-                },
+                Some(Command { reply, .. }) = self.commands.recv() => {
+                    let _ = reply.send(Err(busy()));
+                }
+                () = self.hung_up.notified() => self.again = true,
             }
         }
     }

@@ -168,10 +168,10 @@ impl Reloader {
             tokio::select! {
                 Some(settled) = self.settling.next() => self.settle(settled, inbox).await,
                 command = inbox.commands.recv() => match command {
-                    Some(Command::Reload { dry_run, reply }) => self.reload(dry_run, reply, inbox).await,
-                    Some(Command::HangUp) => inbox.again = true,
+                    Some(Command { dry_run, reply }) => self.reload(dry_run, reply, inbox).await,
                     None => return,
                 },
+                () = inbox.hung_up.notified() => inbox.again = true,
             }
         }
     }

@@ -4,8 +4,8 @@ use llama_orch_types::PoolId;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::app::config::Config;
 use crate::app::config::difference::{Difference, PoolChange, SettingChange};
+use crate::app::config::{Config, shown_model};
 use crate::services::event_log::Failure;
 
 /// Where a reload stands.
@@ -98,7 +98,9 @@ impl ReloadReport {
                 pool_id: id.to_string(),
                 change,
                 state: PoolProgress::Planned,
-                model: pool.map(|pool| pool.model.clone()).unwrap_or_default(),
+                model: pool
+                    .map(|pool| shown_model(&pool.model))
+                    .unwrap_or_default(),
                 settings,
                 error: None,
             }

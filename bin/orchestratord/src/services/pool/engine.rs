@@ -12,10 +12,8 @@ use super::lifecycle::{
     Drain, Effect, Engine, Event, Move, Phase, ReloadMode, RestartCause, Which,
 };
 use super::orders::Request;
-use super::{
-    Bound, Change, LogTail, Order, PoolSettings, ReloadRequest, ReloadView, Transition, Wanted,
-};
-use crate::app::config::PoolConfig;
+use super::{Bound, Change, LogTail, Order, PoolSettings, ReloadView, Transition, Wanted};
+use crate::app::config::{PoolConfig, shown_model};
 use crate::services::event_log::Failure;
 use crate::services::telemetry;
 
@@ -82,7 +80,7 @@ impl Actor {
             }
             Request::Resume => self.event(Event::Resume, "resume was asked for"),
             Request::Reload(request) => {
-                let config = reloaded(&self.settings.config, request);
+                let config = request.applied_to(&self.settings.config);
                 self.begin_reload(config)
             }
             Request::Apply(config) => self.apply(*config),
@@ -103,7 +101,7 @@ impl Actor {
     }
 
     fn begin_reload(&mut self, config: PoolConfig) -> Result<(), Failure> {
-        let model = config.model.clone();
+        let model = shown_model(&config.model);
         let candidate = self.candidate.replace(Arc::new(config));
         let last = self.reload.take();
         let begun = self.event(Event::Reload, "reload was asked for");
@@ -340,17 +338,6 @@ impl Actor {
     pub(super) fn phase(&self) -> Phase {
         self.lifecycle.phase()
     }
-}
-
-fn reloaded(config: &PoolConfig, request: ReloadRequest) -> PoolConfig {
-    let mut config = config.clone();
-    if let Some(model) = request.model {
-        config.model = model;
-    }
-    if let Some(flags) = request.flags {
-        config.flags = flags;
-    }
-    config
 }
 
 /// At least 0 and below 1; different from pool to pool.

@@ -42,7 +42,7 @@ use super::event_log::{Failure, TaskEvent};
 use super::preparation::PreparationBoard;
 use super::resume::{Carried, Seen};
 use super::tasks::{Admitted, TaskRecord};
-use crate::app::config::PoolConfig;
+use crate::app::config::{PoolConfig, shown_model};
 
 /// How long a command may take. The actor only decides, so only a fault of
 /// ours takes that long.
@@ -85,7 +85,7 @@ impl PoolSettings {
         Self {
             id,
             engine: config.engine,
-            model: config.model.clone(),
+            model: shown_model(&config.model),
             slots: config.slots,
             queue_capacity: usize::try_from(config.queue_capacity).unwrap_or(usize::MAX),
             batch_ageing: Duration::from_secs(config.batch_ageing_seconds),

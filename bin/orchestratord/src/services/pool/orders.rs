@@ -116,6 +116,20 @@ pub struct ReloadRequest {
     pub flags: Option<Vec<String>>,
 }
 
+impl ReloadRequest {
+    /// What the pool is to have.
+    pub fn applied_to(&self, config: &PoolConfig) -> PoolConfig {
+        let mut config = config.clone();
+        if let Some(model) = &self.model {
+            config.model.clone_from(model);
+        }
+        if let Some(flags) = &self.flags {
+            config.flags.clone_from(flags);
+        }
+        config
+    }
+}
+
 /// One change of phase.
 #[derive(Debug, Clone)]
 pub struct Transition {
