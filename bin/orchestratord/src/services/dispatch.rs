@@ -12,8 +12,8 @@ use metrics::{counter, histogram};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use worker_adapters_adapter_api::{
-    CancelReport, EndSummary, FinishReason, TaskInput, TokenEvent, TokenStream, WorkerAdapter,
-    WorkerError,
+    CancelReport, EndSummary, FinishReason, TaskInput, TimeoutPhase, TokenEvent, TokenStream,
+    WorkerAdapter, WorkerError,
 };
 
 use super::event_log::{End, EngineSays, Failure, Metrics, Receipt, Started, TaskEvent, Token};
@@ -45,6 +45,8 @@ pub struct TaskRun {
     pub context: Arc<ProvisionedContext>,
     pub submission: Submission,
     pub cancel: CancellationToken,
+    /// The engine is to end, and another goes on with the task.
+    pub give_back: CancellationToken,
     /// Where the pool is told that a cancelled task's slot is not seen free.
     pub not_freed: mpsc::Sender<NotFreed>,
     pub seen: Seen,
@@ -72,6 +74,8 @@ pub struct Finished {
     pub returned: Option<Box<Submission>>,
     /// Why the engine can no longer be relied on, if it cannot.
     pub distrust: Option<String>,
+    /// Why it cannot, if nothing else that it does shows that it can.
+    pub silence: Option<String>,
     /// Why the engine may not be sound, if it was to blame for a failure.
     pub doubt: Option<String>,
 }
@@ -113,12 +117,37 @@ enum Pumped {
     Cancelled(Option<CancelReport>),
     Failed(Trouble),
     NotTaken(Trouble),
+    /// Asked to give the task back.
+    GivenBack,
 }
 
 /// A failure, and whether the engine is to blame for it.
 struct Trouble {
     failure: Failure,
     engines_fault: bool,
+    silence: Option<Silence>,
+}
+
+/// What an engine that gives nothing is silent about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Silence {
+    /// A task that it works on.
+    Tokens,
+    /// A question beside it, which a busy machine may keep waiting as well.
+    Answer,
+}
+
+impl Silence {
+    fn of(error: &WorkerError) -> Option<Self> {
+        match error {
+            WorkerError::Timeout { phase, .. } => match phase {
+                TimeoutPhase::FirstToken | TimeoutPhase::NextToken => Some(Self::Tokens),
+                TimeoutPhase::Response => Some(Self::Answer),
+                TimeoutPhase::Connect => None,
+            },
+            _ => None,
+        }
+    }
 }
 
 impl Trouble {
@@ -132,6 +161,7 @@ impl From<Failure> for Trouble {
         Self {
             failure,
             engines_fault: false,
+            silence: None,
         }
     }
 }
@@ -141,6 +171,7 @@ impl From<&WorkerError> for Trouble {
         Self {
             failure: Failure::from_worker(error),
             engines_fault: error.casts_doubt(),
+            silence: Silence::of(error),
         }
     }
 }
@@ -169,15 +200,20 @@ impl TaskRun {
             cancelled: None,
             returned: None,
             distrust: None,
+            silence: None,
             doubt: None,
         };
         match pumped {
             Pumped::Ended => finished.outcome = Outcome::Completed,
             Pumped::Cancelled(report) => finished.cancelled = report,
-            Pumped::NotTaken(_) if self.cancel.is_cancelled() => {}
+            Pumped::NotTaken(_) | Pumped::GivenBack if self.cancel.is_cancelled() => {}
+            Pumped::GivenBack => self.given_back(&mut finished),
             Pumped::Failed(trouble) => {
-                if trouble.failure.code == ErrorCode::DecodeTimeout {
-                    finished.distrust = Some(trouble.failure.message.clone());
+                let why = trouble.silence.map(|_| trouble.failure.message.clone());
+                match trouble.silence {
+                    Some(Silence::Tokens) => finished.distrust = why,
+                    Some(Silence::Answer) => finished.silence = why,
+                    None => {}
                 }
                 finished.doubt = trouble.doubt();
                 self.lost(trouble.failure, &mut finished);
@@ -226,6 +262,16 @@ impl TaskRun {
         finished.returned = Some(Box::new(self.submission));
     }
 
+    /// The engine is to end: a task that it has sent nothing of waits for the next.
+    fn given_back(self, finished: &mut Finished) {
+        if self.seen.pieces > 0 {
+            let failure = Failure::engine_replaced(&self.submission.record.pool);
+            return self.lost(failure, finished);
+        }
+        finished.outcome = Outcome::NotTaken { reset: true };
+        finished.returned = Some(Box::new(self.submission));
+    }
+
     fn not_taken(mut self, failure: Failure, finished: &mut Finished) {
         let reset = failure.code == ErrorCode::WorkerReset;
         self.submission.attempts += if reset { RESET_ATTEMPTS } else { 1 };
@@ -241,16 +287,18 @@ impl TaskRun {
     /// Hands the task to the engine, unless it is refused or cancelled first.
     async fn open(&mut self) -> Result<TokenStream, Pumped> {
         if !self.submission.fits {
-            let fits = fit(&self.host, &self.context, &mut self.submission);
+            let fits = make_fit(&self.host, &self.context, &mut self.submission);
             tokio::select! {
                 // Nothing is in the engine's slot yet.
                 () = self.cancel.cancelled() => return Err(Pumped::Cancelled(Some(CancelReport::NotRunning))),
-                fits = fits => fits.map_err(|failure| not_begun(failure.into()))?,
+                () = self.give_back.cancelled() => return Err(Pumped::GivenBack),
+                fits = fits => fits.map_err(not_begun)?,
             }
         }
+        self.check_in_time()?;
         let submit = self
             .host
-            .submit(&self.context.pool_id, self.submission.task.clone());
+            .submit_to(&self.context, self.submission.task.clone());
         let mut submit = std::pin::pin!(submit);
         tokio::select! {
             biased;
@@ -263,7 +311,21 @@ impl TaskRun {
                 let (report, _) = tokio::join!(self.free(), submit);
                 Err(Pumped::Cancelled(report))
             }
+            // Dropping the submission closes its connection. Its slot is of no
+            // more use to anybody.
+            () = self.give_back.cancelled() => Err(Pumped::GivenBack),
         }
+    }
+
+    /// Counting the prompt may have taken longer than the task could wait.
+    fn check_in_time(&self) -> Result<(), Pumped> {
+        let record = &self.submission.record;
+        let late = record.deadline.is_some_and(|by| by < Instant::now());
+        if late && record.started.get().is_none() {
+            let failure = Failure::deadline_passed(record.created.elapsed());
+            return Err(Pumped::Failed(failure.into()));
+        }
+        Ok(())
     }
 
     async fn pump(&mut self, mut stream: TokenStream) -> Pumped {
@@ -271,6 +333,7 @@ impl TaskRun {
             let event = tokio::select! {
                 biased;
                 () = self.cancel.cancelled() => return Pumped::Cancelled(self.free_slot(stream).await),
+                () = self.give_back.cancelled() => return Pumped::GivenBack,
                 event = stream.next() => event,
             };
             let kept = match event {
@@ -486,6 +549,15 @@ pub async fn fit(
     context: &ProvisionedContext,
     submission: &mut Submission,
 ) -> Result<(), Failure> {
+    let fits = make_fit(host, context, submission).await;
+    fits.map_err(|trouble| trouble.failure)
+}
+
+async fn make_fit(
+    host: &AdapterHost,
+    context: &ProvisionedContext,
+    submission: &mut Submission,
+) -> Result<(), Trouble> {
     let task = &mut submission.task;
     let model = context.model.as_ref();
     let template = model.and_then(|model| model.chat_template.as_deref());
@@ -496,15 +568,16 @@ pub async fn fit(
     let prompt = host
         .count_tokens(&context.pool_id, &task.input)
         .await
-        .map_err(|error| Failure::from_host(&error))?;
+        .map_err(|error| Trouble::from(&error))?;
     let room = context.ctx.saturating_sub(prompt);
     if room == 0 {
-        return Err(Failure::context_exceeded(prompt, None, context.ctx).in_pool(&context.pool_id));
+        let failure = Failure::context_exceeded(prompt, None, context.ctx);
+        return Err(failure.in_pool(&context.pool_id).into());
     }
     if task.max_tokens > room {
         if submission.max_tokens_given {
             let failure = Failure::context_exceeded(prompt, Some(task.max_tokens), context.ctx);
-            return Err(failure.in_pool(&context.pool_id));
+            return Err(failure.in_pool(&context.pool_id).into());
         }
         task.max_tokens = room;
     }
