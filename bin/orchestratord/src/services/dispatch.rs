@@ -133,7 +133,7 @@ struct Trouble {
 enum Silence {
     /// A task that it works on.
     Tokens,
-    /// A question beside it, which a busy machine may keep waiting as well.
+    /// Something else, which a busy machine may keep waiting as well.
     Answer,
 }
 
@@ -142,8 +142,7 @@ impl Silence {
         match error {
             WorkerError::Timeout { phase, .. } => match phase {
                 TimeoutPhase::FirstToken | TimeoutPhase::NextToken => Some(Self::Tokens),
-                TimeoutPhase::Response => Some(Self::Answer),
-                TimeoutPhase::Connect => None,
+                TimeoutPhase::Response | TimeoutPhase::Connect => Some(Self::Answer),
             },
             _ => None,
         }
@@ -220,7 +219,12 @@ impl TaskRun {
             }
             Pumped::NotTaken(trouble) => {
                 finished.doubt = trouble.doubt();
+                let silence = trouble.silence.map(|_| trouble.failure.message.clone());
                 self.not_taken(trouble.failure, &mut finished);
+                if matches!(finished.outcome, Outcome::Failed(_)) {
+                    // Tried often enough to mean something.
+                    finished.silence = silence;
+                }
             }
         }
         finished

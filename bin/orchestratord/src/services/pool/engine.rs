@@ -321,7 +321,7 @@ impl Actor {
         let (crashes, window) = (restart.crashes, restart.window_seconds);
         if let Some(error) = &mut self.last_error {
             error.message = format!(
-                "the engine ended {crashes} times within {window} s and is not started again for now; the last time: {}",
+                "the engine ended {crashes} times within {window} s, or once more after that, and is not started again for now; the last time: {}",
                 error.message
             );
             error.hint = Some(format!(

@@ -240,6 +240,12 @@ impl Actor {
                 .log
                 .append(TaskEvent::Error(Box::new(failure)));
             self.count_outcome(ErrorCode::Internal.as_str());
+            for waiter in running.waiters {
+                let _ = waiter.send(Cancelled::Running {
+                    report: CancelReport::NotRunning,
+                    escalated: running.escalated,
+                });
+            }
         }
         self.escalate();
     }
@@ -261,11 +267,15 @@ impl Actor {
         if let Some(reason) = finished.silence
             && here
         {
-            // Other tasks have deadlines of their own, and end for it if it is true.
-            if self.running_here() == 0 {
-                self.distrust(&running.context, reason);
-            } else {
+            // Tasks that it works on have deadlines of their own, which tell if it is
+            // true.
+            let works = |other: &Running| {
+                other.is_on(&running.context) && other.record.started.get().is_some()
+            };
+            if self.running.values().any(works) {
                 self.raise_doubt(&reason);
+            } else {
+                self.distrust(&running.context, reason);
             }
         }
         // It may have been the last beside one that is stuck.

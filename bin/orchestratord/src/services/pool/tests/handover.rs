@@ -13,6 +13,7 @@ use crate::services::pool::lifecycle::ReloadState;
 use crate::services::pool::{Bound, PoolSnapshot, ReloadRequest};
 
 const MUTE: &str = "mute:";
+const DEAF: &str = "deaf:";
 
 /// Says one word and then nothing more, unless it is to finish.
 #[derive(Debug)]
@@ -21,6 +22,8 @@ struct Slow {
     finishes: bool,
     /// Not even a word.
     mute: bool,
+    /// Takes no connection.
+    deaf: bool,
     /// Questions beside a task that are answered; later ones are not in time.
     answers: AtomicU32,
     cancelled: CancellationToken,
@@ -51,6 +54,7 @@ impl Slow {
                 word,
                 finishes,
                 mute,
+                deaf: url == DEAF,
                 answers,
                 cancelled: CancellationToken::new(),
             }),
@@ -82,6 +86,12 @@ impl WorkerAdapter for Slow {
     }
 
     async fn submit(&self, _: EngineTask) -> Result<TokenStream, WorkerError> {
+        if self.deaf {
+            return Err(WorkerError::Timeout {
+                phase: TimeoutPhase::Connect,
+                after: Duration::from_secs(1),
+            });
+        }
         let token = TokenEvent::Token {
             text: self.word.to_owned(),
             index: 0,
@@ -300,6 +310,19 @@ async fn an_engine_that_is_slow_beside_its_tasks_is_doubted_and_one_that_is_sile
     (asks.fits, asks.task.input) = (false, TaskInput::Messages(Vec::new()));
     pool.submit(asks).await.unwrap();
     until(&pool, "distrust", |seen| seen.distrust.is_some()).await;
+}
+
+#[tokio::test]
+async fn an_engine_that_takes_no_connection_is_ended_however_many_tasks_wait() {
+    let host = AdapterHost::new(HostSettings::default());
+    let pool = pool(&host);
+    let engine = Slow::bound(&host, DEAF, false);
+    pool.change(Change::Ready(bound(&engine))).await;
+    for _ in 0..4 {
+        pool.submit(submission()).await.unwrap();
+    }
+    let seen = until(&pool, "distrust", |seen| seen.distrust.is_some()).await;
+    assert!(seen.running + seen.queued() > 0, "others are kept");
 }
 
 #[tokio::test]
