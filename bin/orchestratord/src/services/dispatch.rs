@@ -1,21 +1,26 @@
 //! One task's way through the engine: check that it fits, submit it, append
 //! what comes back to its log.
 
+mod fit;
+mod trouble;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use adapter_host::{AdapterHost, HostError};
+use adapter_host::AdapterHost;
 use futures::StreamExt;
 use llama_orch_types::{ErrorCode, ProvisionedContext, TaskId};
 use metrics::{counter, histogram};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use worker_adapters_adapter_api::{
-    CancelReport, EndSummary, FinishReason, TaskInput, TimeoutPhase, TokenEvent, TokenStream,
-    WorkerAdapter, WorkerError,
+    CancelReport, EndSummary, FinishReason, TokenEvent, TokenStream, WorkerAdapter, WorkerError,
 };
 
+pub use self::fit::fit;
+use self::fit::make_fit;
+use self::trouble::{Silence, Trouble};
 use super::event_log::{End, EngineSays, Failure, Metrics, Receipt, Started, TaskEvent, Token};
 use super::pool::Submission;
 use super::resume::Seen;
@@ -119,69 +124,6 @@ enum Pumped {
     NotTaken(Trouble),
     /// Asked to give the task back.
     GivenBack,
-}
-
-/// A failure, and whether the engine is to blame for it.
-struct Trouble {
-    failure: Failure,
-    engines_fault: bool,
-    silence: Option<Silence>,
-}
-
-/// What an engine that gives nothing is silent about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Silence {
-    /// A task that it works on.
-    Tokens,
-    /// Something else, which a busy machine may keep waiting as well.
-    Answer,
-}
-
-impl Silence {
-    fn of(error: &WorkerError) -> Option<Self> {
-        match error {
-            WorkerError::Timeout { phase, .. } => match phase {
-                TimeoutPhase::FirstToken | TimeoutPhase::NextToken => Some(Self::Tokens),
-                TimeoutPhase::Response | TimeoutPhase::Connect => Some(Self::Answer),
-            },
-            _ => None,
-        }
-    }
-}
-
-impl Trouble {
-    fn doubt(&self) -> Option<String> {
-        self.engines_fault.then(|| self.failure.message.clone())
-    }
-}
-
-impl From<Failure> for Trouble {
-    fn from(failure: Failure) -> Self {
-        Self {
-            failure,
-            engines_fault: false,
-            silence: None,
-        }
-    }
-}
-
-impl From<&WorkerError> for Trouble {
-    fn from(error: &WorkerError) -> Self {
-        Self {
-            failure: Failure::from_worker(error),
-            engines_fault: error.casts_doubt(),
-            silence: Silence::of(error),
-        }
-    }
-}
-
-impl From<&HostError> for Trouble {
-    fn from(error: &HostError) -> Self {
-        match error {
-            HostError::Worker(error) => error.into(),
-            other => Failure::from_host(other).into(),
-        }
-    }
 }
 
 impl TaskRun {
@@ -543,80 +485,5 @@ pub fn receipt(context: &ProvisionedContext, summary: Option<&EndSummary>) -> Re
             prompt_time_ms: summary.prompt_time_ms,
             effective: summary.effective.clone(),
         }),
-    }
-}
-
-/// Makes sure that prompt and answer fit the context. Counting costs a call to
-/// the engine, so it is done only where the text's length leaves a doubt.
-pub async fn fit(
-    host: &AdapterHost,
-    context: &ProvisionedContext,
-    submission: &mut Submission,
-) -> Result<(), Failure> {
-    let fits = make_fit(host, context, submission).await;
-    fits.map_err(|trouble| trouble.failure)
-}
-
-async fn make_fit(
-    host: &AdapterHost,
-    context: &ProvisionedContext,
-    submission: &mut Submission,
-) -> Result<(), Trouble> {
-    let task = &mut submission.task;
-    let model = context.model.as_ref();
-    let template = model.and_then(|model| model.chat_template.as_deref());
-    if certainly_fits(&task.input, template, task.max_tokens, context.ctx) {
-        submission.fits = true;
-        return Ok(());
-    }
-    let prompt = host
-        .count_tokens(&context.pool_id, &task.input)
-        .await
-        .map_err(|error| Trouble::from(&error))?;
-    let room = context.ctx.saturating_sub(prompt);
-    if room == 0 {
-        let failure = Failure::context_exceeded(prompt, None, context.ctx);
-        return Err(failure.in_pool(&context.pool_id).into());
-    }
-    if task.max_tokens > room {
-        if submission.max_tokens_given {
-            let failure = Failure::context_exceeded(prompt, Some(task.max_tokens), context.ctx);
-            return Err(failure.in_pool(&context.pool_id).into());
-        }
-        task.max_tokens = room;
-    }
-    submission.fits = true;
-    Ok(())
-}
-
-/// A token of text is at least one byte long, so few bytes are few tokens. What
-/// a chat template adds is bounded by its own length, once for the whole and a
-/// few tokens for each message; an unknown template bounds nothing.
-fn certainly_fits(input: &TaskInput, template: Option<&str>, max_tokens: u32, ctx: u32) -> bool {
-    const AROUND_PROMPT: usize = 4;
-    const PER_MESSAGE: usize = 16;
-    let added = match (input, template) {
-        (TaskInput::Prompt(_), _) => AROUND_PROMPT,
-        (TaskInput::Messages(messages), Some(template)) => {
-            template.len() + PER_MESSAGE * messages.len()
-        }
-        (TaskInput::Messages(_), None) => return false,
-    };
-    input.len_bytes() + added + max_tokens as usize <= ctx as usize
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_a_text_shorter_than_the_room_is_known_to_fit() {
-        let prompt = |bytes: usize| TaskInput::Prompt("x".repeat(bytes));
-        assert!(certainly_fits(&prompt(100), None, 100, 1000));
-        assert!(!certainly_fits(&prompt(950), None, 100, 1000));
-        let chat = TaskInput::Messages(Vec::new());
-        assert!(certainly_fits(&chat, Some("{{ messages }}"), 900, 1000));
-        assert!(!certainly_fits(&chat, Some("{{ messages }}"), 990, 1000));
-        assert!(!certainly_fits(&chat, None, 1, 1000), "an unknown template");
     }
 }
