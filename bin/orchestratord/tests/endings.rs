@@ -134,6 +134,40 @@ async fn a_task_is_gone_on_with_after_a_hang() {
 }
 
 #[tokio::test]
+async fn one_hung_slot_costs_the_others_a_retry_at_the_most() {
+    let script = Script {
+        fault: Some(Fault::Hang { after_tokens: 2 }),
+        faulty_completions: Some(1),
+        ..Script::endless(5)
+    };
+    let daemon = Setup::new(&script)
+        .pool("slots", 3)
+        .top("tasks", json!({ "next_token_seconds": 1 }))
+        .ready()
+        .await;
+    let hangs = daemon.submit(json!({ "prompt": "a" })).await;
+    until_pieces(&daemon, &hangs).await;
+    let fails = json!({ "prompt": "b", "max_tokens": 4000 });
+    let fails = daemon.submit(fails).await;
+    let mut resumes = resuming();
+    resumes["max_tokens"] = json!(4000);
+    let resumes = daemon.submit(resumes).await;
+    until_pieces(&daemon, &fails).await;
+    until_pieces(&daemon, &resumes).await;
+    install(&daemon.engine_dir(), &Script::default());
+    let events = daemon.events(id(&hangs), None).await;
+    assert_eq!(events.last().unwrap().data["code"], "DECODE_TIMEOUT");
+    let events = daemon.events(id(&fails), None).await;
+    let failure = &events.last().unwrap().data;
+    assert_eq!(failure["code"], "WORKER_RESET", "{failure}");
+    assert_eq!(failure["retriable"], true);
+    let events = daemon.events(id(&resumes), None).await;
+    assert_eq!(events.last().unwrap().data["resumed"], 1);
+    let pool = daemon.pool().await;
+    assert_eq!(pool["restarts"]["hang"], 1, "{pool}");
+}
+
+#[tokio::test]
 async fn a_task_that_waits_to_be_gone_on_with_can_be_cancelled() {
     let daemon = Setup::new(&crashing(4)).ready().await;
     let task = daemon.submit(resuming()).await;

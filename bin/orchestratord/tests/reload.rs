@@ -260,6 +260,48 @@ async fn reloads_under_load_lose_no_task() {
     assert_eq!(starts(&daemon.engine_dir()), 5);
 }
 
+#[tokio::test]
+async fn what_the_old_engine_does_not_finish_in_time_goes_on_with_the_new_one() {
+    let script = Script {
+        numbered: true,
+        token_ms: 5,
+        ..Script::default()
+    };
+    let setup = Setup::new(&script).pool("slots", 2);
+    let daemon = setup.top("drain_seconds", json!(1)).ready().await;
+    let old = engine_of(&daemon.pool().await);
+    let task = json!({ "prompt": "a", "max_tokens": 500 });
+    let fails = daemon.submit(task.clone()).await;
+    let mut resuming = task;
+    resuming["on_worker_reset"] = json!("resume");
+    let resumes = daemon.submit(resuming).await;
+    for task in [&fails, &resumes] {
+        let mut reader = daemon.open_events(id(task), "", None).await;
+        reader.next().await.unwrap();
+        reader.next().await.unwrap();
+    }
+    ask(&daemon, "reload", json!({})).await;
+    let failed = daemon.events(id(&fails), None).await;
+    let failure = &failed.last().unwrap().data;
+    assert_eq!(failure["code"], "WORKER_RESET", "{failure}");
+    assert_eq!(failure["retriable"], true);
+    let events = daemon.events(id(&resumes), None).await;
+    assert_eq!(shape(&events), ["started", "token", "end"]);
+    let end = &events.last().unwrap().data;
+    assert_eq!(
+        (&end["resumed"], &end["tokens_out"]),
+        (&json!(1), &json!(500))
+    );
+    let words: Vec<String> = (0..500).map(|number| format!("w{number}")).collect();
+    assert_eq!(
+        text(&events).trim(),
+        words.join(" "),
+        "no gap and no repeat"
+    );
+    until_reload(&daemon, "done").await;
+    until_gone(&daemon, old).await;
+}
+
 /// A directory with an `nvidia-smi` that knows a GPU with hardly any room.
 fn full_gpu(dir: &Path) -> PathBuf {
     let programs = dir.join("programs");

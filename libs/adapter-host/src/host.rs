@@ -134,7 +134,30 @@ impl AdapterHost {
     /// Starts a task on the pool's least busy engine. The task counts as
     /// running until its stream ends or is dropped.
     pub async fn submit(&self, pool: &PoolId, task: EngineTask) -> Result<TokenStream, HostError> {
-        let binding = self.least_busy(pool)?;
+        self.start(self.least_busy(pool)?, task).await
+    }
+
+    /// The same on this engine and no other: where the pool is bound to another
+    /// by now, as if it were bound to none.
+    pub async fn submit_to(
+        &self,
+        context: &ProvisionedContext,
+        task: EngineTask,
+    ) -> Result<TokenStream, HostError> {
+        let pool = &context.pool_id;
+        let bound = self.of_pool(pool)?;
+        let binding = bound
+            .into_iter()
+            .find(|binding| *binding.context == *context)
+            .ok_or_else(|| not_bound(pool))?;
+        self.start(binding, task).await
+    }
+
+    async fn start(
+        &self,
+        binding: Arc<Binding>,
+        task: EngineTask,
+    ) -> Result<TokenStream, HostError> {
         let id = task.id;
         let entry = self
             .running

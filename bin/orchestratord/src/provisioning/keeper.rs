@@ -26,13 +26,24 @@ const RETIRE_MARGIN: Duration = Duration::from_mins(1);
 pub(super) struct Kept {
     pub(super) engine: RunningEngine,
     pub(super) config: Arc<PoolConfig>,
+    /// One for all reports: by it the pool knows the engine again.
+    context: Arc<ProvisionedContext>,
 }
 
 impl Kept {
+    pub(super) fn new(engine: RunningEngine, config: Arc<PoolConfig>) -> Self {
+        let context = Arc::new(engine.context().clone());
+        Self {
+            engine,
+            config,
+            context,
+        }
+    }
+
     fn bound(&self) -> Bound {
         let lines = self.engine.log_lines();
         Bound {
-            context: Arc::new(self.engine.context().clone()),
+            context: Arc::clone(&self.context),
             log: LogTail::new(move || lines.lines()),
             config: Some(Arc::clone(&self.config)),
         }
@@ -137,7 +148,7 @@ impl Keeper {
         };
         let bound = started.and_then(|engine| {
             parts.bind(engine.context())?;
-            Ok(Kept { engine, config })
+            Ok(Kept::new(engine, config))
         });
         match bound {
             Ok(kept) => {

@@ -80,10 +80,8 @@ impl Parts {
             .prove(engine.context(), PROOF_LIMIT)
             .await
             .map_err(ProvisionError::Unproved)?;
-        Ok(Beside::Ready(Box::new(Kept {
-            engine,
-            config: Arc::clone(config),
-        })))
+        let kept = Kept::new(engine, Arc::clone(config));
+        Ok(Beside::Ready(Box::new(kept)))
     }
 
     pub(super) fn bind(&self, context: &ProvisionedContext) -> Result<(), ProvisionError> {

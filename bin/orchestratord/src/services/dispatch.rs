@@ -1,21 +1,26 @@
 //! One task's way through the engine: check that it fits, submit it, append
 //! what comes back to its log.
 
+mod fit;
+mod trouble;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use adapter_host::{AdapterHost, HostError};
+use adapter_host::AdapterHost;
 use futures::StreamExt;
 use llama_orch_types::{ErrorCode, ProvisionedContext, TaskId};
 use metrics::{counter, histogram};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use worker_adapters_adapter_api::{
-    CancelReport, EndSummary, FinishReason, TaskInput, TokenEvent, TokenStream, WorkerAdapter,
-    WorkerError,
+    CancelReport, EndSummary, FinishReason, TokenEvent, TokenStream, WorkerAdapter, WorkerError,
 };
 
+pub use self::fit::fit;
+use self::fit::make_fit;
+use self::trouble::{Silence, Trouble};
 use super::event_log::{End, EngineSays, Failure, Metrics, Receipt, Started, TaskEvent, Token};
 use super::pool::Submission;
 use super::resume::Seen;
@@ -45,6 +50,8 @@ pub struct TaskRun {
     pub context: Arc<ProvisionedContext>,
     pub submission: Submission,
     pub cancel: CancellationToken,
+    /// The engine is to end, and another goes on with the task.
+    pub give_back: CancellationToken,
     /// Where the pool is told that a cancelled task's slot is not seen free.
     pub not_freed: mpsc::Sender<NotFreed>,
     pub seen: Seen,
@@ -72,6 +79,8 @@ pub struct Finished {
     pub returned: Option<Box<Submission>>,
     /// Why the engine can no longer be relied on, if it cannot.
     pub distrust: Option<String>,
+    /// Why it cannot, if nothing else that it does shows that it can.
+    pub silence: Option<String>,
     /// Why the engine may not be sound, if it was to blame for a failure.
     pub doubt: Option<String>,
 }
@@ -113,45 +122,8 @@ enum Pumped {
     Cancelled(Option<CancelReport>),
     Failed(Trouble),
     NotTaken(Trouble),
-}
-
-/// A failure, and whether the engine is to blame for it.
-struct Trouble {
-    failure: Failure,
-    engines_fault: bool,
-}
-
-impl Trouble {
-    fn doubt(&self) -> Option<String> {
-        self.engines_fault.then(|| self.failure.message.clone())
-    }
-}
-
-impl From<Failure> for Trouble {
-    fn from(failure: Failure) -> Self {
-        Self {
-            failure,
-            engines_fault: false,
-        }
-    }
-}
-
-impl From<&WorkerError> for Trouble {
-    fn from(error: &WorkerError) -> Self {
-        Self {
-            failure: Failure::from_worker(error),
-            engines_fault: error.casts_doubt(),
-        }
-    }
-}
-
-impl From<&HostError> for Trouble {
-    fn from(error: &HostError) -> Self {
-        match error {
-            HostError::Worker(error) => error.into(),
-            other => Failure::from_host(other).into(),
-        }
-    }
+    /// Asked to give the task back.
+    GivenBack,
 }
 
 impl TaskRun {
@@ -169,22 +141,32 @@ impl TaskRun {
             cancelled: None,
             returned: None,
             distrust: None,
+            silence: None,
             doubt: None,
         };
         match pumped {
             Pumped::Ended => finished.outcome = Outcome::Completed,
             Pumped::Cancelled(report) => finished.cancelled = report,
-            Pumped::NotTaken(_) if self.cancel.is_cancelled() => {}
+            Pumped::NotTaken(_) | Pumped::GivenBack if self.cancel.is_cancelled() => {}
+            Pumped::GivenBack => self.given_back(&mut finished),
             Pumped::Failed(trouble) => {
-                if trouble.failure.code == ErrorCode::DecodeTimeout {
-                    finished.distrust = Some(trouble.failure.message.clone());
+                let why = trouble.silence.map(|_| trouble.failure.message.clone());
+                match trouble.silence {
+                    Some(Silence::Tokens) => finished.distrust = why,
+                    Some(Silence::Answer) => finished.silence = why,
+                    None => {}
                 }
                 finished.doubt = trouble.doubt();
                 self.lost(trouble.failure, &mut finished);
             }
             Pumped::NotTaken(trouble) => {
                 finished.doubt = trouble.doubt();
+                let silence = trouble.silence.map(|_| trouble.failure.message.clone());
                 self.not_taken(trouble.failure, &mut finished);
+                if matches!(finished.outcome, Outcome::Failed(_)) {
+                    // Tried often enough to mean something.
+                    finished.silence = silence;
+                }
             }
         }
         finished
@@ -226,6 +208,16 @@ impl TaskRun {
         finished.returned = Some(Box::new(self.submission));
     }
 
+    /// The engine is to end: a task that it has sent nothing of waits for the next.
+    fn given_back(self, finished: &mut Finished) {
+        if self.seen.pieces > 0 {
+            let failure = Failure::engine_replaced(&self.submission.record.pool);
+            return self.lost(failure, finished);
+        }
+        finished.outcome = Outcome::NotTaken { reset: true };
+        finished.returned = Some(Box::new(self.submission));
+    }
+
     fn not_taken(mut self, failure: Failure, finished: &mut Finished) {
         let reset = failure.code == ErrorCode::WorkerReset;
         self.submission.attempts += if reset { RESET_ATTEMPTS } else { 1 };
@@ -241,16 +233,18 @@ impl TaskRun {
     /// Hands the task to the engine, unless it is refused or cancelled first.
     async fn open(&mut self) -> Result<TokenStream, Pumped> {
         if !self.submission.fits {
-            let fits = fit(&self.host, &self.context, &mut self.submission);
+            let fits = make_fit(&self.host, &self.context, &mut self.submission);
             tokio::select! {
                 // Nothing is in the engine's slot yet.
                 () = self.cancel.cancelled() => return Err(Pumped::Cancelled(Some(CancelReport::NotRunning))),
-                fits = fits => fits.map_err(|failure| not_begun(failure.into()))?,
+                () = self.give_back.cancelled() => return Err(Pumped::GivenBack),
+                fits = fits => fits.map_err(not_begun)?,
             }
         }
+        self.check_in_time()?;
         let submit = self
             .host
-            .submit(&self.context.pool_id, self.submission.task.clone());
+            .submit_to(&self.context, self.submission.task.clone());
         let mut submit = std::pin::pin!(submit);
         tokio::select! {
             biased;
@@ -263,7 +257,21 @@ impl TaskRun {
                 let (report, _) = tokio::join!(self.free(), submit);
                 Err(Pumped::Cancelled(report))
             }
+            // Dropping the submission closes its connection. Its slot is of no
+            // more use to anybody.
+            () = self.give_back.cancelled() => Err(Pumped::GivenBack),
         }
+    }
+
+    /// Counting the prompt may have taken longer than the task could wait.
+    fn check_in_time(&self) -> Result<(), Pumped> {
+        let record = &self.submission.record;
+        let late = record.deadline.is_some_and(|by| by < Instant::now());
+        if late && record.started.get().is_none() {
+            let failure = Failure::deadline_passed(record.created.elapsed());
+            return Err(Pumped::Failed(failure.into()));
+        }
+        Ok(())
     }
 
     async fn pump(&mut self, mut stream: TokenStream) -> Pumped {
@@ -271,6 +279,7 @@ impl TaskRun {
             let event = tokio::select! {
                 biased;
                 () = self.cancel.cancelled() => return Pumped::Cancelled(self.free_slot(stream).await),
+                () = self.give_back.cancelled() => return Pumped::GivenBack,
                 event = stream.next() => event,
             };
             let kept = match event {
@@ -476,70 +485,5 @@ pub fn receipt(context: &ProvisionedContext, summary: Option<&EndSummary>) -> Re
             prompt_time_ms: summary.prompt_time_ms,
             effective: summary.effective.clone(),
         }),
-    }
-}
-
-/// Makes sure that prompt and answer fit the context. Counting costs a call to
-/// the engine, so it is done only where the text's length leaves a doubt.
-pub async fn fit(
-    host: &AdapterHost,
-    context: &ProvisionedContext,
-    submission: &mut Submission,
-) -> Result<(), Failure> {
-    let task = &mut submission.task;
-    let model = context.model.as_ref();
-    let template = model.and_then(|model| model.chat_template.as_deref());
-    if certainly_fits(&task.input, template, task.max_tokens, context.ctx) {
-        submission.fits = true;
-        return Ok(());
-    }
-    let prompt = host
-        .count_tokens(&context.pool_id, &task.input)
-        .await
-        .map_err(|error| Failure::from_host(&error))?;
-    let room = context.ctx.saturating_sub(prompt);
-    if room == 0 {
-        return Err(Failure::context_exceeded(prompt, None, context.ctx).in_pool(&context.pool_id));
-    }
-    if task.max_tokens > room {
-        if submission.max_tokens_given {
-            let failure = Failure::context_exceeded(prompt, Some(task.max_tokens), context.ctx);
-            return Err(failure.in_pool(&context.pool_id));
-        }
-        task.max_tokens = room;
-    }
-    submission.fits = true;
-    Ok(())
-}
-
-/// A token of text is at least one byte long, so few bytes are few tokens. What
-/// a chat template adds is bounded by its own length, once for the whole and a
-/// few tokens for each message; an unknown template bounds nothing.
-fn certainly_fits(input: &TaskInput, template: Option<&str>, max_tokens: u32, ctx: u32) -> bool {
-    const AROUND_PROMPT: usize = 4;
-    const PER_MESSAGE: usize = 16;
-    let added = match (input, template) {
-        (TaskInput::Prompt(_), _) => AROUND_PROMPT,
-        (TaskInput::Messages(messages), Some(template)) => {
-            template.len() + PER_MESSAGE * messages.len()
-        }
-        (TaskInput::Messages(_), None) => return false,
-    };
-    input.len_bytes() + added + max_tokens as usize <= ctx as usize
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_a_text_shorter_than_the_room_is_known_to_fit() {
-        let prompt = |bytes: usize| TaskInput::Prompt("x".repeat(bytes));
-        assert!(certainly_fits(&prompt(100), None, 100, 1000));
-        assert!(!certainly_fits(&prompt(950), None, 100, 1000));
-        let chat = TaskInput::Messages(Vec::new());
-        assert!(certainly_fits(&chat, Some("{{ messages }}"), 900, 1000));
-        assert!(!certainly_fits(&chat, Some("{{ messages }}"), 990, 1000));
-        assert!(!certainly_fits(&chat, None, 1, 1000), "an unknown template");
     }
 }

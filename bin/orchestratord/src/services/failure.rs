@@ -138,12 +138,15 @@ impl Failure {
     }
 
     pub fn drained(pool: &PoolId) -> Self {
-        Self::new(ErrorCode::PoolUnready, "the pool is being drained, or is")
-            .with_hint(format!(
-                "POST /v2/pools/{pool}/resume lets it take tasks again"
-            ))
-            .retriable()
-            .in_pool(pool)
+        Self::new(
+            ErrorCode::PoolUnready,
+            "the pool is drained or being drained",
+        )
+        .with_hint(format!(
+            "POST /v2/pools/{pool}/resume lets it take tasks again"
+        ))
+        .retriable()
+        .in_pool(pool)
     }
 
     /// For a task that its engine, which another replaces, did not finish in time.

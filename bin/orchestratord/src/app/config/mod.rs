@@ -64,7 +64,8 @@ pub struct Config {
     pub tasks: TasksConfig,
     /// What clients may make the daemon hold, and for how long.
     pub limits: Limits,
-    /// How long running tasks may go on after a stop signal, in seconds (0 to 3600).
+    /// How long running tasks may go on after a stop signal, or on an engine that
+    /// is replaced, in seconds (0 to 3600).
     #[serde(deserialize_with = "ranged::<_, u64, 0, 3600>")]
     #[schemars(range(min = 0, max = 3600))]
     pub drain_seconds: u64,

@@ -9,7 +9,7 @@ use metrics::counter;
 
 use super::actor::Actor;
 use super::lifecycle::{
-    Drain, Effect, Engine, Event, Move, Phase, ReloadMode, RestartCause, Which,
+    Drain, Effect, Engine, Event, Move, Phase, ReloadMode, ReloadState, RestartCause, Which,
 };
 use super::orders::Request;
 use super::{Bound, Change, LogTail, Order, PoolSettings, ReloadView, Transition, Wanted};
@@ -67,7 +67,10 @@ impl Actor {
                     &format!("reload, the old engine first: {why}"),
                 );
             }
-            Change::Retired => self.take(Event::Retired, "the old engine is gone"),
+            Change::Retired => {
+                self.retire_until = None;
+                self.take(Event::Retired, "the old engine is gone");
+            }
         }
     }
 
@@ -122,18 +125,23 @@ impl Actor {
     /// An event that comes of a failure.
     fn fails(&mut self, event: Event, mut failure: Failure) {
         let cause = failure.message.clone();
-        if self
-            .reload
-            .as_ref()
-            .is_some_and(|reload| !reload.state.is_over() && reload.error.is_none())
-        {
-            self.reload_failed(failure.clone());
-        }
         if matches!(event, Event::Exited(_)) {
             failure.retriable = true;
         }
-        self.last_error = Some(failure);
+        self.last_error = Some(failure.clone());
+        let before = self.lifecycle.reload().map(|reload| reload.state);
         self.take(event, &cause);
+        let after = self.lifecycle.reload().map(|reload| reload.state);
+        // Only what turned the reload is its error: it may go on without the old
+        // engine, and be done before the new one ends.
+        let turned = matches!(
+            after,
+            Some(ReloadState::RollingBack | ReloadState::RolledBack | ReloadState::Failed)
+        );
+        let first = |reload: &ReloadView| reload.error.is_none();
+        if turned && before != after && self.reload.as_ref().is_some_and(first) {
+            self.reload_failed(failure);
+        }
     }
 
     fn reload_failed(&mut self, failure: Failure) {
@@ -207,10 +215,7 @@ impl Actor {
                 let failure = self.doom().unwrap_or_else(|| self.drained());
                 self.end_queued(&failure);
             }
-            Effect::CancelRunning => {
-                let failure = self.ends_for();
-                self.cancel_running(&failure, |_| true);
-            }
+            Effect::CancelRunning => self.end_running(|_| true),
             Effect::RetireUntil(until) => self.retire_until = Some(until.into()),
             Effect::End => self.ended = true,
         }
@@ -240,8 +245,13 @@ impl Actor {
 
     /// Takes an engine for the tasks, if the machine took it for ready.
     fn bound(&mut self, bound: Bound) {
-        if self.lifecycle.engine() != Engine::Up {
+        // The one that the pool has may be told of again, with tasks on it.
+        if self.lifecycle.engine() != Engine::Up || self.is_current(&bound.context) {
             return;
+        }
+        if self.context.is_some() && self.retire_until.is_none() {
+            let until = Instant::now() + self.settings.drain;
+            self.retire_until = Some(until.into());
         }
         if let Some(config) = bound.config
             && !config.same_engine(&self.settings.config)
@@ -259,8 +269,7 @@ impl Actor {
     pub(super) fn end_retiring(&mut self) {
         self.retire_until = None;
         let current = self.context.clone();
-        let failure = self.ends_for();
-        self.cancel_running(&failure, |running| {
+        self.end_running(|running| {
             current
                 .as_ref()
                 .is_none_or(|current| !running.is_on(current))
@@ -310,7 +319,7 @@ impl Actor {
         let (crashes, window) = (restart.crashes, restart.window_seconds);
         if let Some(error) = &mut self.last_error {
             error.message = format!(
-                "the engine ended {crashes} times within {window} s and is not started again for now; the last time: {}",
+                "the engine ended {crashes} times within {window} s, or once more after that, and is not started again for now; the last time: {}",
                 error.message
             );
             error.hint = Some(format!(

@@ -307,6 +307,8 @@ pub struct Lifecycle {
     drain: Option<Drain>,
     /// When the phase ends by itself.
     until: Option<Instant>,
+    /// The time of its drain is up, and its tasks were told to end.
+    overdue: bool,
     /// The engine that starts has got as far as loading.
     loading: bool,
     /// An engine is wanted as soon as the one that stops is gone.
@@ -326,6 +328,7 @@ impl Lifecycle {
             engine: Engine::Starting,
             drain: None,
             until: None,
+            overdue: false,
             loading: false,
             resume: false,
             reload: None,
@@ -356,6 +359,11 @@ impl Lifecycle {
 
     pub fn restarts(&self) -> Restarts {
         self.restarts
+    }
+
+    /// Whether a drain's time is up.
+    pub fn overdue(&self) -> bool {
+        self.overdue
     }
 
     /// When [`Event::TimeUp`] is due.

@@ -51,7 +51,7 @@ impl Actor {
         let served = self.phase() == Phase::Draining
             && self.lifecycle.drain() == Some(Drain::Operator)
             && self.lifecycle.engine() != Engine::None
-            && self.lifecycle.deadline().is_some();
+            && !self.lifecycle.overdue();
         self.refusal().filter(|_| !served)
     }
 

@@ -1,5 +1,7 @@
 //! The actor with an adapter that breaks in ways no engine does.
 
+mod handover;
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

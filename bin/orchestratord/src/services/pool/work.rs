@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use worker_adapters_adapter_api::{CancelReport, FinishReason};
 
 use super::actor::Actor;
-use super::lifecycle::Phase;
+use super::lifecycle::{Drain, Phase};
 use super::{Cancelled, Escalation, Submission};
 use crate::services::admission::Entry;
 use crate::services::dispatch::{Finished, NotFreed, Outcome, TaskRun, receipt};
@@ -37,6 +37,7 @@ pub(super) struct Running {
     /// The engine that has it: not always the one that is bound now.
     context: Arc<ProvisionedContext>,
     cancel: CancellationToken,
+    give_back: CancellationToken,
     /// It was cancelled, and its slot was not seen free in time.
     stuck: bool,
     escalated: Option<Escalation>,
@@ -47,6 +48,12 @@ pub(super) struct Running {
 impl Running {
     pub(super) fn is_on(&self, context: &Arc<ProvisionedContext>) -> bool {
         Arc::ptr_eq(&self.context, context)
+    }
+
+    /// Whether another engine can go on with it, or begin it anew without anybody
+    /// seeing it: the prompt's length comes with the first token.
+    fn can_move(&self) -> bool {
+        self.record.resumes || self.record.tokens_in.get().is_none()
     }
 }
 
@@ -93,7 +100,7 @@ impl Actor {
         })
     }
 
-    /// Why no task is taken now, if none is.
+    /// Ends a task wherever it is; answers when its slot is seen free.
     pub(super) fn cancel(&mut self, id: TaskId, reply: oneshot::Sender<Cancelled>) {
         if let Some(entry) = self.queue.remove(id) {
             end_cancelled(&entry.task.record, None);
@@ -113,9 +120,16 @@ impl Actor {
         }
     }
 
-    /// Ends the running tasks that `which` chooses, each with this failure.
-    pub(super) fn cancel_running(&mut self, failure: &Failure, which: impl Fn(&Running) -> bool) {
+    /// Ends the running tasks that `which` chooses. Where another engine comes,
+    /// those that it can begin or go on with are given back instead.
+    pub(super) fn end_running(&mut self, which: impl Fn(&Running) -> bool) {
+        let failure = self.ends_for();
+        let another_comes = matches!(self.lifecycle.drain(), None | Some(Drain::Reload));
         for running in self.running.values().filter(|running| which(running)) {
+            if another_comes && running.can_move() {
+                running.give_back.cancel();
+                continue;
+            }
             let mut failure = failure.clone();
             failure.correlation_id = Some(running.record.correlation_id.clone());
             let _ = running
@@ -181,13 +195,14 @@ impl Actor {
                 return;
             };
             submission.place = place;
-            let cancel = CancellationToken::new();
+            let (cancel, give_back) = (CancellationToken::new(), CancellationToken::new());
             let record = Arc::clone(&submission.record);
             let run = TaskRun {
                 host: self.host.clone(),
                 context: Arc::clone(&context),
                 submission,
                 cancel: cancel.clone(),
+                give_back: give_back.clone(),
                 not_freed: self.not_freed.clone(),
                 seen: Seen::default(),
             };
@@ -197,6 +212,7 @@ impl Actor {
                 record,
                 context: Arc::clone(&context),
                 cancel,
+                give_back,
                 stuck: false,
                 escalated: None,
                 waiters: Vec::new(),
@@ -224,6 +240,12 @@ impl Actor {
                 .log
                 .append(TaskEvent::Error(Box::new(failure)));
             self.count_outcome(ErrorCode::Internal.as_str());
+            for waiter in running.waiters {
+                let _ = waiter.send(Cancelled::Running {
+                    report: CancelReport::NotRunning,
+                    escalated: running.escalated,
+                });
+            }
         }
         self.escalate();
     }
@@ -242,15 +264,39 @@ impl Actor {
         if let Some(reason) = finished.distrust {
             self.distrust(&running.context, reason);
         }
+        if let Some(reason) = finished.silence
+            && here
+        {
+            // Tasks that it works on have deadlines of their own, which tell if it is
+            // true.
+            let works = |other: &Running| {
+                other.is_on(&running.context) && other.record.started.get().is_some()
+            };
+            if self.running.values().any(works) {
+                self.raise_doubt(&reason);
+            } else {
+                self.distrust(&running.context, reason);
+            }
+        }
         // It may have been the last beside one that is stuck.
         self.escalate();
         let mut outcome = finished.outcome.label();
         if let Some(submission) = finished.returned {
             if !submission.record.log.is_closed() {
-                return self.take_back(*submission, finished.outcome);
+                // An engine that answered with a fault of its own is there.
+                if here && finished.outcome != (Outcome::NotTaken { reset: true }) {
+                    self.hold_for(HOLD);
+                }
+                return self.take_back(*submission);
             }
             // Cancelled in the meantime, and so over.
             outcome = Outcome::Cancelled.label();
+        }
+        if finished.outcome == Outcome::Cancelled
+            && let Some(TaskEvent::Error(failure)) = running.record.log.last()
+        {
+            // Ended by us, with its engine.
+            outcome = failure.code.as_str();
         }
         self.count_outcome(outcome);
         if finished.outcome.tells_service_time() {
@@ -288,7 +334,7 @@ impl Actor {
         }
     }
 
-    fn is_current(&self, engine: &Arc<ProvisionedContext>) -> bool {
+    pub(super) fn is_current(&self, engine: &Arc<ProvisionedContext>) -> bool {
         let current = self.context.as_ref();
         current.is_some_and(|current| Arc::ptr_eq(current, engine))
     }
@@ -342,11 +388,7 @@ impl Actor {
     }
 
     /// A task that the engine could not be given keeps its turn.
-    pub(super) fn take_back(&mut self, submission: Submission, outcome: Outcome) {
-        // An engine that answered with a fault of its own is there.
-        if outcome != (Outcome::NotTaken { reset: true }) {
-            self.hold_for(HOLD);
-        }
+    fn take_back(&mut self, submission: Submission) {
         // Its deadline was to start by, and ageing counts from its admission.
         let queued = submission.record.created;
         self.queue.put_back(entry_of(submission, queued));

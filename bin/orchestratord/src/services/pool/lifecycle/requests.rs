@@ -36,6 +36,7 @@ impl Step<'_> {
             self.effect(Effect::Keep);
         }
         self.life.drain = Some(why);
+        self.life.overdue = false;
         self.enter(Phase::Draining, Some(until));
         if why == Drain::Shutdown || self.life.engine == Engine::None {
             self.effect(Effect::EndQueued);

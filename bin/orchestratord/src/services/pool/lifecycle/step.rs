@@ -11,6 +11,10 @@ use crate::services::pool::restart::Verdict;
 /// How long the supervisor may take to end an engine before it is asked again.
 const STOP_LIMIT: Duration = Duration::from_secs(30);
 
+/// How long tasks that were told to end are waited for: their engine is ended in
+/// any case, and a busy one may let go of a task late.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
 /// One event being taken in.
 pub(super) struct Step<'a> {
     pub(super) life: &'a mut Lifecycle,
@@ -55,6 +59,7 @@ impl<'a> Step<'a> {
         let from = self.life.phase;
         self.life.until = until;
         if from != phase {
+            self.life.overdue = false;
             self.life.phase = phase;
             self.life.since = self.now;
             // One event may pass through a phase; what counts is where it led.
@@ -386,7 +391,10 @@ impl<'a> Step<'a> {
         self.life.until = None;
         match self.life.phase {
             Phase::Backoff | Phase::Failed => self.start(Which::Current),
+            Phase::Draining if self.life.overdue => self.tasks_over(),
             Phase::Draining => {
+                self.life.overdue = true;
+                self.life.until = Some(self.now + END_LIMIT);
                 if self.life.drain != Some(Drain::Reload) {
                     self.effect(Effect::EndQueued);
                 }

@@ -90,6 +90,25 @@ fn a_drain_finishes_what_was_admitted_and_stops_the_engine() {
 }
 
 #[test]
+fn tasks_that_do_not_end_when_told_are_not_waited_for_without_a_bound() {
+    let until = Instant::now();
+    for event in [Event::Drain { until }, Event::Shutdown { until }] {
+        let (mut life, now) = ready();
+        life.on(at(event, now), now, 0.0).unwrap();
+        assert!(!life.overdue());
+        assert_eq!(
+            effects(&mut life, Event::TimeUp, now + SOON),
+            [Effect::EndQueued, Effect::CancelRunning]
+        );
+        assert!(life.overdue());
+        let due = life.deadline().expect("the wait is bounded");
+        assert_eq!(effects(&mut life, Event::TimeUp, due), [Effect::Rest]);
+        assert_eq!(life.phase(), Phase::Stopping);
+        assert!(!life.overdue());
+    }
+}
+
+#[test]
 fn a_resume_in_time_keeps_the_engine_and_one_too_late_waits_for_its_end() {
     let (mut life, now) = ready();
     let drain = Event::Drain { until: now + SOON };
