@@ -6,6 +6,7 @@
 mod support;
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -202,10 +203,19 @@ async fn an_engine_that_does_not_let_go_of_its_only_task_is_replaced() {
         .await;
     until_pieces(&daemon, &task).await;
     install(&daemon.engine_dir(), &Script::default());
-    let answer = cancel(&daemon, &task).await;
+    let answers = async {
+        // The second comes when the first has closed the log.
+        while view(&daemon, &task).await["end"].is_null() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        cancel(&daemon, &task).await
+    };
+    let (answer, again) = tokio::join!(cancel(&daemon, &task), answers);
     assert_eq!(answer["escalated"], "engine_restarted", "{answer}");
     assert!(answer["freed_ms"].as_u64().unwrap() >= 2000, "{answer}");
+    assert_eq!(again, answer);
     assert!(!is_alive(engine));
+    assert_eq!(cancel(&daemon, &task).await["cancelled"], false);
     let next = daemon.submit(json!({ "prompt": "b" })).await;
     assert_eq!(
         shape(&daemon.events(id(&next), None).await),
@@ -240,6 +250,8 @@ async fn an_engine_on_which_others_run_is_left_alone_and_the_slot_is_held() {
         shape(&daemon.events(id(&goes), None).await),
         ["started", "token", "end"]
     );
+    // Who asks again hears the same.
+    assert_eq!(cancel(&daemon, &goes).await, answer);
     // Its slot is not free, and so is given to no task.
     assert_eq!(view(&daemon, &waits).await["status"], "queued");
     assert_eq!(view(&daemon, &stays).await["status"], "running");

@@ -151,7 +151,8 @@ pub struct TaskView {
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub struct CancelAnswer {
     pub task_id: String,
-    /// False if the task was over already.
+    /// False if the task was over already. A cancel that comes while the slot of
+    /// a cancelled task is not free yet is answered as the first one.
     pub cancelled: bool,
     /// Milliseconds until the engine's slot was seen free; 0 for a task that
     /// was queued; absent if that was not seen within the bound.
@@ -420,8 +421,12 @@ pub async fn cancel(
 ) -> Result<Json<CancelAnswer>, ApiError> {
     let Path(id) = path?;
     let record = state.task(&id)?;
+    let (was_over, was_cancelled) = (record.log.is_closed(), record.is_cancelled());
     let cancelled = match state.pool_of(&record) {
-        Some(pool) if !record.log.is_closed() => pool.cancel(record.id).await?,
+        Some(pool) if !was_over => pool.cancel(record.id).await?,
+        // The engine may still have it: this one waits with the first. A pool that
+        // is gone has freed its slots.
+        Some(pool) if was_cancelled => pool.cancel(record.id).await.unwrap_or(Cancelled::Over),
         _ => Cancelled::Over,
     };
     let (freed_ms, escalated) = match cancelled {

@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use llama_orch_types::{PoolId, TaskId};
+use worker_adapters_adapter_api::FinishReason;
 
 use super::admission::{Client, Priority};
-use super::event_log::EventLog;
+use super::event_log::{EventLog, TaskEvent};
 
 /// A task, from admission until it is forgotten.
 #[derive(Debug)]
@@ -103,6 +104,12 @@ impl TaskRecord {
             finished: OnceLock::new(),
             readers: AtomicUsize::new(0),
         })
+    }
+
+    /// Whether it was ended by a cancel.
+    pub fn is_cancelled(&self) -> bool {
+        let last = self.log.last();
+        matches!(last, Some(TaskEvent::End(end)) if end.finish_reason == FinishReason::Cancelled)
     }
 
     pub fn reader_came(&self) {
@@ -211,7 +218,7 @@ impl TaskRegistry {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::services::event_log::{Failure, TaskEvent};
+    use crate::services::event_log::Failure;
     use llama_orch_types::ErrorCode;
 
     fn record(cancel_on_disconnect: bool) -> Arc<TaskRecord> {

@@ -50,6 +50,14 @@ impl Running {
         Arc::ptr_eq(&self.context, context)
     }
 
+    /// What whoever waits for the cancel is told while the slot is held.
+    fn held(&self) -> Cancelled {
+        Cancelled::Running {
+            report: CancelReport::NotSeenFree { waited_ms: 0 },
+            escalated: self.escalated,
+        }
+    }
+
     /// Whether another engine can go on with it, or begin it anew without anybody
     /// seeing it: the prompt's length comes with the first token.
     fn can_move(&self) -> bool {
@@ -108,12 +116,16 @@ impl Actor {
             let _ = reply.send(Cancelled::Queued);
         } else if let Some(running) = self.running.get_mut(&id) {
             // Closed before the engine is told, so no later token gets in.
-            let was_open = end_cancelled(&running.record, Some(&running.context));
+            end_cancelled(&running.record, Some(&running.context));
             running.cancel.cancel();
-            if was_open || !running.waiters.is_empty() {
-                running.waiters.push(reply);
-            } else {
+            if !running.record.is_cancelled() {
+                // It had another ending before.
                 let _ = reply.send(Cancelled::Over);
+            } else if running.escalated == Some(Escalation::Waiting) {
+                // As those were told who asked before.
+                let _ = reply.send(running.held());
+            } else {
+                running.waiters.push(reply);
             }
         } else {
             let _ = reply.send(Cancelled::Over);
@@ -370,11 +382,9 @@ impl Actor {
         for stuck in running.into_iter().filter(|running| running.stuck) {
             if others {
                 stuck.escalated = Some(Escalation::Waiting);
+                let held = stuck.held();
                 for waiter in stuck.waiters.drain(..) {
-                    let _ = waiter.send(Cancelled::Running {
-                        report: CancelReport::NotSeenFree { waited_ms: 0 },
-                        escalated: stuck.escalated,
-                    });
+                    let _ = waiter.send(held);
                 }
             } else {
                 stuck.escalated = Some(Escalation::EngineRestarted);
@@ -454,9 +464,9 @@ fn entry_of(submission: Submission, queued: Instant) -> Entry<Submission> {
     }
 }
 
-/// Closes a task's log as cancelled; says whether it was open. With the engine
+/// Closes a task's log as cancelled, unless it has an ending. With the engine
 /// that had the task, if one had.
-fn end_cancelled(record: &TaskRecord, context: Option<&ProvisionedContext>) -> bool {
+fn end_cancelled(record: &TaskRecord, context: Option<&ProvisionedContext>) {
     let (_, pieces) = record.log.text();
     let since_start = record.started.get().map(Instant::elapsed);
     let end = End {
@@ -467,5 +477,6 @@ fn end_cancelled(record: &TaskRecord, context: Option<&ProvisionedContext>) -> b
         resumed: record.resumed.load(Ordering::Relaxed),
         receipt: context.map(|context| receipt(context, None)),
     };
-    record.log.append(TaskEvent::End(Box::new(end))).is_ok()
+    // A log that is closed keeps its ending.
+    let _ = record.log.append(TaskEvent::End(Box::new(end)));
 }
