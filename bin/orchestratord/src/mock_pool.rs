@@ -13,20 +13,27 @@ use crate::services::pool::{Change, PoolHandle, Wanted};
 pub async fn supervise(pool: PoolHandle, host: AdapterHost, slots: u32, stop: CancellationToken) {
     tracing::warn!(pool = %pool.id(), "SCRIPTED ENGINE: no model answers here; development only");
     let mut orders = pool.orders();
+    // By it the pool knows the engine again.
+    let mut kept: Option<Arc<ProvisionedContext>> = None;
     loop {
         let order = orders.borrow_and_update().clone();
         let change = match order.wanted {
             Wanted::Rest => {
                 host.unbind(pool.id(), &ReplicaId::first());
+                kept = None;
                 Change::Stopped
             }
             // Every other order is met by an engine that is always the same.
+            Wanted::Keep if let Some(context) = &kept => Change::Ready(Arc::clone(context).into()),
             Wanted::Start { .. } | Wanted::Keep => bind(&pool, &host, slots),
             Wanted::Replace(_) => match bind(&pool, &host, slots) {
                 Change::Ready(bound) => Change::Replaced(bound),
                 change => change,
             },
         };
+        if let Change::Ready(bound) | Change::Replaced(bound) = &change {
+            kept = Some(Arc::clone(&bound.context));
+        }
         let replaced = matches!(change, Change::Replaced(_));
         pool.report(order.serial, change).await;
         if replaced {

@@ -72,6 +72,9 @@ async fn a_hangup_applies_the_difference_and_touches_nothing_else() {
         ["started", "token", "end"]
     );
 
+    let long = json!({ "prompt": "a", "pool_id": "gone", "max_tokens": 100 });
+    let (works, waits) = (daemon.submit(long.clone()).await, daemon.submit(long).await);
+
     daemon.rewrite_config(|config| {
         let pool = config["pools"]["gone"].take();
         config["pools"].as_object_mut().unwrap().remove("gone");
@@ -118,6 +121,15 @@ async fn a_hangup_applies_the_difference_and_touches_nothing_else() {
         shape(&daemon.events(id(&added), None).await),
         ["started", "token", "end"]
     );
+
+    // What it had begun it finished; what waited hears why it is over.
+    assert_eq!(
+        shape(&daemon.events(id(&works), None).await),
+        ["started", "token", "end"]
+    );
+    let refused = daemon.events(id(&waits), None).await;
+    let said = refused.last().unwrap().data["message"].as_str().unwrap();
+    assert!(said.contains("removed from the configuration"), "{said}");
 
     // What a pool did can be read after it is gone.
     let kept = daemon

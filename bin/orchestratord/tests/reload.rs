@@ -190,9 +190,17 @@ async fn a_reload_that_fails_is_rolled_back_with_the_reason_and_the_old_engine_u
             json!({ "model": "/no/such/model.gguf" }),
             Script::default(),
             "/no/such/model.gguf",
+            false,
         ),
-        (json!({}), dies, "no room for the tensors"),
-        (json!({}), cannot_answer, "trial task"),
+        (json!({}), dies, "no room for the tensors", true),
+        (json!({}), cannot_answer, "trial task", true),
+        // It will not know it the next time either.
+        (
+            json!({ "flags": ["--no-such-flag"] }),
+            Script::default(),
+            "--no-such-flag",
+            false,
+        ),
     ];
     // What no engine can be started with is refused at once.
     for (request, key) in [
@@ -205,12 +213,17 @@ async fn a_reload_that_fails_is_rolled_back_with_the_reason_and_the_old_engine_u
         let said = refused["error"]["message"].as_str().unwrap();
         assert!(said.starts_with(key), "{said}");
     }
-    for (request, script, reason) in trials {
+    for (request, script, reason, retriable) in trials {
         install(&daemon.engine_dir(), &script);
         ask(&daemon, "reload", request).await;
         let pool = until_reload(&daemon, "rolled_back").await;
         let said = pool["reload"]["error"]["message"].as_str().unwrap();
         assert!(said.contains(reason), "{said}");
+        assert_eq!(pool["reload"]["error"]["retriable"], retriable, "{said}");
+        assert_eq!(
+            pool["restarts"]["load_failure"], 0,
+            "the pool was never without an engine"
+        );
         assert_eq!(
             (pool["state"].as_str(), engine_of(&pool)),
             (Some("ready"), old)

@@ -35,6 +35,10 @@ async fn a_crash_loop_opens_the_breaker_until_the_pool_is_resumed() {
             .await;
     }
     let pool = daemon.until_state("failed").await;
+    assert!(
+        pool["last_error_at"].as_str().unwrap().ends_with('Z'),
+        "{pool}"
+    );
     let said = pool["last_error"]["message"].as_str().unwrap();
     assert!(
         said.contains("ended 3 times") && said.contains("signal: 9"),

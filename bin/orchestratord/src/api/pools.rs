@@ -1,7 +1,7 @@
 //! `/v2/pools`: what there is, and how it is.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use axum::Json;
 use axum::body::Bytes;
@@ -72,8 +72,12 @@ pub struct PoolView {
     pub engine_log: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub replica: Option<ReplicaView>,
+    /// Why the pool failed or backs off; once it is ready, the last such reason.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_error: Option<Failure>,
+    /// When that was, as RFC 3339 has it, in UTC.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error_at: Option<String>,
     pub preparation: Preparation,
 }
 
@@ -89,15 +93,20 @@ pub struct TransitionView {
 
 impl TransitionView {
     fn of(transition: &Transition) -> Self {
-        // Fails only where the clock is thousands of years off.
-        let at = Timestamp::try_from(transition.at).unwrap_or_default();
         Self {
             from: transition.from,
             to: transition.to,
             cause: transition.cause.clone(),
-            at: format!("{at:.3}"),
+            at: rfc3339(transition.at),
         }
     }
+}
+
+/// A time for clients, to the millisecond.
+pub(crate) fn rfc3339(time: SystemTime) -> String {
+    // Fails only where the clock is thousands of years off.
+    let time = Timestamp::try_from(time).unwrap_or_default();
+    format!("{time:.3}")
 }
 
 /// How a pool is to be drained.
@@ -148,6 +157,9 @@ pub struct PoolHealth {
     pub state: Phase,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_error: Option<Failure>,
+    /// When that was, as RFC 3339 has it, in UTC.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error_at: Option<String>,
     pub preparation: Preparation,
 }
 
@@ -205,6 +217,7 @@ impl PoolView {
             engine_log: snapshot.engine_log.last(LOG_LINES),
             replica,
             last_error: snapshot.last_error,
+            last_error_at: snapshot.last_error_at.map(rfc3339),
             preparation: Preparation::of(pool),
         }
     }
@@ -251,6 +264,7 @@ pub async fn health(
         ready,
         state: snapshot.phase,
         last_error: snapshot.last_error,
+        last_error_at: snapshot.last_error_at.map(rfc3339),
         preparation: Preparation::of(&pool),
     });
     Ok(if ready {

@@ -36,6 +36,7 @@ use super::router::router;
 use super::server;
 use super::shutdown::Shutdown;
 use super::state::AppState;
+use crate::services::pool::Leaving;
 use crate::services::tasks::{Retention, TaskRegistry};
 use crate::telemetry_recorder;
 
@@ -305,7 +306,9 @@ impl App {
         // First, so that nothing is started any more.
         let drain = self.reloader.end().await;
         let pools = self.state.pools.get();
-        let drains = pools.values().map(|pool| pool.drain(drain));
+        let drains = pools
+            .values()
+            .map(|pool| pool.end(Leaving::DaemonEnds, drain));
         tokio::select! {
             _ = futures::future::join_all(drains) => {}
             () = hurried.cancelled() => {}

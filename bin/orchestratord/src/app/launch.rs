@@ -17,7 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use super::bootstrap::StartError;
 use super::config::PoolConfig;
-use crate::services::pool::{PoolHandle, PoolSettings};
+use crate::services::pool::{Leaving, PoolHandle, PoolSettings};
 use crate::services::preparation::PreparationBoard;
 
 /// What every pool is started with.
@@ -47,8 +47,8 @@ impl LivePool {
     /// Lets the pool's running tasks finish within `drain`, ends its queued
     /// ones, and stops its engine. Says whether the engine is gone within
     /// `stop_limit`.
-    pub(super) async fn end(self, drain: Duration, stop_limit: Duration) -> bool {
-        self.handle.drain(drain).await;
+    pub(super) async fn end(self, why: Leaving, drain: Duration, stop_limit: Duration) -> bool {
+        self.handle.end(why, drain).await;
         self.stop.cancel();
         tokio::time::timeout(stop_limit, self.supervisor)
             .await

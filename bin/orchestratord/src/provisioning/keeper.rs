@@ -28,6 +28,8 @@ pub(super) struct Kept {
     pub(super) config: Arc<PoolConfig>,
     /// One for all reports: by it the pool knows the engine again.
     context: Arc<ProvisionedContext>,
+    /// What is known of its liveness, whatever is done beside.
+    watch: Option<liveness::Watch>,
 }
 
 impl Kept {
@@ -37,6 +39,7 @@ impl Kept {
             engine,
             config,
             context,
+            watch: None,
         }
     }
 
@@ -296,7 +299,7 @@ impl Parts {
         tokio::select! {
             exit = kept.engine.wait_exit() => Ended::Exit(exit),
             reason = self.distrusted() => Ended::Hung(reason),
-            reason = liveness::watch(&self.pool, &self.host) => Ended::Hung(reason),
+            reason = liveness::watch(&self.pool, &self.host, &mut kept.watch) => Ended::Hung(reason),
         }
     }
 

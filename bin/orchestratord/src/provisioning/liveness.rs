@@ -59,7 +59,7 @@ enum Verdict {
 
 /// Decides. Pure.
 #[derive(Debug, Default)]
-struct Watch {
+pub(super) struct Watch {
     /// As much doubt as a probe has settled.
     settled: u64,
     silent: bool,
@@ -67,6 +67,15 @@ struct Watch {
 }
 
 impl Watch {
+    /// The watch over an engine, which begins with the first look at it. What was
+    /// doubted before concerned another engine.
+    fn over(memory: &mut Option<Self>, doubt: u64) -> &mut Self {
+        memory.get_or_insert_with(|| Self {
+            settled: doubt,
+            ..Self::default()
+        })
+    }
+
     fn next(&self, sight: Sight) -> Step {
         if !sight.idle {
             Step::Leave
@@ -103,13 +112,14 @@ impl Watch {
 }
 
 /// Watches the pool's engine, and returns why it can no longer be relied on.
-/// Asks nothing while tasks run.
-pub(super) async fn watch(pool: &PoolHandle, host: &AdapterHost) -> String {
-    let mut watch = Watch {
-        // What was doubted before concerned another engine.
-        settled: pool.snapshot().doubt,
-        ..Watch::default()
-    };
+/// Asks nothing while tasks run. `memory` is one engine's: whoever watches it
+/// next goes on with what this one has seen.
+pub(super) async fn watch(
+    pool: &PoolHandle,
+    host: &AdapterHost,
+    memory: &mut Option<Watch>,
+) -> String {
+    let watch = Watch::over(memory, pool.snapshot().doubt);
     let mut pause = None;
     loop {
         let liveness = &pool.settings().config.liveness;
@@ -194,6 +204,15 @@ mod tests {
         assert_eq!(watch.next(doubtful), Step::Probe);
         watch.proved(doubtful);
         assert_eq!(watch.next(doubtful), Step::AskHealth);
+    }
+
+    #[test]
+    fn doubt_outlives_who_watches() {
+        let mut memory = None;
+        assert_eq!(Watch::over(&mut memory, 1).settled, 1);
+        // Raised while somebody else watched, and not settled by then.
+        let doubtful = Sight { doubt: 2, ..IDLE };
+        assert_eq!(Watch::over(&mut memory, 2).next(doubtful), Step::Probe);
     }
 
     #[test]

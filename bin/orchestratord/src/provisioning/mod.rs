@@ -74,6 +74,10 @@ impl ProvisionError {
     fn failure(&self) -> Failure {
         let (hint, retriable) = match self {
             Self::Model(error) => (error.hint(), error.retriable()),
+            Self::Start(error) if refuses_argument(error.log_tail()) => {
+                let hint = "the engine does not take one of the arguments: mend the pool's `flags`";
+                (Some(hint.to_owned()), false)
+            }
             Self::Engine(error) | Self::Start(error) => (error.hint(), error.retriable()),
             Self::Bind(_) => (None, false),
             Self::Unproved(_) => (None, true),
@@ -92,6 +96,16 @@ impl ProvisionError {
             _ => Vec::new(),
         }
     }
+}
+
+/// Whether the engine says that it does not take an argument, which it says of the
+/// same one every time.
+fn refuses_argument(log: &[String]) -> bool {
+    let says = |line: &String| {
+        line.starts_with("error: invalid argument: ")
+            || line.starts_with("error while handling argument ")
+    };
+    log.iter().any(says)
 }
 
 impl Supervisor {

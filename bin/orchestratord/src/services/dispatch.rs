@@ -23,7 +23,7 @@ use self::fit::make_fit;
 use self::trouble::{Silence, Trouble};
 use super::event_log::{End, EngineSays, Failure, Metrics, Receipt, Started, TaskEvent, Token};
 use super::pool::Submission;
-use super::resume::Seen;
+use super::resume::{Loss, Seen};
 use super::tasks::TaskRecord;
 use super::telemetry;
 
@@ -157,7 +157,7 @@ impl TaskRun {
                     None => {}
                 }
                 finished.doubt = trouble.doubt();
-                self.lost(trouble.failure, &mut finished);
+                self.lost(trouble.failure, Loss::Failed, &mut finished);
             }
             Pumped::NotTaken(trouble) => {
                 finished.doubt = trouble.doubt();
@@ -172,8 +172,8 @@ impl TaskRun {
         finished
     }
 
-    /// The engine failed over the task: the end, unless the next one may go on.
-    fn lost(mut self, failure: Failure, finished: &mut Finished) {
+    /// The task lost its engine: the end, unless the next one may go on.
+    fn lost(mut self, failure: Failure, loss: Loss, finished: &mut Finished) {
         let engine_lost = matches!(
             failure.code,
             ErrorCode::WorkerReset | ErrorCode::DecodeTimeout
@@ -181,13 +181,13 @@ impl TaskRun {
         let record = Arc::clone(&self.submission.record);
         let resumes = record.resumes
             && engine_lost
-            && self.submission.carried.may_resume()
+            && self.submission.carried.may_resume(loss)
             && !self.cancel.is_cancelled();
         if !resumes {
             finished.outcome = Outcome::Failed(self.close_with(failure));
             return;
         }
-        self.submission.go_on_after(self.seen);
+        self.submission.go_on_after(self.seen, loss);
         let resets = self.submission.carried.resets;
         record.resumed.store(resets, Ordering::Relaxed);
         counter!(telemetry::RESUMED, "pool" => self.pool_label()).increment(1);
@@ -212,7 +212,7 @@ impl TaskRun {
     fn given_back(self, finished: &mut Finished) {
         if self.seen.pieces > 0 {
             let failure = Failure::engine_replaced(&self.submission.record.pool);
-            return self.lost(failure, finished);
+            return self.lost(failure, Loss::Replaced, finished);
         }
         finished.outcome = Outcome::NotTaken { reset: true };
         finished.returned = Some(Box::new(self.submission));

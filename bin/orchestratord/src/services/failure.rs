@@ -13,6 +13,7 @@ use worker_adapters_adapter_api::WorkerError;
 
 use super::admission::QueueFull;
 use super::event_log::Failure;
+use super::pool::Leaving;
 
 /// As much of a client's text as an answer repeats.
 pub fn shortened(text: &str) -> &str {
@@ -128,13 +129,17 @@ impl Failure {
         .with_hint(hint)
     }
 
-    pub fn shutting_down(pool: &PoolId) -> Self {
-        Self::new(
-            ErrorCode::PoolUnavailable,
-            format!("pool {pool} is shutting down"),
-        )
-        .retriable()
-        .in_pool(pool)
+    /// For what is asked of a pool that ends for ever.
+    pub fn leaving(pool: &PoolId, why: Leaving) -> Self {
+        let failure = |message| Self::new(ErrorCode::PoolUnavailable, message).in_pool(pool);
+        match why {
+            Leaving::DaemonEnds => failure(format!("pool {pool} is shutting down")).retriable(),
+            Leaving::Removed => failure(format!("pool {pool} was removed from the configuration"))
+                .with_hint("GET /v2/pools lists the pools that there are"),
+            Leaving::MakesWay => {
+                failure(format!("pool {pool} is started anew with other settings")).retriable()
+            }
+        }
     }
 
     pub fn drained(pool: &PoolId) -> Self {

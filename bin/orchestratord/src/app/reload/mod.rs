@@ -46,7 +46,7 @@ use super::state::AppState;
 use crate::api::error::ApiError;
 use crate::services::event_log::Failure;
 use crate::services::pool::lifecycle::ReloadState;
-use crate::services::pool::{Phase, PoolHandle, ReloadView};
+use crate::services::pool::{Leaving, Phase, PoolHandle, ReloadView};
 
 /// The reloader at work.
 #[derive(Debug)]
@@ -221,14 +221,14 @@ impl Reloader {
         for (id, change) in examined.difference.pools {
             match change {
                 PoolChange::Added(pool) => added.push((id, pool)),
-                PoolChange::Removed => ending.push(self.end(id, None, inbox)),
+                PoolChange::Removed => ending.push(self.end(id, Leaving::Removed, None, inbox)),
                 PoolChange::Changed(pool, _) | PoolChange::Reloaded(pool, _) => {
                     let before = old.pools.get(&id);
                     if let Some(before) = before.filter(|before| can_take(before, &pool)) {
                         self.adjust(id, before, &pool, inbox).await;
                     } else {
                         good.insert(id.clone(), self.last_good(&id, &old));
-                        ending.push(self.end(id, Some(pool), inbox));
+                        ending.push(self.end(id, Leaving::MakesWay, Some(pool), inbox));
                     }
                 }
             }
@@ -297,6 +297,7 @@ impl Reloader {
     fn end(
         &mut self,
         id: PoolId,
+        why: Leaving,
         next: Option<PoolConfig>,
         inbox: &Inbox,
     ) -> impl Future<Output = (PoolId, Option<PoolConfig>)> + use<> {
@@ -306,7 +307,7 @@ impl Reloader {
         let (live, drain) = (self.pools.remove(&id), self.config.drain());
         async move {
             let gone = match live {
-                Some(live) => live.end(drain, STOP_LIMIT).await,
+                Some(live) => live.end(why, drain, STOP_LIMIT).await,
                 None => true,
             };
             if !gone {
@@ -367,7 +368,7 @@ impl Reloader {
             }
             (Outcome::Failed(failure), Aim::Other(before)) => {
                 tracing::error!(pool = %id, "the old settings come back: {}", failure.message);
-                let ending = self.end(id, None, inbox);
+                let ending = self.end(id, Leaving::MakesWay, None, inbox);
                 let (id, _) = inbox.refusing(ending).await;
                 self.config.pools.insert(id.clone(), (*before).clone());
                 self.bring_up(id, &before, Aim::Back(failure), inbox);

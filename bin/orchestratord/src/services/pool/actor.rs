@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use adapter_host::AdapterHost;
 use llama_orch_types::{ProvisionedContext, TaskId};
@@ -17,7 +17,8 @@ use tokio::task::JoinSet;
 use super::lifecycle::{Event, Lifecycle, Phase};
 use super::work::Running;
 use super::{
-    Command, LogTail, Order, PoolSettings, PoolSnapshot, ReloadView, Submission, Transition, Wanted,
+    Command, Leaving, LogTail, Order, PoolSettings, PoolSnapshot, ReloadView, Submission,
+    Transition, Wanted,
 };
 use crate::app::config::PoolConfig;
 use crate::services::admission::{AdmissionQueue, Priority};
@@ -37,6 +38,7 @@ pub(super) struct Actor {
     pub(super) lifecycle: Lifecycle,
     pub(super) transitions: Arc<Vec<Transition>>,
     pub(super) last_error: Option<Failure>,
+    pub(super) last_error_at: Option<SystemTime>,
     /// The configuration that a reload brings, until it is adopted.
     pub(super) candidate: Option<Arc<PoolConfig>>,
     pub(super) reload: Option<ReloadView>,
@@ -60,6 +62,7 @@ pub(super) struct Actor {
     pub(super) not_freed: mpsc::Sender<NotFreed>,
     /// Who waits for the pool's end.
     pub(super) drained: Vec<oneshot::Sender<()>>,
+    pub(super) leaving: Option<Leaving>,
     pub(super) ended: bool,
     pub(super) orders: watch::Sender<Order>,
 }
@@ -84,6 +87,7 @@ pub(super) fn spawn(
         board,
         transitions: Arc::default(),
         last_error: None,
+        last_error_at: None,
         candidate: None,
         reload: None,
         context: None,
@@ -99,6 +103,7 @@ pub(super) fn spawn(
         doubt: 0,
         not_freed,
         drained: Vec::new(),
+        leaving: None,
         ended: false,
         orders,
     };
@@ -162,10 +167,11 @@ impl Actor {
                 self.publish(publish);
                 let _ = reply.send(answer);
             }
-            Command::ShutDown(limit, reply) => {
+            Command::ShutDown(why, limit, reply) => {
                 let until = Instant::now() + limit;
                 self.drained.push(reply);
-                self.take(Event::Shutdown { until }, "the daemon is shutting down");
+                let why = *self.leaving.get_or_insert(why);
+                self.take(Event::Shutdown { until }, why.as_str());
             }
         }
     }
@@ -186,6 +192,7 @@ impl Actor {
             reload: self.reload.clone(),
             engine_log: self.engine_log.clone(),
             last_error: self.last_error.clone(),
+            last_error_at: self.last_error_at,
             context: self.context.clone(),
             queued_interactive: self.queue.len_of(Priority::Interactive),
             queued_batch: self.queue.len_of(Priority::Batch),
@@ -197,6 +204,7 @@ impl Actor {
             engine_exits: restarts.crash + restarts.hang,
             distrust: self.distrust.clone(),
             doubt: self.doubt,
+            leaving: self.leaving,
             times: self.times,
         }
     }

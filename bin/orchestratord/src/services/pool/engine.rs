@@ -34,7 +34,7 @@ impl Actor {
             Change::Trouble(failure) => {
                 let message = &failure.message;
                 tracing::warn!(pool = %self.settings.id, "the pool will not get ready: {message}");
-                self.last_error = Some(failure);
+                self.note_error(failure);
             }
             Change::Ready(bound) => {
                 self.take(Event::Ready, "the engine is ready");
@@ -128,7 +128,7 @@ impl Actor {
         if matches!(event, Event::Exited(_)) {
             failure.retriable = true;
         }
-        self.last_error = Some(failure.clone());
+        self.note_error(failure.clone());
         let before = self.lifecycle.reload().map(|reload| reload.state);
         self.take(event, &cause);
         let after = self.lifecycle.reload().map(|reload| reload.state);
@@ -142,6 +142,11 @@ impl Actor {
         if turned && before != after && self.reload.as_ref().is_some_and(first) {
             self.reload_failed(failure);
         }
+    }
+
+    fn note_error(&mut self, failure: Failure) {
+        self.last_error = Some(failure);
+        self.last_error_at = Some(SystemTime::now());
     }
 
     fn reload_failed(&mut self, failure: Failure) {

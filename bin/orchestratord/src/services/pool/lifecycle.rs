@@ -115,12 +115,18 @@ impl RestartCause {
     }
 }
 
-/// How often an engine was started again, or is to be, by cause.
+/// How often an engine was started again, or is to be, by cause. A reload that was
+/// rolled back is none: its pool shows it under `reload`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Restarts {
+    /// Engines that ended by themselves.
     pub crash: u64,
+    /// Engines that gave no tokens and were ended.
     pub hang: u64,
+    /// Tries at the engine that the pool needs, because it had none, which gave no
+    /// engine: it, or its model, could not be provided, or it did not get ready.
     pub load_failure: u64,
+    /// Engines that came by a reload.
     pub reload: u64,
 }
 

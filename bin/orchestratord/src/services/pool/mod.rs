@@ -21,7 +21,7 @@ mod tests;
 mod work;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use adapter_host::AdapterHost;
 use llama_orch_types::{EngineKind, PoolId, ProvisionedContext, TaskId};
@@ -40,7 +40,7 @@ use super::admission::Place;
 use super::estimates::ServiceTimes;
 use super::event_log::{Failure, TaskEvent};
 use super::preparation::PreparationBoard;
-use super::resume::{Carried, Seen};
+use super::resume::{Carried, Loss, Seen};
 use super::tasks::{Admitted, TaskRecord};
 use crate::app::config::{PoolConfig, shown_model};
 
@@ -112,6 +112,8 @@ pub struct PoolSnapshot {
     pub since: Instant,
     /// Why the pool failed or is backing off; the last such reason otherwise.
     pub last_error: Option<Failure>,
+    /// When that was.
+    pub last_error_at: Option<SystemTime>,
     /// When the engine is tried again, in `Backoff` and `Failed`.
     pub next_try: Option<Instant>,
     /// The last changes of phase, the oldest first.
@@ -140,6 +142,8 @@ pub struct PoolSnapshot {
     pub distrust: Option<String>,
     /// How often a task's end made it doubtful that the engine works.
     pub doubt: u64,
+    /// Why the pool ends for ever, if it does.
+    pub leaving: Option<Leaving>,
     pub times: ServiceTimes,
 }
 
@@ -170,8 +174,8 @@ pub struct Submission {
 impl Submission {
     /// Makes of the task what is left of it after an engine that was lost: the
     /// next one goes on from the text that was sent.
-    pub fn go_on_after(&mut self, seen: Seen) {
-        self.carried = self.carried.after(seen);
+    pub fn go_on_after(&mut self, seen: Seen, loss: Loss) {
+        self.carried = self.carried.after(seen, loss);
         let (text, _) = self.record.log.text();
         self.task.answered = text;
         let done = u32::try_from(seen.tokens_out).unwrap_or(u32::MAX);
@@ -219,6 +223,27 @@ pub enum Escalation {
     Waiting,
 }
 
+/// Why a pool ends for ever.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leaving {
+    /// The daemon ends.
+    DaemonEnds,
+    /// The configuration names it no longer.
+    Removed,
+    /// A pool with the same name and other settings comes in its place.
+    MakesWay,
+}
+
+impl Leaving {
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::DaemonEnds => "the daemon is shutting down",
+            Self::Removed => "the pool was removed from the configuration",
+            Self::MakesWay => "the pool is started anew with other settings",
+        }
+    }
+}
+
 enum Command {
     Submit(Box<Submission>, oneshot::Sender<Result<Admitted, Failure>>),
     Cancel(TaskId, oneshot::Sender<Cancelled>),
@@ -226,7 +251,7 @@ enum Command {
     /// A report of the supervisor, and the order it had seen last.
     Report(u64, Box<Change>),
     Request(Request, oneshot::Sender<Result<(), Failure>>),
-    ShutDown(Duration, oneshot::Sender<()>),
+    ShutDown(Leaving, Duration, oneshot::Sender<()>),
 }
 
 /// The way to a pool's actor. Cheap to clone.
@@ -297,7 +322,7 @@ impl PoolHandle {
     /// engine's slot was seen free, or the adapter gave up waiting for that.
     pub async fn cancel(&self, task: TaskId) -> Result<Cancelled, Failure> {
         let (reply, answer) = oneshot::channel();
-        let gone = || Failure::shutting_down(&self.settings().id);
+        let gone = || self.gone();
         let sent = self.commands.send(Command::Cancel(task, reply));
         match tokio::time::timeout(COMMAND_LIMIT, sent).await {
             Ok(sent) => sent.map_err(|_| gone())?,
@@ -374,13 +399,18 @@ impl PoolHandle {
             .await?
     }
 
-    /// For the daemon's end: refuses new tasks, ends queued ones, and returns
+    /// Nobody is left to be asked.
+    fn gone(&self) -> Failure {
+        let leaving = self.snapshot.borrow().leaving;
+        Failure::leaving(&self.id, leaving.unwrap_or(Leaving::DaemonEnds))
+    }
+
+    /// For ever, and for the reason `why`: refuses new tasks, ends queued ones, and returns
     /// when the running ones are over and the engine is stopped, at the latest
     /// after `limit` plus what cancelling and stopping take.
-    pub async fn drain(&self, limit: Duration) {
-        let _ = self
-            .ask(|reply| Command::ShutDown(limit, reply), limit + STOP_LIMIT)
-            .await;
+    pub async fn end(&self, why: Leaving, limit: Duration) {
+        let command = |reply| Command::ShutDown(why, limit, reply);
+        let _ = self.ask(command, limit + STOP_LIMIT).await;
     }
 
     async fn ask<T>(
@@ -396,7 +426,7 @@ impl PoolHandle {
         };
         match tokio::time::timeout(limit, asked).await {
             Ok(Some(answer)) => Ok(answer),
-            Ok(None) => Err(Failure::shutting_down(&self.id)),
+            Ok(None) => Err(self.gone()),
             Err(_) => Err(Failure::internal(format!(
                 "pool {} did not answer within {} s",
                 self.id,

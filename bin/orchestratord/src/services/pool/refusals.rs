@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use llama_orch_types::ErrorCode;
 
+use super::Leaving;
 use super::actor::Actor;
 use super::lifecycle::{Drain, Engine, Phase, Refusal};
 use crate::services::event_log::Failure;
@@ -12,7 +13,7 @@ impl Actor {
     pub(super) fn refused(&self, refusal: Refusal) -> Failure {
         let pool = &self.settings.id;
         match refusal {
-            Refusal::ShuttingDown => Failure::shutting_down(pool),
+            Refusal::ShuttingDown => self.leaving(),
             Refusal::ReloadUnderWay => {
                 Failure::new(ErrorCode::AdmissionReject, "another reload is under way")
                     .with_hint(format!(
@@ -37,7 +38,7 @@ impl Actor {
         match (self.phase(), self.lifecycle.drain()) {
             (Phase::Failed, _) => Some(self.unavailable()),
             (Phase::Draining | Phase::Stopping | Phase::Stopped, Some(Drain::Shutdown)) => {
-                Some(Failure::shutting_down(&self.settings.id))
+                Some(self.leaving())
             }
             // The next engine takes them.
             (Phase::Draining | Phase::Stopping, Some(Drain::Reload)) => None,
@@ -58,10 +59,15 @@ impl Actor {
     /// Why running tasks are ended by us.
     pub(super) fn ends_for(&self) -> Failure {
         match self.lifecycle.drain() {
-            Some(Drain::Shutdown) => Failure::shutting_down(&self.settings.id),
+            Some(Drain::Shutdown) => self.leaving(),
             Some(Drain::Operator) => self.drained(),
             _ => Failure::engine_replaced(&self.settings.id),
         }
+    }
+
+    fn leaving(&self) -> Failure {
+        let why = self.leaving.unwrap_or(Leaving::DaemonEnds);
+        Failure::leaving(&self.settings.id, why)
     }
 
     pub(super) fn drained(&self) -> Failure {

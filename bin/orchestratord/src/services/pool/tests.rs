@@ -19,7 +19,7 @@ use worker_adapters_adapter_api::{
 };
 
 use super::lifecycle::RestartCause;
-use super::{Change, Phase, PoolHandle, PoolSettings, Submission, Wanted};
+use super::{Change, Leaving, Phase, PoolHandle, PoolSettings, Submission, Wanted};
 use crate::app::config::PoolConfig;
 use crate::services::admission::{Client, Place, Priority};
 use crate::services::event_log::{Failure, TaskEvent};
@@ -345,7 +345,7 @@ async fn a_drain_ends_a_task_that_waits_to_be_gone_on_with() {
         stopping.await.unwrap();
         pool.change(Change::Stopped).await;
     };
-    let drained = async { tokio::join!(pool.drain(Duration::ZERO), stopped) };
+    let drained = async { tokio::join!(pool.end(Leaving::DaemonEnds, Duration::ZERO), stopped) };
     tokio::time::timeout(DEADLINE, drained)
         .await
         .expect("the drain ends");

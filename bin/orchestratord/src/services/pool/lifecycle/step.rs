@@ -244,18 +244,20 @@ impl<'a> Step<'a> {
         match self.life.phase {
             Phase::Provisioning | Phase::Starting => {
                 self.life.engine = Engine::None;
-                self.count(RestartCause::LoadFailure);
-                let retry_after = self.life.history.not_started(retriable, self.random);
                 if self.candidate_starts() {
                     self.effect(Effect::DropCandidate);
                     self.start(Which::Current);
                     self.set_reload(ReloadState::RollingBack);
                 } else {
+                    self.count(RestartCause::LoadFailure);
+                    let retry_after = self.life.history.not_started(retriable, self.random);
                     self.fail(retry_after);
                 }
             }
             Phase::Draining if self.life.engine != Engine::None => {
-                self.count(RestartCause::LoadFailure);
+                if !self.candidate_starts() {
+                    self.count(RestartCause::LoadFailure);
+                }
                 self.drained_engine_gone();
             }
             Phase::Stopping => self.engine_is_gone(),
@@ -346,7 +348,6 @@ impl<'a> Step<'a> {
     fn not_replaced(&mut self) {
         let preparing = self.reload_is(ReloadState::Preparing);
         if preparing {
-            self.count(RestartCause::LoadFailure);
             self.end_reload(ReloadState::RolledBack);
         } else {
             self.ignore();

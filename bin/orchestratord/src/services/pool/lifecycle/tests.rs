@@ -158,6 +158,7 @@ fn a_reload_that_fails_beside_changes_nothing() {
     );
     assert_eq!(life.phase(), Phase::Ready);
     assert_eq!(life.reload().unwrap().state, ReloadState::RolledBack);
+    assert_eq!(life.restarts(), Restarts::default());
 }
 
 #[test]
@@ -182,6 +183,17 @@ fn without_room_the_old_engine_goes_first_and_comes_back_if_need_be() {
         [Effect::DropCandidate, Effect::Start(Which::Current)]
     );
     assert_eq!(life.reload().unwrap().state, ReloadState::RollingBack);
+    assert_eq!(
+        life.restarts().load_failure,
+        0,
+        "the reload's, not the pool's"
+    );
+    let mut lost = life.clone();
+    lost.on(failed, now, 0.0).unwrap();
+    assert_eq!(
+        (lost.phase(), lost.restarts().load_failure),
+        (Phase::Failed, 1)
+    );
     assert!(effects(&mut life, Event::Ready, now).is_empty());
     assert_eq!(life.reload().unwrap().state, ReloadState::RolledBack);
     assert_eq!(life.phase(), Phase::Ready);
