@@ -241,13 +241,44 @@ async fn a_wrong_file_changes_nothing_at_all() {
         assert!(stderr.contains("hint: did you mean `slots`?"), "{stderr}");
     }
     daemon.signal(Signal::SIGHUP);
+    // Nobody waits for a signal's answer, so it is shown.
+    let shown = daemon
+        .until("the refusal is shown", async || {
+            let report = daemon.get_json("/v2/admin/reload").await;
+            (!report["refused"].is_null()).then(|| report["refused"].clone())
+        })
+        .await;
+    assert_eq!(
+        (&shown["file"], &shown["key"]),
+        (&json!(daemon.config_file()), &json!("slotz")),
+        "{shown}"
+    );
+    let text = std::fs::read_to_string(daemon.config_file()).unwrap();
+    let line = text
+        .lines()
+        .position(|line| line.contains("slotz"))
+        .unwrap();
+    assert_eq!(shown["line"], line + 1, "{shown}");
+    assert!(shown["at"].as_str().unwrap().ends_with('Z'), "{shown}");
     let refused = daemon.post("/v2/admin/reload", json!({})).await;
     assert_eq!(refused.status(), 400);
     let error = refused.json::<Value>().await.unwrap();
+    assert_eq!(shown["error"]["message"], error["error"]["message"]);
     assert_eq!(error["error"]["code"], "INVALID_PARAMS", "{error}");
     assert_eq!(daemon.get_json("/v2/admin/reload").await["id"], 0);
     assert_eq!(daemon.get("/v2/pools/new").await.status(), 404);
     assert_eq!(pid(&daemon.until_ready("a").await), before);
+
+    // What was refused is of no interest once a file is taken over.
+    daemon.rewrite_config(|config| {
+        let pools = config["pools"].as_object_mut().unwrap();
+        pools.remove("new");
+        pools["a"].as_object_mut().unwrap().remove("slotz");
+    });
+    let begun = daemon.post("/v2/admin/reload", json!({})).await;
+    assert_eq!(begun.status(), 202);
+    let report = reloaded(&daemon, 1).await;
+    assert!(report.get("refused").is_none(), "{report}");
 
     // A file that is gone is wrong, too; it does not stand for the defaults.
     std::fs::remove_file(daemon.config_file()).unwrap();

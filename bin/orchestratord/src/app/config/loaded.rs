@@ -74,12 +74,62 @@ impl llama_orch_types::Hinted for SetupError {
     }
 }
 
+impl SetupError {
+    /// Where in the configuration the mistake is, as far as it is known.
+    pub fn place(&self) -> Option<Place> {
+        let in_file = |file: &Path| Place {
+            file: Some(file.to_owned()),
+            line: None,
+            key: String::new(),
+        };
+        match self {
+            Self::Read(ConfigError::Read { path, .. }) | Self::File { path, .. } => {
+                Some(in_file(path))
+            }
+            Self::Read(ConfigError::UnknownKey { place, key, .. }) => Some(Place::read(place, key)),
+            Self::Read(ConfigError::UnknownValue { place, .. }) => Some(Place::read(place, "")),
+            Self::Read(ConfigError::Invalid { place, message }) => {
+                Some(Place::read(place, key_in(message).unwrap_or_default()))
+            }
+            Self::Rule { place, .. } => Some(place.clone()),
+            Self::NoPool { .. } | Self::TokenFile { .. } | Self::Token { .. } => None,
+        }
+    }
+}
+
+/// The key that a message about one begins with.
+fn key_in(message: &str) -> Option<&str> {
+    let named = message.strip_prefix("the key ").unwrap_or(message);
+    let (key, _) = named.strip_prefix('`')?.split_once('`')?;
+    Some(key)
+}
+
 /// Where a setting stands: file, line where it is known, and key.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
-    file: Option<PathBuf>,
-    line: Option<usize>,
-    key: String,
+    pub file: Option<PathBuf>,
+    /// Counts from 1.
+    pub line: Option<usize>,
+    /// Empty if it is not known.
+    pub key: String,
+}
+
+impl Place {
+    /// From `file:line:column`, or a file alone.
+    fn read(place: &str, key: &str) -> Self {
+        let mut parts = place.rsplitn(3, ':');
+        let column = parts.next().and_then(|column| column.parse::<usize>().ok());
+        let line = parts.next().and_then(|line| line.parse().ok());
+        let (file, line) = match (parts.next(), line, column) {
+            (Some(file), Some(line), Some(_)) => (file, Some(line)),
+            _ => (place, None),
+        };
+        Self {
+            file: Some(file.into()),
+            line,
+            key: key.to_owned(),
+        }
+    }
 }
 
 impl fmt::Display for Place {

@@ -11,7 +11,7 @@ use super::report::{ReloadReport, ReloadStage};
 use super::{Reloader, failure_of};
 use crate::app::bootstrap::{Plan, StartError};
 use crate::app::config::difference::Difference;
-use crate::app::config::{Config, Loaded, Token};
+use crate::app::config::{Config, Loaded, Place, Token};
 use crate::services::event_log::Failure;
 
 /// How long the configuration and the token may take to be read.
@@ -27,26 +27,49 @@ pub(super) struct Examined {
     pub(super) report: ReloadReport,
 }
 
+/// Why a configuration is not taken over, and where in it the mistake is.
+pub(super) struct Refused {
+    pub(super) failure: Failure,
+    pub(super) place: Option<Place>,
+}
+
+impl From<Failure> for Refused {
+    fn from(failure: Failure) -> Self {
+        Self {
+            failure,
+            place: None,
+        }
+    }
+}
+
 impl Reloader {
     /// Reads and checks; changes no pool.
-    pub(super) async fn examine(&mut self) -> Result<Examined, Failure> {
+    pub(super) async fn examine(&mut self) -> Result<Examined, Refused> {
         let (source, reporter) = (self.source.clone(), Arc::clone(&self.reporter));
         // On a thread that may wait: the file may lie anywhere.
         let read = tokio::task::spawn_blocking(move || Plan::read(source, reporter));
         let plan = match tokio::time::timeout(READ_LIMIT, read).await {
             Ok(Ok(plan)) => plan.map_err(|error| unusable(&error))?,
-            Ok(Err(_)) => return Err(Failure::internal("reading the configuration broke off")),
+            Ok(Err(_)) => {
+                return Err(Failure::internal("reading the configuration broke off").into());
+            }
             Err(_) => {
                 let limit = READ_LIMIT.as_secs();
                 let message = format!("the configuration could not be read within {limit} s");
-                return Err(Failure::new(ErrorCode::InvalidParams, message));
+                return Err(Failure::new(ErrorCode::InvalidParams, message).into());
             }
         };
         let Loaded { config, origin } = plan.loaded;
         if let (Some(file), None) = (&self.file, &origin) {
             let message = format!("the configuration file {} is gone", file.display());
-            return Err(Failure::new(ErrorCode::InvalidParams, message)
-                .with_hint("an empty file stands for the defaults"));
+            let failure = Failure::new(ErrorCode::InvalidParams, message)
+                .with_hint("an empty file stands for the defaults");
+            let place = Some(Place {
+                file: Some(file.clone()),
+                line: None,
+                key: String::new(),
+            });
+            return Err(Refused { failure, place });
         }
         self.learn_settings();
         let difference = Difference::between(&self.config, &config);
@@ -88,10 +111,14 @@ impl Reloader {
     }
 }
 
-/// Why a configuration is not taken over.
-fn unusable(error: &StartError) -> Failure {
-    Failure {
+fn unusable(error: &StartError) -> Refused {
+    let failure = Failure {
         code: ErrorCode::InvalidParams,
         ..failure_of(error)
-    }
+    };
+    let place = match error {
+        StartError::Setup(error) => error.place(),
+        _ => None,
+    };
+    Refused { failure, place }
 }

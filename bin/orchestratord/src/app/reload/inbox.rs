@@ -7,7 +7,8 @@ use axum::http::StatusCode;
 use llama_orch_types::{ErrorCode, PoolId};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use super::report::{ChangeKind, PoolProgress, ReloadReport, ReloadStage};
+use super::examine::Refused;
+use super::report::{ChangeKind, PoolProgress, RefusedReload, ReloadReport, ReloadStage};
 use crate::api::error::ApiError;
 use crate::services::event_log::Failure;
 
@@ -109,6 +110,13 @@ impl Inbox {
         }
         self.report.send_replace(begun.clone());
         begun
+    }
+
+    /// Publishes a configuration that was not taken over, beside the last that was.
+    pub(super) fn refuse(&self, Refused { failure, place }: Refused) {
+        let refused = RefusedReload::now(failure, place);
+        self.report
+            .send_modify(|report| report.refused = Some(refused));
     }
 
     pub(super) fn note(&self, pool: &PoolId, state: PoolProgress, error: Option<Failure>) {

@@ -37,7 +37,9 @@ use self::examine::Examined;
 use self::inbox::Command;
 pub use self::inbox::ReloadHandle;
 pub(super) use self::inbox::{Inbox, channel};
-pub use self::report::{ChangeKind, PoolProgress, PoolReport, ReloadReport, ReloadStage};
+pub use self::report::{
+    ChangeKind, PoolProgress, PoolReport, RefusedReload, ReloadReport, ReloadStage,
+};
 use super::bootstrap::{Plan, STOP_LIMIT, StartError};
 use super::config::difference::PoolChange;
 use super::config::{Config, Loaded, PoolConfig, Source};
@@ -183,7 +185,11 @@ impl Reloader {
         inbox: &mut Inbox,
     ) {
         match self.examine().await {
-            Err(failure) => {
+            Err(refused) => {
+                let failure = refused.failure.clone();
+                if !dry_run {
+                    inbox.refuse(refused);
+                }
                 // Nobody waits any more if sending fails, here and below.
                 let _ = reply.send(Err(failure.into()));
             }
@@ -199,9 +205,11 @@ impl Reloader {
 
     async fn hang_up(&mut self, inbox: &mut Inbox) {
         match self.examine().await {
-            Err(failure) => {
-                let hint = failure.hint.unwrap_or_default();
+            Err(refused) => {
+                let failure = &refused.failure;
+                let hint = failure.hint.as_deref().unwrap_or_default();
                 tracing::error!(hint, "nothing is changed: {}", failure.message);
+                inbox.refuse(refused);
             }
             Ok(examined) => {
                 inbox.begin(&examined.report, self.aims.keys());

@@ -1,11 +1,14 @@
 //! What a reload does, as it is told to clients and to people.
 
+use std::time::SystemTime;
+
 use llama_orch_types::PoolId;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::api::pools::rfc3339;
 use crate::app::config::difference::{Difference, PoolChange, SettingChange};
-use crate::app::config::{Config, shown_model};
+use crate::app::config::{Config, Place, shown_model};
 use crate::services::event_log::Failure;
 
 /// Where a reload stands.
@@ -40,6 +43,41 @@ pub struct ReloadReport {
     pub applied: Vec<SettingChange>,
     /// Settings that keep their old value until the daemon is restarted.
     pub needs_restart: Vec<SettingChange>,
+    /// A configuration that was refused after this reload, and so changed nothing.
+    /// Gone with the next one that is taken over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<RefusedReload>,
+}
+
+/// A configuration that could not be taken over.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct RefusedReload {
+    /// When it was read, as RFC 3339 has it, in UTC.
+    pub at: String,
+    pub error: Failure,
+    /// The file with the mistake, where one is to blame.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+    /// Counts from 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub line: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+}
+
+impl RefusedReload {
+    /// One that has just been read.
+    pub(super) fn now(error: Failure, place: Option<Place>) -> Self {
+        let file = place.as_ref().and_then(|place| place.file.as_ref());
+        let line = place.as_ref().and_then(|place| place.line);
+        Self {
+            at: rfc3339(SystemTime::now()),
+            error,
+            file: file.map(|file| file.display().to_string()),
+            line: line.map(|line| line as u64),
+            key: place.map(|place| place.key).filter(|key| !key.is_empty()),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
