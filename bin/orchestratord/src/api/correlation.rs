@@ -6,6 +6,7 @@
 
 use std::borrow::Cow;
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -16,6 +17,7 @@ use axum::response::Response;
 use uuid::Uuid;
 
 use super::error::{ApiError, ErrorBody};
+use super::repeats::Repeats;
 use crate::app::config::Token;
 use crate::app::state::AppState;
 
@@ -86,7 +88,8 @@ pub async fn correlate(
             .take()
             .map(|hint| without_token(&hint, token).into_owned());
         let method = without_token(method.as_str(), token);
-        log_error(&method, &without_token(&path, token), &id, &error);
+        let path = without_token(&path, token);
+        log_error(&state.repeats, &method, &path, &id, &error);
         let body = error_parts(response.headers_mut(), error, &id);
         *response.body_mut() = Body::from(body);
     }
@@ -97,14 +100,21 @@ pub async fn correlate(
     response
 }
 
-fn log_error(method: &str, path: &str, id: &str, error: &ApiError) {
+/// What is ours is said aloud, what is the client's only to who looks closely. A
+/// pool that takes no tasks is neither's fault, and is not said for every task.
+fn log_error(repeats: &Repeats, method: &str, path: &str, id: &str, error: &ApiError) {
     let (status, code, message) = (
         error.status.as_u16(),
         error.failure.code,
         &error.failure.message,
     );
-    if error.status.is_server_error() {
-        tracing::warn!(method, path, correlation_id = id, status, %code, reason = ?message, "request failed");
+    let pool = error.failure.pool_id.as_deref();
+    let told = match error.status {
+        StatusCode::SERVICE_UNAVAILABLE => repeats.tell(pool, code, Instant::now()),
+        status => status.is_server_error().then_some(0),
+    };
+    if let Some(not_shown) = told {
+        tracing::warn!(method, path, correlation_id = id, status, %code, not_shown, reason = ?message, "request failed");
     } else {
         tracing::debug!(method, path, correlation_id = id, status, %code, reason = ?message, "request refused");
     }

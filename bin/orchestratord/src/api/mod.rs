@@ -13,6 +13,7 @@ pub mod meta;
 pub mod metrics;
 pub mod panics;
 pub mod pools;
+pub mod repeats;
 pub mod streams;
 pub mod task_request;
 pub mod tasks;

@@ -36,6 +36,7 @@ use super::router::router;
 use super::server;
 use super::shutdown::Shutdown;
 use super::state::AppState;
+use crate::api::repeats::Repeats;
 use crate::services::pool::Leaving;
 use crate::services::tasks::{Retention, TaskRegistry};
 use crate::telemetry_recorder;
@@ -270,6 +271,7 @@ pub fn start(plan: Plan) -> Result<App, StartError> {
         limits: config.limits.clone(),
         real_only: plan.real_only,
         started: Instant::now(),
+        repeats: Repeats::default(),
         #[cfg(feature = "provisioning")]
         models: Arc::new(model_provisioner(&config.models, &dirs, Arc::new(Silent))?),
         #[cfg(feature = "provisioning")]

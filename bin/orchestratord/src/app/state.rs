@@ -12,6 +12,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use super::config::{Limits, Token};
 use super::current::Current;
 use super::reload::ReloadHandle;
+use crate::api::repeats::Repeats;
 use crate::services::event_log::Failure;
 use crate::services::failure::shortened;
 use crate::services::pool::PoolHandle;
@@ -33,6 +34,8 @@ pub struct AppState {
     /// `REQUIRE_REAL_LLAMA` is set.
     pub real_only: bool,
     pub started: Instant,
+    /// What the log was told of errors.
+    pub repeats: Repeats,
     #[cfg(feature = "provisioning")]
     pub models: Arc<provisioners_model_provisioner::ModelProvisioner>,
     /// `models` of the configuration.
