@@ -401,3 +401,20 @@ fn config_check_and_schema_work() {
     let schema: Value = serde_json::from_slice(&schema.stdout).unwrap();
     assert!(schema["properties"]["pools"].is_object());
 }
+
+#[tokio::test]
+async fn a_log_that_cannot_be_written_costs_no_more_than_its_lines() {
+    let full = || {
+        let mut options = std::fs::OpenOptions::new();
+        options.write(true).open("/dev/full").unwrap()
+    };
+    let setup = Setup::new(&Script::default());
+    let daemon = setup.start_logging_to(full().into());
+    daemon.until_state("ready").await;
+    let accepted = daemon.submit(json!({"prompt": "hello"})).await;
+    let events = daemon.events(id(&accepted), None).await;
+    assert_eq!(shape(&events), ["started", "token", "end"]);
+    let mut daemon = daemon;
+    daemon.signal(Signal::SIGTERM);
+    assert!(daemon.wait().success());
+}

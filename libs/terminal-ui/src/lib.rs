@@ -6,3 +6,12 @@
 
 pub mod progress;
 pub mod report;
+
+use std::fmt::Display;
+use std::io::Write;
+
+/// One line on standard error. Whether it can be written decides nothing: on a
+/// full disk, or with its reader gone, `eprintln!` would end the program.
+pub fn say(text: impl Display) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}

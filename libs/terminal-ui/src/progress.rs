@@ -36,16 +36,8 @@ pub fn on_stderr() -> Arc<dyn Reporter> {
     if std::io::stderr().is_terminal() {
         bars(&MultiProgress::new())
     } else {
-        lines(Box::new(print_line))
+        lines(Box::new(|line| crate::say(line)))
     }
-}
-
-#[allow(
-    clippy::print_stderr,
-    reason = "a program's progress belongs on standard error"
-)]
-fn print_line(line: &str) {
-    eprintln!("{line}");
 }
 
 #[derive(Debug)]

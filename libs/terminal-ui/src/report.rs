@@ -1,10 +1,5 @@
 //! Errors as people see them: what failed, why, and the next thing to try.
 
-#![allow(
-    clippy::print_stderr,
-    reason = "a program's errors belong on standard error"
-)]
-
 use std::error::Error;
 use std::fmt::Write;
 
@@ -12,12 +7,12 @@ use llama_orch_types::Hinted;
 
 /// Prints an error, its causes and its hint.
 pub fn print<E: Hinted>(error: &E) {
-    eprint!("{}", render(error, error.hint()));
+    print_with(error, error.hint());
 }
 
 /// Prints an error whose hint is known apart from it.
 pub fn print_with(error: &dyn Error, hint: Option<String>) {
-    eprint!("{}", render(error, hint));
+    crate::say(render(error, hint).trim_end());
 }
 
 fn render(error: &dyn Error, hint: Option<String>) -> String {

@@ -1,7 +1,5 @@
 //! What commands print: answers on standard output, everything else beside it.
 
-#![allow(clippy::print_stderr, reason = "a program speaks to its user")]
-
 use std::io::Write;
 use std::process::ExitCode;
 
@@ -17,9 +15,9 @@ pub(super) fn error<E: Hinted>(error: &E) -> ExitCode {
 
 /// Prints a failure of the service.
 pub(super) fn failure(failure: &Failure) -> ExitCode {
-    eprintln!("error: {} ({})", failure.message, failure.code);
+    aside(format!("error: {} ({})", failure.message, failure.code));
     if let Some(hint) = &failure.hint {
-        eprintln!("hint: {hint}");
+        aside(format!("hint: {hint}"));
     }
     ExitCode::FAILURE
 }
@@ -32,5 +30,5 @@ pub(super) fn line(text: impl std::fmt::Display) {
 
 /// One line beside the answer.
 pub(super) fn aside(text: impl std::fmt::Display) {
-    eprintln!("{text}");
+    terminal_ui::say(text);
 }

@@ -38,6 +38,8 @@ pub fn set_up(format: LogFormat, level: &str, bars: &MultiProgress) {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(AroundBars(bars.clone()))
+        // A line that cannot be written is lost; saying so on the same file would panic.
+        .log_internal_errors(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&io::stderr()));
     // Fails only if a log is set up already, which then stays.
     let _ = match format {

@@ -126,24 +126,30 @@ impl Setup {
 
     /// Starts the daemon and waits until it listens.
     pub(crate) fn start(self) -> Daemon {
+        self.start_logging_to(Stdio::piped())
+    }
+
+    /// The same, with its log somewhere else.
+    pub(crate) fn start_logging_to(self, stderr: Stdio) -> Daemon {
         let mut child = self
             .command(&["serve"])
             .stdout(Stdio::null())
-            .stderr(Stdio::piped())
+            .stderr(stderr)
             .spawn()
             .unwrap();
-        let stderr = child.stderr.take().unwrap();
         let log = Arc::new(Mutex::new(String::new()));
-        let kept = Arc::clone(&log);
-        // Ends when the daemon closes its end.
-        std::thread::spawn(move || {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                println!("[daemon] {line}");
-                let mut kept = kept.lock().unwrap();
-                kept.push_str(&line);
-                kept.push('\n');
-            }
-        });
+        if let Some(stderr) = child.stderr.take() {
+            let kept = Arc::clone(&log);
+            // Ends when the daemon closes its end.
+            std::thread::spawn(move || {
+                for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                    println!("[daemon] {line}");
+                    let mut kept = kept.lock().unwrap();
+                    kept.push_str(&line);
+                    kept.push('\n');
+                }
+            });
+        }
         let mut daemon = Daemon {
             child,
             log,

@@ -3,6 +3,7 @@
 mod config;
 mod model;
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -58,6 +59,8 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        // A line that cannot be written is lost; saying so on the same file would panic.
+        .log_internal_errors(false)
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_default_env()
                 // Progress says the rest already.
@@ -150,7 +153,7 @@ async fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
         () = signals.next() => {
             // The work was dropped; its compilers end before we do.
             provision_kit::process::all_ended().await;
-            say("interrupted; a build goes on from here next time");
+            terminal_ui::say("interrupted; a build goes on from here next time");
             return Ok(ExitCode::from(130));
         }
     };
@@ -158,7 +161,7 @@ async fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
         return Ok(ExitCode::SUCCESS);
     };
     let handoff = handoff_path(&runtime, &engine.context().pool_id);
-    say(&format!(
+    terminal_ui::say(format!(
         "ready; the handoff is {}; Ctrl-C stops the engine",
         handoff.display()
     ));
@@ -166,13 +169,13 @@ async fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
     tokio::select! {
         exit = engine.wait_exit() => {
             let status = exit.status.map_or_else(|| "unknown".to_owned(), |status| status.to_string());
-            say(&format!("error: the engine ended by itself ({status})\n{}", exit.log_tail.join("\n")));
+            terminal_ui::say(format!("error: the engine ended by itself ({status})\n{}", exit.log_tail.join("\n")));
             Ok(ExitCode::FAILURE)
         }
         () = signals.next() => {
             let report = engine.stop().await;
             let how = if report.killed { "killed" } else { "stopped" };
-            say(&format!("{how} after {:.1} s", report.took.as_secs_f32()));
+            terminal_ui::say(format!("{how} after {:.1} s", report.took.as_secs_f32()));
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -215,15 +218,7 @@ fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
-#[allow(clippy::print_stderr, reason = "a program speaks to its user")]
-fn say(text: &str) {
-    eprintln!("{text}");
-}
-
-#[allow(
-    clippy::print_stdout,
-    reason = "a program's result goes to standard output"
-)]
+/// The program's result. A reader that has gone away is no error.
 fn print(text: &str) {
-    print!("{text}");
+    let _ = write!(std::io::stdout(), "{text}");
 }
