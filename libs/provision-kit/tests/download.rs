@@ -16,6 +16,7 @@ use axum::response::Response;
 use llama_orch_types::{Digest, Hinted};
 use provision_kit::download::{Download, DownloadError, Fetched, fetch, http_client};
 use provision_kit::fs::sha256_bytes;
+use provision_kit::part::{Sidecar, sidecar};
 use provision_kit::progress::{ProgressEvent, Reporter, Step, StepKind, Unit};
 use provision_kit::secret::Secret;
 
@@ -36,6 +37,7 @@ enum Behaviour {
     Huge,
     /// Answers a range request with another range.
     WrongRange,
+    IgnoreIfRange,
 }
 
 #[derive(Debug)]
@@ -95,7 +97,8 @@ async fn answer(State(server): State<Arc<Server>>, request: Request) -> Response
             .unwrap();
     }
     let header = |name: &str| Some(request.headers().get(name)?.to_str().unwrap().to_owned());
-    let current = header("if-range").is_none_or(|wanted| Some(wanted.as_str()) == etag);
+    let current = header("if-range").is_none_or(|wanted| Some(wanted.as_str()) == etag)
+        || matches!(behaviour, Behaviour::IgnoreIfRange);
     let from = header("range")
         .filter(|_| current && !matches!(behaviour, Behaviour::IgnoreRange))
         .map(|range| {
@@ -315,6 +318,40 @@ async fn another_process_goes_on_with_the_same_version_only() {
     let fetched = bench.fetch(&url, None, None).await.unwrap();
     assert_eq!(server.header(2, "if-range").unwrap(), "\"v1\"");
     assert_eq!(std::fs::read(&fetched.path).unwrap(), second);
+}
+
+#[tokio::test]
+async fn two_versions_are_not_put_together_where_the_server_ignores_if_range() {
+    let first = content();
+    let cut = Behaviour::CutAfter(100_000);
+    let script = [cut, cut, Behaviour::IgnoreIfRange];
+    let (url, server) = Server::start(&first, &script).await;
+    let bench = Bench::new();
+    bench.fetch(&url, None, None).await.unwrap_err();
+    let second: Vec<u8> = first.iter().rev().copied().collect();
+    server.content.lock().unwrap().clone_from(&second);
+    *server.etag.lock().unwrap() = Some("\"v2\"");
+    let fetched = bench.fetch(&url, None, None).await.unwrap();
+    assert!(server.header(2, "range").is_some());
+    assert_eq!(std::fs::read(&fetched.path).unwrap(), second);
+}
+
+#[tokio::test]
+async fn bytes_that_nothing_vouches_for_are_fetched_again() {
+    let content = content();
+    let cut = Behaviour::CutAfter(100_000);
+    let (url, _) = Server::start(&content, &[cut, cut, Behaviour::Honest]).await;
+    let bench = Bench::new();
+    bench.fetch(&url, None, None).await.unwrap_err();
+    // As after a crash of the machine: neither the notes nor all of the bytes
+    // had reached the disk.
+    std::fs::write(sidecar(&bench.part(), Sidecar::Chunks), "").unwrap();
+    let mut left = std::fs::read(bench.part()).unwrap();
+    assert!(!left.is_empty());
+    left.fill(0);
+    std::fs::write(bench.part(), left).unwrap();
+    let fetched = bench.fetch(&url, None, None).await.unwrap();
+    assert_eq!(std::fs::read(&fetched.path).unwrap(), content);
 }
 
 #[tokio::test]

@@ -56,8 +56,9 @@ impl<'a> Transfer<'a> {
         .await?;
         let etag = stored_etag(download.part);
         // Without a digest or the server's name for the version, nothing would
-        // notice that the file changed between two transfers.
-        let trusted = download.expected_digest.is_some() || etag.is_some();
+        // notice that the file changed between two transfers; and without the
+        // chunks' digests, nothing that it changed on disk.
+        let trusted = download.expected_digest.is_some() || etag.is_some() && part.is_known();
         let too_long = download
             .expected_size
             .is_some_and(|expected| part.size() > expected);
@@ -149,7 +150,12 @@ impl<'a> Transfer<'a> {
         let from = self.part.size();
         match response.status() {
             StatusCode::PARTIAL_CONTENT => match content_range(response.headers()) {
-                Some(range) if range.start == Some(from) => self.total = range.total.or(self.total),
+                Some(range) if range.start == Some(from) => {
+                    if self.is_another_version(response.headers()) {
+                        return Ok(Attempt::Restart("the server has another version of the file"));
+                    }
+                    self.total = range.total.or(self.total);
+                }
                 _ => {
                     return Ok(Attempt::Restart(
                         "the server sent another part of the file than asked for",
@@ -183,6 +189,13 @@ impl<'a> Transfer<'a> {
         self.remember_etag(response.headers())?;
         self.receive(response, step).await?;
         Ok(Attempt::Whole)
+    }
+
+    /// Whether a part of the file is of another version than what is here: a
+    /// server may ignore `If-Range`. With a digest to come the whole tells.
+    fn is_another_version(&self, headers: &HeaderMap) -> bool {
+        self.download.expected_digest.is_none()
+            && matches!((&self.etag, headers.get(ETAG)), (Some(ours), Some(sent)) if ours != sent)
     }
 
     async fn send(&self) -> Result<Response, DownloadError> {
