@@ -152,7 +152,9 @@ impl<'a> Transfer<'a> {
             StatusCode::PARTIAL_CONTENT => match content_range(response.headers()) {
                 Some(range) if range.start == Some(from) => {
                     if self.is_another_version(response.headers()) {
-                        return Ok(Attempt::Restart("the server has another version of the file"));
+                        return Ok(Attempt::Restart(
+                            "the server has another version of the file",
+                        ));
                     }
                     self.total = range.total.or(self.total);
                 }
