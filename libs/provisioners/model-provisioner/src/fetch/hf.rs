@@ -507,7 +507,33 @@ fn explain(error: HFError) -> (HubProblem, Box<dyn std::error::Error + Send + Sy
             (HubProblem::Other, source.without_url().into())
         }
         HFError::Request { source, .. } => (HubProblem::Unavailable, source.without_url().into()),
-        error @ HFError::Xet { .. } => (HubProblem::Unavailable, error.into()),
-        error => (HubProblem::Other, error.into()),
+        error @ HFError::Xet { .. } => (
+            HubProblem::Unavailable,
+            without_queries(&one_line(&error)).into(),
+        ),
+        error => (HubProblem::Other, without_queries(&one_line(&error)).into()),
+    }
+}
+
+/// The text without the queries of the addresses in it: they hold signatures.
+fn without_queries(text: &str) -> String {
+    let words = text.split(' ').map(|word| match word.split_once('?') {
+        Some((address, _)) if address.contains("://") => address,
+        _ => word,
+    });
+    words.collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::without_queries;
+
+    #[test]
+    fn signatures_of_addresses_are_not_shown() {
+        let text = "cannot get (https://s.example/a/b?X-Amz-Signature=secret&y): is it there? no";
+        assert_eq!(
+            without_queries(text),
+            "cannot get (https://s.example/a/b is it there? no"
+        );
     }
 }
