@@ -38,6 +38,8 @@ enum Behaviour {
     /// Answers a range request with another range.
     WrongRange,
     IgnoreIfRange,
+    /// The file is another one of the same length by now.
+    Replaced,
 }
 
 #[derive(Debug)]
@@ -81,7 +83,11 @@ async fn answer(State(server): State<Arc<Server>>, request: Request) -> Response
     let index = server.requests.fetch_add(1, Ordering::SeqCst);
     server.seen.lock().unwrap().push(request.headers().clone());
     let behaviour = server.script[index.min(server.script.len() - 1)];
-    let content = server.content.lock().unwrap().clone();
+    let mut content = server.content.lock().unwrap().clone();
+    let replaced = matches!(behaviour, Behaviour::Replaced);
+    if replaced {
+        content.reverse();
+    }
     let etag = *server.etag.lock().unwrap();
     if let Behaviour::Status(status) = behaviour {
         return Response::builder()
@@ -107,7 +113,9 @@ async fn answer(State(server): State<Arc<Server>>, request: Request) -> Response
                 .parse::<usize>()
                 .unwrap()
         });
-    let mut response = Response::builder();
+    let day = if replaced { 2 } else { 1 };
+    let modified = format!("Thu, 0{day} Jan 2026 00:00:00 GMT");
+    let mut response = Response::builder().header("last-modified", modified);
     if let Some(etag) = etag {
         response = response.header("etag", etag);
     }
@@ -334,6 +342,19 @@ async fn two_versions_are_not_put_together_where_the_server_ignores_if_range() {
     let fetched = bench.fetch(&url, None, None).await.unwrap();
     assert!(server.header(2, "range").is_some());
     assert_eq!(std::fs::read(&fetched.path).unwrap(), second);
+}
+
+#[tokio::test]
+async fn a_file_that_is_replaced_between_two_attempts_is_fetched_anew() {
+    let content = content();
+    let script = [Behaviour::CutAfter(300_000), Behaviour::Replaced];
+    let (url, server) = Server::start(&content, &script).await;
+    *server.etag.lock().unwrap() = None;
+    let bench = Bench::new();
+    let fetched = bench.fetch(&url, None, None).await.unwrap();
+    assert!(server.header(1, "range").is_some());
+    let second: Vec<u8> = content.iter().rev().copied().collect();
+    assert!(std::fs::read(&fetched.path).unwrap() == second);
 }
 
 #[tokio::test]
