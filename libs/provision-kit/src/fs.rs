@@ -44,22 +44,31 @@ impl FsError {
     /// The disk or the user's share of it is full, or it takes no file of this
     /// size.
     pub fn is_no_space(&self) -> bool {
-        matches!(
-            self.source.kind(),
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
-        )
+        is_no_space(&self.source)
     }
 
     /// Whether the same operation may succeed a little later: when somebody
     /// has freed space, memory or open files.
     pub fn retriable(&self) -> bool {
-        self.is_no_space()
-            || self.source.kind() == io::ErrorKind::OutOfMemory
-            || matches!(
-                self.source.raw_os_error().map(nix::errno::Errno::from_raw),
-                Some(nix::errno::Errno::EMFILE | nix::errno::Errno::ENFILE)
-            )
+        is_shortage(&self.source)
     }
+}
+
+/// Space, memory or open files are used up, for now.
+pub(crate) fn is_shortage(error: &io::Error) -> bool {
+    is_no_space(error)
+        || error.kind() == io::ErrorKind::OutOfMemory
+        || matches!(
+            error.raw_os_error().map(nix::errno::Errno::from_raw),
+            Some(nix::errno::Errno::EMFILE | nix::errno::Errno::ENFILE)
+        )
+}
+
+fn is_no_space(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
+    )
 }
 
 impl Hinted for FsError {

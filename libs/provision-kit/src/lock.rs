@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use llama_orch_types::Hinted;
 
-use crate::fs::{FsError, create_dir_all};
+use crate::fs::{FsError, create_dir_all, is_shortage};
 
 /// How often a waiter asks again.
 const POLL: Duration = Duration::from_millis(50);
@@ -62,9 +62,14 @@ impl LockError {
         matches!(self, Self::Directory(_) | Self::Open { .. })
     }
 
-    /// Whether waiting longer may help.
+    /// Whether the same call may succeed a little later: when the holder is
+    /// done, or when somebody has freed space, memory or open files.
     pub fn retriable(&self) -> bool {
-        matches!(self, Self::TimedOut { .. })
+        match self {
+            Self::TimedOut { .. } => true,
+            Self::Directory(error) => error.retriable(),
+            Self::Open { source, .. } | Self::Lock { source, .. } => is_shortage(source),
+        }
     }
 }
 
@@ -265,5 +270,12 @@ mod tests {
         );
         assert!(error.hint().is_some());
         assert!(FileLock::acquire_blocking(&path, Duration::ZERO).is_err());
+        let open = |errno: nix::errno::Errno| LockError::Open {
+            path: path.clone(),
+            source: errno.into(),
+        };
+        // A flood of clients takes the descriptors for a while.
+        assert!(open(nix::errno::Errno::EMFILE).retriable());
+        assert!(!open(nix::errno::Errno::EACCES).retriable());
     }
 }

@@ -61,6 +61,15 @@ impl PartFile {
             .unwrap_or_default()
     }
 
+    /// Whether what an earlier transfer left was compared with what it wrote
+    /// down. If not, as after a crash of the machine, only a digest of the
+    /// whole file can tell whether it is what arrived.
+    pub fn is_known(&self) -> bool {
+        self.on_disk
+            .as_ref()
+            .is_some_and(|on_disk| on_disk.is_known)
+    }
+
     /// Where a chunk lies, and what it was when it arrived.
     pub(crate) fn chunk(&self, index: u64) -> Option<(Range<u64>, Digest)> {
         let record = &self.on_disk.as_ref()?.record;

@@ -16,6 +16,7 @@ use axum::response::Response;
 use llama_orch_types::{Digest, Hinted};
 use provision_kit::download::{Download, DownloadError, Fetched, fetch, http_client};
 use provision_kit::fs::sha256_bytes;
+use provision_kit::part::{Sidecar, sidecar};
 use provision_kit::progress::{ProgressEvent, Reporter, Step, StepKind, Unit};
 use provision_kit::secret::Secret;
 
@@ -36,6 +37,9 @@ enum Behaviour {
     Huge,
     /// Answers a range request with another range.
     WrongRange,
+    IgnoreIfRange,
+    /// The file is another one of the same length by now.
+    Replaced,
 }
 
 #[derive(Debug)]
@@ -79,7 +83,11 @@ async fn answer(State(server): State<Arc<Server>>, request: Request) -> Response
     let index = server.requests.fetch_add(1, Ordering::SeqCst);
     server.seen.lock().unwrap().push(request.headers().clone());
     let behaviour = server.script[index.min(server.script.len() - 1)];
-    let content = server.content.lock().unwrap().clone();
+    let mut content = server.content.lock().unwrap().clone();
+    let replaced = matches!(behaviour, Behaviour::Replaced);
+    if replaced {
+        content.reverse();
+    }
     let etag = *server.etag.lock().unwrap();
     if let Behaviour::Status(status) = behaviour {
         return Response::builder()
@@ -95,7 +103,8 @@ async fn answer(State(server): State<Arc<Server>>, request: Request) -> Response
             .unwrap();
     }
     let header = |name: &str| Some(request.headers().get(name)?.to_str().unwrap().to_owned());
-    let current = header("if-range").is_none_or(|wanted| Some(wanted.as_str()) == etag);
+    let current = header("if-range").is_none_or(|wanted| Some(wanted.as_str()) == etag)
+        || matches!(behaviour, Behaviour::IgnoreIfRange);
     let from = header("range")
         .filter(|_| current && !matches!(behaviour, Behaviour::IgnoreRange))
         .map(|range| {
@@ -104,7 +113,9 @@ async fn answer(State(server): State<Arc<Server>>, request: Request) -> Response
                 .parse::<usize>()
                 .unwrap()
         });
-    let mut response = Response::builder();
+    let day = if replaced { 2 } else { 1 };
+    let modified = format!("Thu, 0{day} Jan 2026 00:00:00 GMT");
+    let mut response = Response::builder().header("last-modified", modified);
     if let Some(etag) = etag {
         response = response.header("etag", etag);
     }
@@ -315,6 +326,53 @@ async fn another_process_goes_on_with_the_same_version_only() {
     let fetched = bench.fetch(&url, None, None).await.unwrap();
     assert_eq!(server.header(2, "if-range").unwrap(), "\"v1\"");
     assert_eq!(std::fs::read(&fetched.path).unwrap(), second);
+}
+
+#[tokio::test]
+async fn two_versions_are_not_put_together_where_the_server_ignores_if_range() {
+    let first = content();
+    let cut = Behaviour::CutAfter(100_000);
+    let script = [cut, cut, Behaviour::IgnoreIfRange];
+    let (url, server) = Server::start(&first, &script).await;
+    let bench = Bench::new();
+    bench.fetch(&url, None, None).await.unwrap_err();
+    let second: Vec<u8> = first.iter().rev().copied().collect();
+    server.content.lock().unwrap().clone_from(&second);
+    *server.etag.lock().unwrap() = Some("\"v2\"");
+    let fetched = bench.fetch(&url, None, None).await.unwrap();
+    assert!(server.header(2, "range").is_some());
+    assert_eq!(std::fs::read(&fetched.path).unwrap(), second);
+}
+
+#[tokio::test]
+async fn a_file_that_is_replaced_between_two_attempts_is_fetched_anew() {
+    let content = content();
+    let script = [Behaviour::CutAfter(300_000), Behaviour::Replaced];
+    let (url, server) = Server::start(&content, &script).await;
+    *server.etag.lock().unwrap() = None;
+    let bench = Bench::new();
+    let fetched = bench.fetch(&url, None, None).await.unwrap();
+    assert!(server.header(1, "range").is_some());
+    let second: Vec<u8> = content.iter().rev().copied().collect();
+    assert!(std::fs::read(&fetched.path).unwrap() == second);
+}
+
+#[tokio::test]
+async fn bytes_that_nothing_vouches_for_are_fetched_again() {
+    let content = content();
+    let cut = Behaviour::CutAfter(100_000);
+    let (url, _) = Server::start(&content, &[cut, cut, Behaviour::Honest]).await;
+    let bench = Bench::new();
+    bench.fetch(&url, None, None).await.unwrap_err();
+    // As after a crash of the machine: neither the notes nor all of the bytes
+    // had reached the disk.
+    std::fs::write(sidecar(&bench.part(), Sidecar::Chunks), "").unwrap();
+    let mut left = std::fs::read(bench.part()).unwrap();
+    assert!(!left.is_empty());
+    left.fill(0);
+    std::fs::write(bench.part(), left).unwrap();
+    let fetched = bench.fetch(&url, None, None).await.unwrap();
+    assert_eq!(std::fs::read(&fetched.path).unwrap(), content);
 }
 
 #[tokio::test]

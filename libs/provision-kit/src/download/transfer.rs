@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use reqwest::header::{ACCEPT_ENCODING, ETAG, HeaderMap, HeaderValue, IF_RANGE, RANGE};
+use reqwest::header::{
+    ACCEPT_ENCODING, ETAG, HeaderMap, HeaderValue, IF_RANGE, LAST_MODIFIED, RANGE,
+};
 use reqwest::{Client, Response, StatusCode};
 
 use super::{Download, DownloadError, display_url};
@@ -27,6 +29,8 @@ pub(super) struct Transfer<'a> {
     pub(super) part: PartFile,
     /// The server's name for this version of the file.
     etag: Option<HeaderValue>,
+    /// When this version was made, in the server's words of this transfer.
+    modified: Option<HeaderValue>,
     /// The whole file's length, once known.
     total: Option<u64>,
     failures: u32,
@@ -56,8 +60,9 @@ impl<'a> Transfer<'a> {
         .await?;
         let etag = stored_etag(download.part);
         // Without a digest or the server's name for the version, nothing would
-        // notice that the file changed between two transfers.
-        let trusted = download.expected_digest.is_some() || etag.is_some();
+        // notice that the file changed between two transfers; and without the
+        // chunks' digests, nothing that it changed on disk.
+        let trusted = download.expected_digest.is_some() || etag.is_some() && part.is_known();
         let too_long = download
             .expected_size
             .is_some_and(|expected| part.size() > expected);
@@ -69,6 +74,7 @@ impl<'a> Transfer<'a> {
             download,
             part,
             etag,
+            modified: None,
             total: download.expected_size,
             failures: 0,
         })
@@ -97,6 +103,7 @@ impl<'a> Transfer<'a> {
                     step.note(format!("{why}; fetching it again from the start"));
                     self.part.restart().await?;
                     self.etag = None;
+                    self.modified = None;
                     self.total = self.download.expected_size;
                     continue;
                 }
@@ -149,7 +156,14 @@ impl<'a> Transfer<'a> {
         let from = self.part.size();
         match response.status() {
             StatusCode::PARTIAL_CONTENT => match content_range(response.headers()) {
-                Some(range) if range.start == Some(from) => self.total = range.total.or(self.total),
+                Some(range) if range.start == Some(from) => {
+                    if self.is_another_version(range.total, response.headers()) {
+                        return Ok(Attempt::Restart(
+                            "the server has another version of the file",
+                        ));
+                    }
+                    self.total = range.total.or(self.total);
+                }
                 _ => {
                     return Ok(Attempt::Restart(
                         "the server sent another part of the file than asked for",
@@ -158,10 +172,11 @@ impl<'a> Transfer<'a> {
             },
             StatusCode::RANGE_NOT_SATISFIABLE if from > 0 => {
                 let total = content_range(response.headers()).and_then(|range| range.total);
-                return Ok(if total == Some(from) {
+                let same = !self.is_another_version(total, response.headers());
+                return Ok(if total == Some(from) && same {
                     Attempt::Whole
                 } else {
-                    Attempt::Restart("what was here is longer than the server's file")
+                    Attempt::Restart("what was here is not of the server's file")
                 });
             }
             status if status.is_success() => {
@@ -169,6 +184,7 @@ impl<'a> Transfer<'a> {
                     self.part.restart().await?;
                 }
                 self.total = response.content_length().or(self.download.expected_size);
+                self.modified = response.headers().get(LAST_MODIFIED).cloned();
             }
             status => {
                 return Err(DownloadError::status(
@@ -183,6 +199,24 @@ impl<'a> Transfer<'a> {
         self.remember_etag(response.headers())?;
         self.receive(response, step).await?;
         Ok(Attempt::Whole)
+    }
+
+    /// Whether an answer is about another version than what is here, as far as
+    /// can be told: a server may ignore `If-Range`, and without a name for the
+    /// version there is none to send. With a digest to come the whole tells.
+    fn is_another_version(&self, total: Option<u64>, headers: &HeaderMap) -> bool {
+        if self.download.expected_digest.is_some() {
+            return false;
+        }
+        let other_total = matches!((self.total, total), (Some(ours), Some(sent)) if ours != sent);
+        let other = match (&self.etag, headers.get(ETAG)) {
+            (Some(ours), Some(sent)) => ours != sent,
+            _ => matches!(
+                (&self.modified, headers.get(LAST_MODIFIED)),
+                (Some(ours), Some(sent)) if ours != sent
+            ),
+        };
+        other || (other_total && self.download.expected_size.is_none())
     }
 
     async fn send(&self) -> Result<Response, DownloadError> {

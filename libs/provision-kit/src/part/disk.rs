@@ -27,6 +27,8 @@ pub(super) struct OnDisk {
     /// The chunk that is growing: its digest so far, and its bytes.
     growing: (Sha256, u64),
     pub(super) damaged: Vec<u64>,
+    /// Whether all that was there when it was opened was compared with what was written down.
+    pub(super) is_known: bool,
 }
 
 impl OnDisk {
@@ -56,10 +58,12 @@ impl OnDisk {
             notes_path,
             growing: (Sha256::new(), 0),
             damaged: Vec::new(),
+            is_known: known.is_some(),
         };
         on_disk
             .take_stock(known.as_ref())
             .map_err(FsError::at("read", path))?;
+        on_disk.is_known |= on_disk.size == 0;
         Ok(on_disk)
     }
 

@@ -92,7 +92,6 @@ impl CommandSpec {
         command
             .args(&self.arguments)
             .envs(self.set_environment.iter().cloned())
-            .env(super::leash::NAME, super::leash::owner())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -100,6 +99,8 @@ impl CommandSpec {
         for name in &self.removed_environment {
             command.env_remove(name);
         }
+        // After those: where we carry an owner's mark ourselves, its name may be among them.
+        command.env(super::leash::NAME, super::leash::owner());
         if let Some(directory) = &self.working_directory {
             command.current_dir(directory);
         }

@@ -17,6 +17,8 @@
 //! may have held locks when it was forked, so it makes system calls only: it allocates nothing and
 //! cannot panic. It ends by itself as soon as we have ended and no marked process is left.
 //!
+//! An owner that was itself started by an owner ends with that one: so it is meant.
+//!
 //! Not reached is a process that both wiped its environment and left its parents behind, or whose
 //! environment the kernel does not show to us (it runs as another user).
 
@@ -51,6 +53,7 @@ impl Leash {
 
 #[cfg(target_os = "linux")]
 mod linux {
+    use std::ffi::CStr;
     use std::io::{self, PipeWriter};
     use std::os::fd::{AsRawFd as _, RawFd};
 
@@ -68,6 +71,8 @@ mod linux {
     /// Longest mark, its name and the closing zero included.
     const MARK: usize = 96;
     const PIECE: usize = 4096;
+    /// What a watcher is called.
+    const WATCHER: &CStr = c"owner-watch";
 
     /// Our end of the leash: the watcher, and the pipe that closes with this process.
     #[derive(Debug, Default)]
@@ -117,14 +122,19 @@ mod linux {
         // SAFETY: plain system calls on descriptors and buffers of this function's own.
         unsafe {
             libc::setsid();
-            libc::prctl(libc::PR_SET_NAME, c"owner-watch".as_ptr());
+            libc::prctl(libc::PR_SET_NAME, WATCHER.as_ptr());
             ignore_signals();
             keep_only(pipe);
             let mut byte = 0u8;
             loop {
                 let count = libc::read(PIPE, (&raw mut byte).cast(), 1);
-                if count == 0 || (count < 0 && Errno::last() != Errno::EINTR) {
+                if count == 0 {
                     break;
+                }
+                // What is no end of file is no word of our end: better a watcher less than one
+                // that kills what a living owner runs.
+                if count < 0 && Errno::last() != Errno::EINTR {
+                    libc::_exit(1);
                 }
             }
         }
@@ -161,19 +171,21 @@ mod linux {
     unsafe fn keep_only(pipe: RawFd) {
         // SAFETY: as the caller promises.
         unsafe {
-            let pipe = libc::fcntl(pipe, libc::F_DUPFD, 10);
-            let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
-            for standard in 0..3 {
-                if null < 0 || libc::dup2(null, standard) < 0 {
-                    libc::close(standard);
-                }
-            }
+            // None of this needs a descriptor that is free: they may be used up.
             libc::dup2(pipe, PIPE);
             let first = (PIPE + 1).cast_unsigned();
             if libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) != 0 {
                 for file in PIPE + 1..65_536 {
                     libc::close(file);
                 }
+            }
+            for standard in 0..PIPE {
+                libc::close(standard);
+            }
+            // The lowest that is free, which is 0.
+            let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
+            for standard in 1..PIPE {
+                libc::dup2(null, standard);
             }
         }
     }
@@ -254,13 +266,16 @@ mod linux {
 
     /// Whether the process carries the mark; with `kill` it is ended. The process is held by a
     /// descriptor meanwhile, so that its id cannot come to mean another one in between.
+    ///
+    /// Where an owner was itself started by an owner, its watcher carries the outer mark, too. It
+    /// is left alone: it ends by itself, once it has ended what its own owner started.
     #[allow(unsafe_code)]
     fn end_marked(pid: libc::pid_t, mark: &[u8], kill: bool) -> bool {
         // SAFETY: system calls on descriptors that are opened and closed here.
         unsafe {
             let handle = libc::syscall(libc::SYS_pidfd_open, pid, 0);
             let handle = RawFd::try_from(handle).unwrap_or(-1);
-            let marked = carries(pid, mark);
+            let marked = carries(pid, mark) && !is_watcher(pid);
             if marked && kill {
                 if handle >= 0 {
                     let none = std::ptr::null_mut::<libc::siginfo_t>();
@@ -279,7 +294,7 @@ mod linux {
     /// Whether `/proc/<pid>/environ` holds the mark. A process that has ended holds nothing.
     #[allow(unsafe_code)]
     fn carries(pid: libc::pid_t, mark: &[u8]) -> bool {
-        let path = environ_path(pid);
+        let path = proc_path(pid, b"/environ");
         let mut buffer = [0u8; PIECE + MARK];
         let mut kept = 0;
         // SAFETY: the path ends with a zero; the kernel writes within the length given.
@@ -311,8 +326,27 @@ mod linux {
         }
     }
 
-    /// `/proc/<pid>/environ` and a zero.
-    fn environ_path(pid: libc::pid_t) -> [u8; 32] {
+    /// Whether the process is somebody's watcher, by its name.
+    #[allow(unsafe_code)]
+    fn is_watcher(pid: libc::pid_t) -> bool {
+        let path = proc_path(pid, b"/comm");
+        let mut name = [0u8; 32];
+        // SAFETY: the path ends with a zero; the kernel writes within the length given.
+        let read = unsafe {
+            let file = libc::open(path.as_ptr().cast(), libc::O_RDONLY);
+            if file < 0 {
+                return false;
+            }
+            let read = libc::read(file, name.as_mut_ptr().cast(), name.len());
+            libc::close(file);
+            read
+        };
+        let name = usize::try_from(read).ok().and_then(|read| name.get(..read));
+        name.and_then(|name| name.strip_suffix(b"\n")) == Some(WATCHER.to_bytes())
+    }
+
+    /// `/proc/<pid>`, what is asked of it, and a zero.
+    fn proc_path(pid: libc::pid_t, what: &[u8]) -> [u8; 32] {
         let mut path = [0u8; 32];
         let mut digits = [0u8; 10];
         let mut rest = pid.unsigned_abs();
@@ -326,7 +360,7 @@ mod linux {
             }
         }
         let digits = digits.iter().take(count).rev();
-        let text = b"/proc/".iter().chain(digits).chain(b"/environ");
+        let text = b"/proc/".iter().chain(digits).chain(what);
         for (place, byte) in path.iter_mut().zip(text) {
             *place = *byte;
         }
@@ -339,12 +373,68 @@ mod linux {
 
         #[test]
         fn paths_and_numbers() {
-            let path = environ_path(4_194_304);
+            let path = proc_path(4_194_304, b"/environ");
             assert_eq!(&path[..22], b"/proc/4194304/environ\0");
-            assert_eq!(&environ_path(7)[..16], b"/proc/7/environ\0");
+            assert_eq!(&proc_path(7, b"/comm")[..13], b"/proc/7/comm\0");
             assert_eq!(number(b"4194304"), Some(4_194_304));
             for none in [&b"self"[..], b"", b"1", b"99999999999"] {
                 assert_eq!(number(none), None);
+            }
+        }
+
+        #[test]
+        #[allow(unsafe_code)]
+        fn the_pipe_is_kept_though_no_descriptor_is_free() {
+            use std::io::Write as _;
+            let (reader, mut writer) = io::pipe().unwrap();
+            writer.write_all(b"x").unwrap();
+            // SAFETY: the child makes system calls on its own stack alone and never returns.
+            let child = match unsafe { fork() }.unwrap() {
+                ForkResult::Parent { child } => child,
+                ForkResult::Child => unsafe {
+                    let limit = libc::rlimit {
+                        rlim_cur: 4,
+                        rlim_max: 4,
+                    };
+                    libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+                    keep_only(reader.as_raw_fd());
+                    let mut byte = 0u8;
+                    let count = libc::read(PIPE, (&raw mut byte).cast(), 1);
+                    libc::_exit(i32::from(count != 1 || byte != b'x'))
+                },
+            };
+            assert_eq!(waitpid(child, None), Ok(WaitStatus::Exited(child, 0)));
+        }
+
+        #[test]
+        fn the_watcher_of_an_owner_within_is_left_alone() {
+            use std::os::unix::fs::PermissionsExt as _;
+            let directory = tempfile::tempdir().unwrap();
+            let start = |name: &str| {
+                let script = directory.path().join(name);
+                std::fs::write(&script, "#!/bin/sh\necho up\nread line\n").unwrap();
+                let all = std::fs::Permissions::from_mode(0o755);
+                std::fs::set_permissions(&script, all).unwrap();
+                std::process::Command::new("/bin/sh")
+                    .args(["-c", "exec \"$0\""])
+                    .arg(&script)
+                    .env("LLAMA_ORCH_TEST", "within")
+                    .stdin(std::process::Stdio::piped())
+                    .stdout(std::process::Stdio::piped())
+                    .spawn()
+                    .unwrap()
+            };
+            let mark = b"LLAMA_ORCH_TEST=within\0";
+            for (name, is_ended) in [("owner-watch", false), ("other", true)] {
+                let mut child = start(name);
+                let mut line = [0; 3];
+                let out = child.stdout.as_mut().unwrap();
+                io::Read::read_exact(out, &mut line).unwrap();
+                let pid = child.id().cast_signed();
+                assert_eq!(end_marked(pid, mark, true), is_ended, "{name}");
+                drop(child.stdin.take());
+                // A shell whose input has ended ends with 1.
+                assert_eq!(child.wait().unwrap().code().is_none(), is_ended, "{name}");
             }
         }
 

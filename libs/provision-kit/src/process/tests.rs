@@ -200,6 +200,15 @@ async fn the_environment_can_be_kept_back() {
 }
 
 #[tokio::test]
+async fn the_mark_is_there_whatever_is_kept_back() {
+    let spec = CommandSpec::new("/bin/sh")
+        .args(["-c", "echo ${LLAMA_ORCH_OWNER:-none}"])
+        .env_remove("LLAMA_ORCH_OWNER");
+    let said = output(spec, LONG).await.unwrap().stdout;
+    assert_eq!(said.trim(), super::leash::owner());
+}
+
+#[tokio::test]
 async fn a_terminating_leader_that_forgets_a_child_does_not_leave_it() {
     // The child is in a group of its own, as ninja's are, and its leader ends without it.
     let script = "setsid sleep 600 >/dev/null 2>&1 & echo $! ; trap 'exit 0' TERM; \

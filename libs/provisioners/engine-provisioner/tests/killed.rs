@@ -62,6 +62,8 @@ fn start(machine: &Machine, config: &str) -> Child {
             "PATH",
             format!("{}:{search}", machine.path().join("bin").display()),
         )
+        // As where an owner starts an owner: the inner one's mark counts for what it starts.
+        .env("LLAMA_ORCH_OWNER", "1-1")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())

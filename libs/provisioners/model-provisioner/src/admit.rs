@@ -2,9 +2,9 @@
 //!
 //! Everything here blocks; the provisioner calls it off the runtime.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use jiff::Timestamp;
 use llama_orch_types::Digest;
@@ -24,6 +24,31 @@ pub(crate) struct Gate {
     pub(crate) store: Store,
     pub(crate) policy: VerifyPolicy,
     pub(crate) verifier: Option<Arc<dyn SignatureVerifier>>,
+    pub(crate) hashed: Hashed,
+}
+
+/// The files that were hashed since this program began. A record says the same,
+/// but a cache that cannot be written to keeps none, and a spoilt file has none:
+/// without this, each new try would read all of it again.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Hashed(Arc<Mutex<BTreeMap<PathBuf, (FileStamp, Digest)>>>);
+
+impl Hashed {
+    /// The digest of the file, whose stamp was just taken. Fails if it is
+    /// written to meanwhile.
+    fn digest(&self, path: &Path, stamp: FileStamp) -> Result<Digest, ModelError> {
+        // Poison means that another thread panicked; the map itself is whole.
+        let known = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((of, digest)) = known().get(path)
+            && *of == stamp
+        {
+            return Ok(*digest);
+        }
+        let (digest, _) = sha256_file(path)?;
+        check_unchanged(path, stamp)?;
+        known().insert(path.to_owned(), (stamp, digest));
+        Ok(digest)
+    }
 }
 
 /// What a file is let in as.
@@ -95,7 +120,7 @@ impl Gate {
         {
             return Ok(Some(self.used_again(claim, record.clone())));
         }
-        let (actual, size) = sha256_file(&path)?;
+        let (actual, size) = (self.hashed.digest(&path, stamp)?, stamp.size_bytes);
         if actual != digest {
             return Err(ModelError::Changed {
                 path,
@@ -135,7 +160,7 @@ impl Gate {
         }
         // The header first: it is quick, and hashing a useless file is not.
         let facts = read_facts(path, &path.display().to_string())?;
-        let (digest, size) = sha256_file(path)?;
+        let (digest, size) = (self.hashed.digest(path, stamp)?, stamp.size_bytes);
         self.check_digest(claim, path, digest)?;
         self.check_signature(claim, path, digest, size)?;
         check_unchanged(path, stamp)?;

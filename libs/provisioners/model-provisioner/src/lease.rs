@@ -43,6 +43,8 @@ impl Leases {
         let path = self.path(digest);
         let file = match open(&path) {
             Ok(file) => file,
+            // Others may have the descriptors that are used up here.
+            Err(error) if error.retriable() && !error.is_no_space() => return Err(error),
             // Where no lock can be made nobody can remove a model either.
             Err(error) => {
                 tracing::debug!(%error, "a model is used without a lease");

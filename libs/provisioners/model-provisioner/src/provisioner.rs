@@ -23,7 +23,7 @@ use provision_kit::lock::{FileLock, LockError};
 use provision_kit::pip::Pip;
 use provision_kit::progress::{Reporter, Step, StepKind, Unit};
 
-use crate::admit::Gate;
+use crate::admit::{Gate, Hashed};
 use crate::config::{HubSettings, ModelProvisionerConfig, VerifyPolicy};
 use crate::error::ModelError;
 use crate::evict::EvictionPlan;
@@ -79,6 +79,7 @@ impl ModelProvisioner {
                 store: Store::new(cache.models(), &cache.locks()),
                 policy: config.verify,
                 verifier: None,
+                hashed: Hashed::default(),
             },
             leases: Arc::new(Leases::new(cache.locks())),
             mended: Mended::default(),
@@ -182,27 +183,25 @@ impl ModelProvisioner {
     }
 
     async fn provide(&self, wanted: &Wanted, step: &mut Step) -> Result<Provided, ModelError> {
-        let held = match self.lock(wanted, step).await {
-            Ok(held) => Some(held),
+        let (held, found) = match self.lock(wanted, step).await {
+            Ok(held) => (Some(held), self.use_cached(wanted).await),
             // A cache that cannot be written to serves what it holds.
             Err(error) if error.cannot_be_made() => {
                 tracing::debug!(error = %one_line(&error), "a model is looked for without a lock");
-                if self.use_cached(wanted).await?.is_none() {
+                let Some(found) = self.use_cached(wanted).await? else {
                     return Err(error.into());
-                }
-                None
+                };
+                (None, Ok(Some(found)))
             }
             Err(error) => return Err(error.into()),
         };
-        let provided = match self.use_cached(wanted).await {
+        let provided = match found {
             Ok(Some(provided)) => {
                 let size = provided.record.stamp.size_bytes;
                 step.set(size, Some(size));
                 provided
             }
             Ok(None) => self.fetch_new(wanted, step).await?,
-            // Without a lock nobody may write.
-            Err(error) if held.is_none() => return Err(error),
             Err(error) => self.mend(wanted, error, step).await?,
         };
         drop(held);
@@ -443,13 +442,21 @@ impl ModelProvisioner {
     }
 }
 
-/// Removes downloads that nobody went on with for two weeks.
+/// Removes downloads that nobody went on with for two weeks, and what pip was
+/// at work on when its process was killed, which nobody goes on with.
 fn clear_leftovers(downloads: &Path, locks: &Path) {
     let now = SystemTime::now();
     leftovers::clear_downloads(downloads, now, |stem| {
         stem.starts_with("model-")
             .then(|| locks.join(format!("{stem}.lock")))
     });
+    for (name, path) in leftovers::entries(downloads) {
+        if let Some(stem) = name.strip_suffix(".pip")
+            && stem.starts_with("model-")
+        {
+            leftovers::remove_unlocked(&path, &locks.join(format!("{stem}.lock")));
+        }
+    }
     leftovers::clear_staged(downloads, now);
 }
 

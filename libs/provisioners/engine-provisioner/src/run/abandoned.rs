@@ -14,7 +14,7 @@ use provision_kit::lock::FileLock;
 use provision_kit::process::ProcessIdentity;
 use serde::Deserialize;
 
-use super::pid_file;
+use super::{handoff, pid_file};
 use crate::error::chain;
 use crate::provide::blocking;
 
@@ -48,7 +48,7 @@ pub(crate) async fn clear(cache: &CacheDirs, runtime: &RuntimeDirs) {
         }
     }
     let engines = runtime.engines();
-    blocking(move || clear_handoffs(&engines)).await;
+    blocking(move || clear_handoffs(&engines, &run)).await;
 }
 
 /// The part of a handoff that says which process it is about.
@@ -57,14 +57,15 @@ struct About {
     pid: Option<u32>,
 }
 
-fn clear_handoffs(directory: &Path) {
+fn clear_handoffs(directory: &Path, run: &Path) {
     for (name, path) in entries(directory) {
-        let is_handoff = name
-            .strip_suffix(".json")
-            .is_some_and(|stem| stem.starts_with("llamacpp"));
-        if !is_handoff {
+        let Some(pool) = handoff::pool_of(&name) else {
             continue;
-        }
+        };
+        // Whoever runs the pool may be writing a new one, and may count processes by other ids.
+        let Ok(Some(_held)) = FileLock::try_acquire(&run.join(format!("{pool}.lock"))) else {
+            continue;
+        };
         let about = std::fs::read(&path)
             .ok()
             .and_then(|text| serde_json::from_slice::<About>(&text).ok());
@@ -76,5 +77,26 @@ fn clear_handoffs(directory: &Path) {
         {
             tracing::warn!(error = %chain(&error), "a crashed engine's handoff stays");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_handoff_stays_while_somebody_runs_its_pool() {
+        let directory = tempfile::tempdir().unwrap();
+        let run = directory.path().join("run");
+        let path = |pool: &str| directory.path().join(format!("llamacpp-{pool}.json"));
+        for pool in ["dead", "live"] {
+            // Above the kernel's largest id: nobody, as far as can be seen from here.
+            std::fs::write(path(pool), r#"{"pid":4194305}"#).unwrap();
+        }
+        let _held = FileLock::try_acquire(&run.join("live.lock"))
+            .unwrap()
+            .unwrap();
+        clear_handoffs(directory.path(), &run);
+        assert!(!path("dead").exists() && path("live").exists());
     }
 }

@@ -29,6 +29,15 @@ pub fn handoff_path(runtime: &RuntimeDirs, pool: &PoolId) -> PathBuf {
     runtime.engines().join(name)
 }
 
+/// Whose handoff a file of this name is.
+pub(super) fn pool_of(name: &str) -> Option<PoolId> {
+    let pool = match name.strip_suffix(".json")?.strip_prefix("llamacpp")? {
+        "" => "default",
+        rest => rest.strip_prefix('-')?,
+    };
+    pool.parse().ok()
+}
+
 /// Writes the handoff, whole or not at all.
 pub(super) fn write_handoff(
     path: &Path,
@@ -59,5 +68,10 @@ mod tests {
         let path = |pool: &str| handoff_path(&runtime, &pool.parse().unwrap());
         assert_eq!(path("default"), Path::new("/r/engines/llamacpp.json"));
         assert_eq!(path("haiku"), Path::new("/r/engines/llamacpp-haiku.json"));
+        for pool in ["default", "haiku"] {
+            let name = path(pool).file_name().unwrap().to_owned();
+            assert_eq!(pool_of(name.to_str().unwrap()), pool.parse().ok());
+        }
+        assert_eq!(pool_of("llamacppx.json"), None);
     }
 }

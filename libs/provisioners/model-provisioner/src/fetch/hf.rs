@@ -8,6 +8,7 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -90,6 +91,9 @@ struct Transfer<'a> {
     name: String,
     /// What has arrived may be continued by a later process.
     resumable: bool,
+    /// The commit that a branch or tag meant when the transfer began: it may
+    /// move on before the last byte.
+    commit: OnceLock<String>,
 }
 
 impl<'a> Transfer<'a> {
@@ -137,6 +141,7 @@ impl<'a> Transfer<'a> {
             file,
             name,
             resumable: expected.digest.is_some() || source.is_immutable(),
+            commit: OnceLock::new(),
         })
     }
 
@@ -151,7 +156,9 @@ impl<'a> Transfer<'a> {
             step,
         )
         .await?;
-        if part.size() > 0 && (!self.resumable || total.is_none_or(|total| part.size() > total)) {
+        // Without a digest to come, only the chunks' digests vouch for what is here.
+        let trusted = self.expected.digest.is_some() || self.resumable && part.is_known();
+        if part.size() > 0 && (!trusted || total.is_none_or(|total| part.size() > total)) {
             part.restart().await?;
         }
         *resumed = part.size() > 0;
@@ -241,8 +248,10 @@ impl<'a> Transfer<'a> {
         total: &mut Option<u64>,
         step: &mut Step,
     ) -> Result<(), FetchError> {
+        self.find_commit().await;
+        let continues = self.resumable || self.commit.get().is_some();
         let range = total
-            .filter(|_| part.size() > 0)
+            .filter(|_| part.size() > 0 && continues)
             .map(|total| part.size()..total);
         if range.is_none() && part.size() > 0 {
             part.restart().await?;
@@ -271,6 +280,32 @@ impl<'a> Transfer<'a> {
         self.receive(stream, part, *total, step).await
     }
 
+    /// Asks which commit is meant. A Hub that does not say sends a file that
+    /// was cut from its start.
+    async fn find_commit(&self) {
+        if self.resumable || self.commit.get().is_some() {
+            return;
+        }
+        let repository = self.client.model(self.owner, self.repo);
+        let request = repository
+            .get_file_metadata()
+            .filepath(self.file)
+            .maybe_revision(self.revision)
+            .send();
+        let is_commit =
+            |text: &str| text.len() == 40 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        match tokio::time::timeout(self.fetcher.stall_timeout, request).await {
+            Ok(Ok(facts)) if is_commit(&facts.commit_hash) => {
+                let _ = self.commit.set(facts.commit_hash);
+            }
+            Ok(Err(error)) => {
+                let (_, error) = explain(error);
+                tracing::debug!(file = %self.name, %error, "the Hub does not say which commit this is");
+            }
+            _ => tracing::debug!(file = %self.name, "the Hub does not say which commit this is"),
+        }
+    }
+
     async fn open(
         &self,
         range: Option<std::ops::Range<u64>>,
@@ -279,7 +314,7 @@ impl<'a> Transfer<'a> {
         let request = repository
             .download_file_stream()
             .filename(self.file)
-            .maybe_revision(self.revision)
+            .maybe_revision(self.commit.get().map(String::as_str).or(self.revision))
             .maybe_range(range)
             .send();
         // Three requests and their retries fit in.
@@ -472,7 +507,33 @@ fn explain(error: HFError) -> (HubProblem, Box<dyn std::error::Error + Send + Sy
             (HubProblem::Other, source.without_url().into())
         }
         HFError::Request { source, .. } => (HubProblem::Unavailable, source.without_url().into()),
-        error @ HFError::Xet { .. } => (HubProblem::Unavailable, error.into()),
-        error => (HubProblem::Other, error.into()),
+        error @ HFError::Xet { .. } => (
+            HubProblem::Unavailable,
+            without_queries(&one_line(&error)).into(),
+        ),
+        error => (HubProblem::Other, without_queries(&one_line(&error)).into()),
+    }
+}
+
+/// The text without the queries of the addresses in it: they hold signatures.
+fn without_queries(text: &str) -> String {
+    let words = text.split(' ').map(|word| match word.split_once('?') {
+        Some((address, _)) if address.contains("://") => address,
+        _ => word,
+    });
+    words.collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::without_queries;
+
+    #[test]
+    fn signatures_of_addresses_are_not_shown() {
+        let text = "cannot get (https://s.example/a/b?X-Amz-Signature=secret&y): is it there? no";
+        assert_eq!(
+            without_queries(text),
+            "cannot get (https://s.example/a/b is it there? no"
+        );
     }
 }

@@ -37,7 +37,7 @@ pub(super) async fn fetch(
     step: &mut Step,
 ) -> Result<Fetched, FetchError> {
     create_dir_all(&fetcher.downloads)?;
-    let work = WorkDir::create(&fetcher.downloads, wanted)?;
+    let work = WorkDir::create(part)?;
     let pip = match &fetcher.pip {
         Some(pip) => pip.clone(),
         None => Pip::find().await?,
@@ -91,15 +91,12 @@ struct WorkDir {
 
 impl WorkDir {
     /// The name is the same each time, so that what a killed process left is
-    /// cleared by the next one. The caller's lock keeps others out.
-    fn create(downloads: &Path, wanted: Wanted<'_>) -> Result<Self, FetchError> {
-        let key = format!("{}=={}/{}", wanted.package, wanted.version, wanted.member);
-        let name = format!(
-            "pip-{}",
-            &provision_kit::fs::sha256_bytes(key.as_bytes()).hex()[..16]
-        );
+    /// cleared by the next one. It is the part file's, whose lock the caller
+    /// holds: that keeps others out, who may want the same package under
+    /// another lock.
+    fn create(part: &Path) -> Result<Self, FetchError> {
         let work = Self {
-            root: downloads.join(name),
+            root: part.with_extension("pip"),
         };
         work.clear()?;
         create_dir_all(&work.temporary())?;

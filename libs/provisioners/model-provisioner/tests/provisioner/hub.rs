@@ -39,8 +39,11 @@ async fn a_whole_file() {
     assert_eq!(std::fs::read(&model.path).unwrap(), bytes);
     let requests = server.requests();
     assert_eq!(requests[0].0, Method::HEAD);
-    for (_, path, _) in &requests {
-        assert_eq!(path, "/owner/repo/resolve/v1/sub/tiny.gguf");
+    assert_eq!(requests[0].1, "/owner/repo/resolve/v1/sub/tiny.gguf");
+    // What is fetched is the commit that the tag meant then.
+    for (_, path, _) in &requests[1..] {
+        let commit = "0123456789012345678901234567890123456789";
+        assert_eq!(*path, format!("/owner/repo/resolve/{commit}/sub/tiny.gguf"));
     }
     assert!(bench.downloads().is_empty());
 }
@@ -59,6 +62,26 @@ async fn a_cut_is_continued() {
         continued.ends_with(&format!("-{}", bytes.len() - 1)),
         "{continued}"
     );
+}
+
+#[tokio::test]
+async fn a_cut_of_a_branch_is_continued_at_the_same_commit_only() {
+    let (bytes, digest) = model();
+    let cut = Behaviour::CutAfter(1_000_000);
+    for says_commit in [true, false] {
+        let (bench, server) = bench_with(&bytes, &[cut, Behaviour::Honest]).await;
+        server.says_commit(says_commit);
+        let model = bench.ensure("hf:owner/repo@main/tiny.gguf").await.unwrap();
+        assert_eq!(model.digest, digest);
+        let gets: Vec<_> = server
+            .requests()
+            .into_iter()
+            .filter(|(method, ..)| *method == Method::GET)
+            .map(|(_, path, headers)| (path.contains("/main/"), headers.contains_key("range")))
+            .collect();
+        let again = (!says_commit, says_commit);
+        assert_eq!(gets, [(!says_commit, false), again]);
+    }
 }
 
 #[tokio::test]
