@@ -24,6 +24,18 @@ fn apply(world: &World, up: &Up, change: impl FnOnce(&mut Value)) -> Result<(), 
     Ok(())
 }
 
+/// Takes back what a pool was given by its own reload, as the next change of the
+/// file does: only then is a pool that the file does not change one that is not
+/// touched.
+async fn in_line(world: &World, up: &Up) -> Verdict {
+    apply(world, up, |_| {})?;
+    until_shown(world, up, POOL, world.patience(), |_, view| {
+        let flags = view["flags"].as_array();
+        view["state"] == "ready" && flags.is_none_or(Vec::is_empty)
+    })
+    .await
+}
+
 async fn until_shown(
     world: &World,
     up: &Up,
@@ -70,6 +82,7 @@ pub(super) async fn capacity(world: Arc<World>, mut rng: Rng) -> Verdict {
 
 pub(super) async fn pools(world: Arc<World>, mut rng: Rng) -> Verdict {
     let up = offering(&world, world.offers().hangup, NEEDED)?;
+    in_line(&world, &up).await?;
     let engine = world.serving_engine().await?;
     let before = world.failures();
     let side = world.setup.pool();

@@ -172,7 +172,8 @@ async fn fetched(world: &World) -> Verdict {
 pub(super) async fn full_disk(world: Arc<World>, _: Rng) -> Verdict {
     world.stop().await?;
     forget(&world)?;
-    // Logs fit, the model does not.
+    // The model does not fit; nor, late in a run, does the daemon's log, which must
+    // cost no more than its lines.
     let kib = world.setup.engine.size / 1024 / 2;
     let started = world.keeper.start_with_little_disk(kib).await;
     started.map_err(|why| Failing::broken("the daemon starts", why))?;
