@@ -104,7 +104,7 @@ async fn tasks_that_a_dead_engine_gives_back_keep_their_order() {
     }
     // Slow to load, so that the queue can be looked at after the crash.
     let slow = Script {
-        load_ms: 1500,
+        load_ms: 3000,
         ..Script::default()
     };
     test_harness_fake_engine::install(&daemon.engine_dir(), &slow);
@@ -112,10 +112,16 @@ async fn tasks_that_a_dead_engine_gives_back_keep_their_order() {
     let engine = nix::unistd::Pid::from_raw(i32::try_from(engine).unwrap());
     nix::sys::signal::kill(engine, Signal::SIGKILL).unwrap();
     daemon.until_state("starting").await;
-    for (position, task) in waiting.iter().enumerate() {
-        let view = daemon.get_json(&format!("/v2/tasks/{}", id(task))).await;
-        assert_eq!(view["queue_position"], position, "{view}");
-    }
+    // One that was on its way to the dead engine is tried there a little longer.
+    let positions = daemon.until("all tasks wait again", async || {
+        let mut positions = Vec::new();
+        for task in &waiting {
+            let view = daemon.get_json(&format!("/v2/tasks/{}", id(task))).await;
+            positions.push(view["queue_position"].as_u64()?);
+        }
+        Some(positions)
+    });
+    assert_eq!(positions.await, [0, 1, 2, 3]);
     for task in &waiting {
         assert_eq!(
             shape(&daemon.events(id(task), None).await),
