@@ -1,6 +1,7 @@
 //! What all faults and clients share: the daemon, the book of tasks, the
 //! journal, and the ways to wait for better times.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -502,13 +503,19 @@ impl World {
     }
 
     /// How many tasks ended with each error so far.
-    pub fn failures(&self) -> std::collections::BTreeMap<String, u64> {
-        self.ledger().totals().failed.clone()
+    /// How many tasks have failed in this daemon, by code, as it counts itself: a
+    /// client may read of a failure long after it came.
+    pub async fn failures(&self, up: &Up) -> Result<BTreeMap<String, u64>, Failing> {
+        let reply = self.ask(up, "GET", "/metrics", None).await;
+        let reply = reply.ok_or_else(|| {
+            Failing::broken("the daemon always answers", "/metrics gives nothing")
+        })?;
+        Ok(failed_tasks(reply.body.as_str().unwrap_or_default()))
     }
 
     /// No task may have failed since, except for its own deadline.
-    pub fn none_failed_since(&self, before: &std::collections::BTreeMap<String, u64>) -> Verdict {
-        let now = self.failures();
+    pub async fn none_failed_since(&self, up: &Up, before: &BTreeMap<String, u64>) -> Verdict {
+        let now = self.failures(up).await?;
         let more: Vec<String> = now
             .iter()
             .filter(|(code, _)| code.as_str() != "DEADLINE_UNMET")
@@ -524,5 +531,46 @@ impl World {
             "no admitted task is lost by it",
             more.join(", "),
         ))
+    }
+}
+
+fn failed_tasks(metrics: &str) -> BTreeMap<String, u64> {
+    let mut failed = BTreeMap::new();
+    let lines = metrics.lines();
+    for line in lines.filter(|line| line.starts_with("orchestratord_tasks_total{")) {
+        let outcome = line.split("outcome=\"").nth(1);
+        let outcome = outcome.and_then(|rest| rest.split('"').next());
+        let count = line
+            .rsplit(' ')
+            .next()
+            .and_then(|count| count.parse::<u64>().ok());
+        let (Some(outcome), Some(count)) = (outcome, count) else {
+            continue;
+        };
+        // Codes are written in capitals, other outcomes are not.
+        if outcome
+            .chars()
+            .all(|letter| letter.is_ascii_uppercase() || letter == '_')
+        {
+            *failed.entry(outcome.to_owned()).or_insert(0) += count;
+        }
+    }
+    failed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_failures_are_counted() {
+        let metrics = "# TYPE orchestratord_tasks_total counter\n\
+            orchestratord_tasks_total{pool=\"a\",outcome=\"completed\"} 7\n\
+            orchestratord_tasks_total{pool=\"a\",outcome=\"WORKER_RESET\"} 2\n\
+            orchestratord_tasks_total{pool=\"b\",outcome=\"WORKER_RESET\"} 1\n";
+        assert_eq!(
+            failed_tasks(metrics),
+            BTreeMap::from([("WORKER_RESET".to_owned(), 3)])
+        );
     }
 }

@@ -66,7 +66,7 @@ async fn until_shown(
 
 pub(super) async fn capacity(world: Arc<World>, mut rng: Rng) -> Verdict {
     let up = offering(&world, world.offers().hangup, NEEDED)?;
-    let before = world.failures();
+    let before = world.failures(&up).await?;
     let raised = CAPACITY + rng.between(1, 20);
     for capacity in [raised, CAPACITY] {
         apply(&world, &up, |config| {
@@ -77,14 +77,14 @@ pub(super) async fn capacity(world: Arc<World>, mut rng: Rng) -> Verdict {
         })
         .await?;
     }
-    world.none_failed_since(&before)
+    world.none_failed_since(&up, &before).await
 }
 
 pub(super) async fn pools(world: Arc<World>, mut rng: Rng) -> Verdict {
     let up = offering(&world, world.offers().hangup, NEEDED)?;
     in_line(&world, &up).await?;
     let engine = world.serving_engine().await?;
-    let before = world.failures();
+    let before = world.failures(&up).await?;
     let side = world.setup.pool();
     apply(&world, &up, |config| config["pools"][SIDE_POOL] = side)?;
     let ready = until_shown(&world, &up, SIDE_POOL, world.patience(), |_, view| {
@@ -108,7 +108,7 @@ pub(super) async fn pools(world: Arc<World>, mut rng: Rng) -> Verdict {
     })?;
     served?;
     until_shown(&world, &up, SIDE_POOL, SOON * 2, |status, _| status == 404).await?;
-    world.none_failed_since(&before)?;
+    world.none_failed_since(&up, &before).await?;
     let now = world.serving_engine().await?;
     if now != engine {
         let detail = format!("{engine:?} before, {now:?} after");

@@ -93,7 +93,7 @@ pub(super) async fn drain_resume(world: Arc<World>, mut rng: Rng) -> Verdict {
 pub(super) async fn reload(world: Arc<World>, mut rng: Rng) -> Verdict {
     let up = offering(&world, world.offers().reload, "POST /v2/pools/{id}/reload")?;
     world.streaming(&mut rng, 1, 80).await?;
-    let before = world.failures();
+    let before = world.failures(&up).await?;
     let engine = world.serving_engine().await?;
     let body = json!({ "flags": other_flags(&mut rng) });
     post(&world, &up, "reload", &body).await?;
@@ -103,7 +103,7 @@ pub(super) async fn reload(world: Arc<World>, mut rng: Rng) -> Verdict {
     })
     .await?;
     super::engine::gone(&engine, Duration::from_secs(30)).await?;
-    world.none_failed_since(&before)?;
+    world.none_failed_since(&up, &before).await?;
     let mode = view["reload"]["mode"].as_str().unwrap_or("?");
     Ok(format!("mode {mode}"))
 }
@@ -111,7 +111,7 @@ pub(super) async fn reload(world: Arc<World>, mut rng: Rng) -> Verdict {
 pub(super) async fn failing_reload(world: Arc<World>, mut rng: Rng) -> Verdict {
     let up = offering(&world, world.offers().reload, "POST /v2/pools/{id}/reload")?;
     world.streaming(&mut rng, 1, 80).await?;
-    let before = world.failures();
+    let before = world.failures(&up).await?;
     let engine = world.serving_engine().await?;
     post(
         &world,
@@ -124,7 +124,7 @@ pub(super) async fn failing_reload(world: Arc<World>, mut rng: Rng) -> Verdict {
         view["state"] == "ready" && view["reload"]["error"].is_object()
     })
     .await?;
-    world.none_failed_since(&before)?;
+    world.none_failed_since(&up, &before).await?;
     let now = world.serving_engine().await?;
     // With too little memory it drains first, and starts the old one again.
     if now != engine && view["reload"]["mode"] == "beside" {
