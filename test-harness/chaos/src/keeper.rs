@@ -90,7 +90,8 @@ impl Keeper {
         }
     }
 
-    /// Ports that daemons of this run have listened on.
+    /// The port of the daemon that served last. Those of earlier ones may belong
+    /// to strangers by now.
     pub fn ports(&self) -> BTreeSet<u16> {
         self.ports
             .lock()
@@ -146,10 +147,8 @@ impl Keeper {
                     .rsplit(':')
                     .next()
                     .and_then(|port| port.parse::<u16>().ok());
-                self.ports
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .extend(port);
+                *self.ports.lock().unwrap_or_else(PoisonError::into_inner) =
+                    port.into_iter().collect();
                 let up = Up {
                     generation,
                     url,
