@@ -2,21 +2,18 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::body::{Body, Bytes, HttpBody};
+use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use hyper::body::{Frame, SizeHint};
 use llama_orch_types::ErrorCode;
 
 use super::error::ApiError;
 use crate::app::config::Limits;
-use crate::app::server::Peer;
+use crate::app::server::{Holding, Peer};
 use crate::services::event_log::Failure;
 
 /// When a client with too many streams shall come back.
@@ -90,7 +87,7 @@ pub async fn bounded(
         return too_many(counts.limits.streams_for(client)).into_response();
     };
     let answer = next.run(request).await;
-    answer.map(|body| Body::new(CountedBody { body, _open: open }))
+    answer.map(|body| Body::new(Holding::new(body, open)))
 }
 
 fn too_many(at_most: u64) -> ApiError {
@@ -102,31 +99,6 @@ fn too_many(at_most: u64) -> ApiError {
     .with_hint("close some, or raise `limits.streams_per_client`");
     failure.policy_label = Some("streams_per_client".to_owned());
     failure.into()
-}
-
-struct CountedBody {
-    body: Body,
-    _open: OpenStream,
-}
-
-impl HttpBody for CountedBody {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(context)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use axum::body::{Body, Bytes};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::guard::{Busy, Stage};
+use super::guard::Stage;
 
 /// A request's body that did not come in time.
 #[derive(Debug, Clone, Copy, thiserror::Error)]
@@ -113,20 +113,21 @@ impl Drop for TimedBody {
     }
 }
 
-/// A response's body. Its connection is busy for as long as it lives.
+/// A response's body that holds something for as long as it lives: that its
+/// connection is busy, or that one more stream is open.
 #[derive(Debug)]
-pub(super) struct Tracked {
+pub(crate) struct Holding<T> {
     inner: Body,
-    _busy: Busy,
+    _held: T,
 }
 
-impl Tracked {
-    pub(super) fn new(inner: Body, busy: Busy) -> Self {
-        Self { inner, _busy: busy }
+impl<T> Holding<T> {
+    pub(crate) fn new(inner: Body, held: T) -> Self {
+        Self { inner, _held: held }
     }
 }
 
-impl HttpBody for Tracked {
+impl<T: Unpin> HttpBody for Holding<T> {
     type Data = Bytes;
     type Error = axum::Error;
 

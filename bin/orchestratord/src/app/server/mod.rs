@@ -38,8 +38,9 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 pub use self::body::BodyTimeout;
-use self::body::{TimedBody, Tracked};
-use self::guard::{Guard, Stage};
+pub(crate) use self::body::Holding;
+use self::body::TimedBody;
+use self::guard::{Busy, Guard, Stage};
 use super::config::Limits;
 use crate::services::telemetry::{CONNECTIONS, TURNED_AWAY};
 
@@ -246,7 +247,7 @@ struct Requests {
 }
 
 impl Service<Request<Incoming>> for Requests {
-    type Response = Response<Tracked>;
+    type Response = Response<Holding<Busy>>;
     type Error = Infallible;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
 
@@ -260,6 +261,6 @@ impl Service<Request<Incoming>> for Requests {
         });
         request.extensions_mut().insert(self.peer);
         let answer = self.front.service.call(request);
-        Box::pin(async move { Ok(answer.await?.map(|body| Tracked::new(body, busy))) })
+        Box::pin(async move { Ok(answer.await?.map(|body| Holding::new(body, busy))) })
     }
 }
