@@ -282,8 +282,13 @@ impl AdapterHost {
             EngineKind::Mock => Ok(Arc::new(worker_adapters_mock::MockAdapter::new(
                 worker_adapters_mock::MockScript::default(),
             ))),
+            #[cfg(feature = "mock-adapter")]
+            EngineKind::Openai => Err(HostError::UnsupportedEngine {
+                pool: context.pool_id.clone(),
+                engine: context.engine,
+            }),
             #[cfg(not(feature = "mock-adapter"))]
-            EngineKind::Mock => Err(HostError::UnsupportedEngine {
+            EngineKind::Mock | EngineKind::Openai => Err(HostError::UnsupportedEngine {
                 pool: context.pool_id.clone(),
                 engine: context.engine,
             }),

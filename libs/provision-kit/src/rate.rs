@@ -1,4 +1,5 @@
-//! How fast a download may be: a rate, and the bucket that keeps to it.
+//! Bytes as people write them; and how fast a download may be: a rate, and the
+//! bucket that keeps to it.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -22,6 +23,82 @@ const UNITS: [(&str, u64); 8] = [
     ("GB", 1_000_000_000),
     ("B", 1),
 ];
+
+/// A number of bytes. Written as a number or with a unit: `12GiB`, `800 MB`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ByteSize(pub u64);
+
+/// A text or number is no size.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{text}` is no size: write bytes, such as 12GiB")]
+pub struct BadSize {
+    text: String,
+}
+
+/// A number, and a unit if there is one, in bytes; less than 10^18.
+fn bytes_in(text: &str) -> Option<u64> {
+    let (number, unit) = UNITS
+        .iter()
+        .find_map(|(unit, bytes)| Some((text.strip_suffix(unit)?, *bytes)))
+        .unwrap_or((text, 1));
+    let number: f64 = number.trim().parse().ok()?;
+    let bytes = number * unit as f64;
+    // What is no number is refused with what is too large.
+    (0.0..1e18).contains(&bytes).then_some(bytes as u64)
+}
+
+impl FromStr for ByteSize {
+    type Err = BadSize;
+
+    fn from_str(text: &str) -> Result<Self, BadSize> {
+        bytes_in(text.trim()).map(Self).ok_or_else(|| BadSize {
+            text: text.chars().take(40).collect(),
+        })
+    }
+}
+
+impl fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const MIB: u64 = 1 << 20;
+        if self.0 >= MIB {
+            write!(f, "{} MiB", self.0 / MIB)
+        } else {
+            write!(f, "{} B", self.0)
+        }
+    }
+}
+
+impl Serialize for ByteSize {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for ByteSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl serde::de::Visitor<'_> for Visitor {
+            type Value = ByteSize;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("bytes, such as 12GiB")
+            }
+
+            fn visit_u64<E: serde::de::Error>(self, number: u64) -> Result<ByteSize, E> {
+                Ok(ByteSize(number))
+            }
+
+            fn visit_i64<E: serde::de::Error>(self, number: i64) -> Result<ByteSize, E> {
+                number.to_string().parse().map_err(E::custom)
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<ByteSize, E> {
+                text.parse().map_err(E::custom)
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
 
 /// Bytes per second, at least 1 KiB. Written as a number of bytes or with a
 /// unit: `10MiB`, `800 kB`, `1.5 MB/s`.
@@ -59,17 +136,8 @@ impl FromStr for ByteRate {
         };
         let plain = text.trim();
         let plain = plain.strip_suffix("/s").unwrap_or(plain).trim_end();
-        let (number, unit) = UNITS
-            .iter()
-            .find_map(|(unit, bytes)| Some((plain.strip_suffix(unit)?, *bytes)))
-            .unwrap_or((plain, 1));
-        let number: f64 = number.trim().parse().map_err(|_| bad())?;
-        let bytes = number * unit as f64;
-        // A rate beyond this is none; and what is no number is refused with it.
-        if !(0.0..1e18).contains(&bytes) {
-            return Err(bad());
-        }
-        Self::new(bytes as u64).map_err(|_| bad())
+        let bytes = bytes_in(plain).ok_or_else(bad)?;
+        Self::new(bytes).map_err(|_| bad())
     }
 }
 
@@ -213,6 +281,17 @@ impl RateLimit {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_are_read_with_and_without_a_unit() {
+        let size = |text: &str| text.parse::<ByteSize>();
+        assert_eq!(size("12GiB"), Ok(ByteSize(12 << 30)));
+        assert_eq!(size(" 1.5 kB"), Ok(ByteSize(1500)));
+        assert_eq!(size("7"), Ok(ByteSize(7)));
+        for wrong in ["", "-1", "many", "1e30", "NaN"] {
+            assert!(size(wrong).is_err(), "{wrong}");
+        }
+    }
     use proptest::prelude::*;
 
     #[test]

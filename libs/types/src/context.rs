@@ -12,6 +12,8 @@ use crate::{Digest, ModelMetadata, PoolId, ReplicaId};
 pub enum EngineKind {
     /// llama.cpp's `llama-server`.
     Llamacpp,
+    /// Any engine elsewhere that speaks OpenAI's API; it is not ours to start.
+    Openai,
     /// The scripted engine of the tests. Exists only in builds with the
     /// feature `mock-adapter`; everything it says is marked as fallback.
     Mock,
@@ -21,6 +23,7 @@ impl fmt::Display for EngineKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Llamacpp => "llamacpp",
+            Self::Openai => "openai",
             Self::Mock => "mock",
         })
     }
@@ -38,6 +41,8 @@ pub enum ProvisioningMode {
     Release,
     /// Built here from pinned source.
     Source,
+    /// Not provisioned: an engine elsewhere, named by the configuration.
+    Remote,
     /// Not provisioned: named by environment variables (dev only).
     EnvShim,
     /// Not provisioned: the scripted engine of the tests.
@@ -51,6 +56,7 @@ impl fmt::Display for ProvisioningMode {
             Self::Cache => "cache",
             Self::Release => "release",
             Self::Source => "source",
+            Self::Remote => "remote",
             Self::EnvShim => "env_shim",
             Self::Mock => "mock",
         })

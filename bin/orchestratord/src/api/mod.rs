@@ -15,5 +15,6 @@ pub mod panics;
 pub mod pools;
 pub mod repeats;
 pub mod streams;
+pub mod submission;
 pub mod task_request;
 pub mod tasks;

@@ -10,24 +10,21 @@ use axum::extract::{Extension, Path, Query, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::http::{HeaderMap, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
-use llama_orch_types::{EngineKind, TaskId};
+use llama_orch_types::TaskId;
 use provision_kit::progress::StepKind;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
-use worker_adapters_adapter_api::{CancelReport, EngineTask};
+use worker_adapters_adapter_api::CancelReport;
 
-use super::correlation::{CORRELATION_ID, CorrelationId};
+use super::correlation::CorrelationId;
 use super::error::{ApiError, ErrorBody};
+use super::submission::{client_of, submit_to};
 use super::task_request::TaskRequest;
 use crate::app::state::AppState;
-use crate::services::admission::{Client, Place};
-use crate::services::dispatch::fit;
 use crate::services::event_log::{End, Failure, TaskEvent};
-use crate::services::pool::{Cancelled, Escalation, Phase, PoolHandle, Submission};
+use crate::services::pool::{Cancelled, Escalation, Phase, PoolHandle};
 use crate::services::preparation::PreparationStep;
-use crate::services::resume::Carried;
 use crate::services::streaming::{KEEP_ALIVE, Presence, View, render_sse_for_task};
-use crate::services::tasks::{Admitted, NewTask, TaskRecord};
 
 /// Answer to an admitted task.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
@@ -210,79 +207,6 @@ pub async fn submit(
         preparation: Preparation::of(&pool),
     };
     Ok((StatusCode::ACCEPTED, Json(accepted)))
-}
-
-/// Who asks, for fairness: whoever sends the same `X-Correlation-Id` is one client,
-/// and all who send none are one. There is one token, so it tells nobody apart.
-fn client_of(headers: &HeaderMap, correlation: &CorrelationId) -> Client {
-    // An id that could not be used was replaced, and one that was not sent made.
-    let sent = headers.get(&CORRELATION_ID);
-    if sent.is_some_and(|sent| sent.as_bytes() == correlation.0.as_bytes()) {
-        Client::Named(Arc::clone(&correlation.0))
-    } else {
-        Client::Unnamed
-    }
-}
-
-/// Checks a request and puts its task into the pool's queue.
-pub async fn submit_to(
-    state: &AppState,
-    pool: &PoolHandle,
-    request: &TaskRequest,
-    correlation: &str,
-    client: Client,
-) -> Result<(Arc<TaskRecord>, Admitted), Failure> {
-    let max_tokens = request.max_tokens()?;
-    let settings = pool.settings();
-    let record = TaskRecord::new(NewTask {
-        pool: settings.id.clone(),
-        fallback: settings.engine == EngineKind::Mock,
-        priority: request.priority,
-        client,
-        correlation_id: correlation.to_owned(),
-        cancel_on_disconnect: request.cancel_on_disconnect,
-        resumes: request.resumes()?,
-        start_within: request.start_within()?,
-    });
-    let mut submission = Submission {
-        task: EngineTask {
-            id: record.id,
-            input: request.input()?,
-            answered: String::new(),
-            max_tokens: max_tokens.unwrap_or(settings.default_max_tokens),
-            stop: request.stops()?,
-            sampling: request.sampling()?,
-        },
-        record: Arc::clone(&record),
-        max_tokens_given: max_tokens.is_some(),
-        fits: false,
-        attempts: 0,
-        carried: Carried::default(),
-        place: Place::default(),
-    };
-    // With the engine at hand a task that does not fit is refused here; while
-    // it is not, the same check is made when the task's turn comes. Nor is the
-    // engine asked about tasks that a full queue refuses anyway.
-    let snapshot = pool.snapshot();
-    let room = snapshot.queued() < settings.queue_capacity;
-    if let Some(context) = snapshot
-        .context
-        .filter(|_| room && snapshot.phase == Phase::Ready)
-    {
-        match fit(&state.host, &context, &mut submission).await {
-            Err(failure) if !failure.retriable => return Err(failure),
-            Ok(()) | Err(_) => {}
-        }
-    }
-    // Known before it is queued: it may end at once.
-    state.tasks.insert(Arc::clone(&record));
-    match pool.submit(submission).await {
-        Ok(admitted) => Ok((record, admitted)),
-        Err(failure) => {
-            state.tasks.remove(record.id);
-            Err(failure)
-        }
-    }
 }
 
 /// Look at a task.

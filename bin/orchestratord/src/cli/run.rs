@@ -13,8 +13,8 @@ use provision_kit::lock::FileLock;
 use worker_adapters_adapter_api::{ChatMessage, FinishReason};
 
 use super::{Context, report};
+use crate::api::submission::submit_to;
 use crate::api::task_request::TaskRequest;
-use crate::api::tasks::submit_to;
 use crate::app::bootstrap::{self, App, Plan, StartError};
 use crate::app::config::{Config, PoolConfig, SetupError};
 use crate::app::shutdown::{Shutdown, Signals};
@@ -205,12 +205,10 @@ async fn until_ready(pool: &PoolHandle) -> Result<(), Failure> {
 async fn print(mut cursor: Cursor) -> Result<Option<End>, Failure> {
     while let Some(batch) = cursor.read().await {
         for (_, event) in batch {
+            if event.token().is_some_and(|token| write(&token.t).is_err()) {
+                return Ok(None);
+            }
             match event {
-                TaskEvent::Token(token) => {
-                    if write(&token.t).is_err() {
-                        return Ok(None);
-                    }
-                }
                 TaskEvent::End(end) => {
                     let _ = write("\n");
                     return Ok(Some(*end));
@@ -219,7 +217,7 @@ async fn print(mut cursor: Cursor) -> Result<Option<End>, Failure> {
                     let _ = write("\n");
                     return Err(*failure);
                 }
-                TaskEvent::Started(_) | TaskEvent::Metrics(_) => {}
+                _ => {}
             }
         }
     }

@@ -15,13 +15,16 @@ use metrics::{counter, histogram};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use worker_adapters_adapter_api::{
-    CancelReport, EndSummary, FinishReason, TokenEvent, TokenStream, WorkerAdapter, WorkerError,
+    CallChunk, CancelReport, EndSummary, FinishReason, TokenEvent, TokenStream, WorkerAdapter,
+    WorkerError,
 };
 
 pub use self::fit::fit;
 use self::fit::make_fit;
 use self::trouble::{Silence, Trouble};
-use super::event_log::{End, EngineSays, Failure, Metrics, Receipt, Started, TaskEvent, Token};
+use super::event_log::{
+    Answer, Chunk, End, EngineSays, Failure, Metrics, Receipt, Started, TaskEvent, Token,
+};
 use super::pool::Submission;
 use super::resume::{Loss, Seen};
 use super::tasks::TaskRecord;
@@ -55,6 +58,8 @@ pub struct TaskRun {
     /// Where the pool is told that a cancelled task's slot is not seen free.
     pub not_freed: mpsc::Sender<NotFreed>,
     pub seen: Seen,
+    /// Pieces of text of a call's answer so far.
+    pub pieces: u64,
 }
 
 /// A cancelled task whose slot was not seen free in time. Its run goes on waiting,
@@ -300,7 +305,7 @@ impl TaskRun {
 
     /// Appends an event that is not the last; says whether the log took it.
     fn append(&mut self, event: TokenEvent) -> bool {
-        let (record, carried) = (&self.submission.record, &self.submission.carried);
+        let (record, carried) = (Arc::clone(&self.submission.record), self.submission.carried);
         let event = match event {
             TokenEvent::Started => {
                 if record.started.set(Instant::now()).is_err() {
@@ -309,7 +314,7 @@ impl TaskRun {
                 }
                 histogram!(telemetry::QUEUE_WAIT, "pool" => self.pool_label())
                     .record(record.created.elapsed());
-                TaskEvent::Started(started(record))
+                TaskEvent::Started(started(&record))
             }
             TokenEvent::Token {
                 text,
@@ -317,15 +322,30 @@ impl TaskRun {
                 tokens_in,
                 tokens_out,
             } => {
+                record.set_answering();
                 // The first engine's count is the prompt's own.
                 let _ = record.tokens_in.set(tokens_in);
                 let index = carried.pieces + index;
                 if index == 0 {
-                    histogram!(telemetry::FIRST_TOKEN, "pool" => self.pool_label())
-                        .record(record.created.elapsed());
+                    self.note_first_token();
                 }
                 self.seen.saw(tokens_out, Instant::now());
                 TaskEvent::Token(Token { t: text, i: index })
+            }
+            TokenEvent::Chunk(chunk) => {
+                record.set_answering();
+                self.seen.saw(chunk.tokens_out, Instant::now());
+                TaskEvent::Chunk(Box::new(self.chunk(chunk)))
+            }
+            TokenEvent::Answer(answer) => {
+                record.set_answering();
+                TaskEvent::Answer(Box::new(Answer {
+                    body: answer.body,
+                    token: Token {
+                        t: answer.text,
+                        i: 0,
+                    },
+                }))
             }
             TokenEvent::Metrics(figures) => TaskEvent::Metrics(Metrics {
                 tokens_in: *record.tokens_in.get_or_init(|| figures.tokens_in),
@@ -335,6 +355,30 @@ impl TaskRun {
             TokenEvent::End(_) => unreachable!("the pump handles the end"),
         };
         record.log.append(event).is_ok()
+    }
+
+    /// One event of a call's answer. Only those with text count as pieces.
+    fn chunk(&mut self, chunk: CallChunk) -> Chunk {
+        let index = self.pieces;
+        if !chunk.text.is_empty() {
+            if index == 0 {
+                self.note_first_token();
+            }
+            self.pieces += 1;
+        }
+        Chunk {
+            name: chunk.name,
+            data: chunk.data,
+            token: Token {
+                t: chunk.text,
+                i: index,
+            },
+        }
+    }
+
+    fn note_first_token(&self) {
+        histogram!(telemetry::FIRST_TOKEN, "pool" => self.pool_label())
+            .record(self.submission.record.created.elapsed());
     }
 
     fn end(&self, summary: &EndSummary) -> Pumped {

@@ -9,6 +9,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bytes::Bytes;
 use llama_orch_types::ErrorCode;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
@@ -21,6 +22,10 @@ use worker_adapters_adapter_api::FinishReason;
 pub enum TaskEvent {
     Started(Started),
     Token(Token),
+    /// One event of the answer to a call; native readers see its text as a token.
+    Chunk(Box<Chunk>),
+    /// The whole answer to a call that does not stream.
+    Answer(Box<Answer>),
     Metrics(Metrics),
     End(Box<End>),
     Error(Box<Failure>),
@@ -31,11 +36,23 @@ impl TaskEvent {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Started(_) => "started",
-            Self::Token(_) => "token",
+            // What native readers are shown of a call's answer is its text.
+            Self::Token(_) | Self::Chunk(_) | Self::Answer(_) => "token",
             Self::Metrics(_) => "metrics",
             Self::End(_) => "end",
             Self::Error(_) => "error",
         }
+    }
+
+    /// The piece of the answer's text in it, if there is one.
+    pub fn token(&self) -> Option<&Token> {
+        let token = match self {
+            Self::Token(token) => return Some(token),
+            Self::Chunk(chunk) => &chunk.token,
+            Self::Answer(answer) => &answer.token,
+            _ => return None,
+        };
+        (!token.t.is_empty()).then_some(token)
     }
 
     /// Memory it takes up, in bytes, about. Parameters and messages are small
@@ -44,6 +61,10 @@ impl TaskEvent {
         const TERMINAL: usize = 4096;
         let own = match self {
             Self::Token(token) => token.t.capacity(),
+            Self::Chunk(chunk) => size_of::<Chunk>() + chunk.data.len() + chunk.token.t.capacity(),
+            Self::Answer(answer) => {
+                size_of::<Answer>() + answer.body.len() + answer.token.t.capacity()
+            }
             Self::Started(_) | Self::Metrics(_) => 0,
             Self::End(_) | Self::Error(_) => TERMINAL,
         };
@@ -74,6 +95,24 @@ pub struct Token {
     pub t: String,
     /// Counts pieces: 0, 1, 2 and so on without a gap.
     pub i: u64,
+}
+
+/// One event of a call's answer, as the engine sent it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Chunk {
+    /// Its `event:` name, where the API gives one.
+    pub name: Option<Box<str>>,
+    pub data: Box<str>,
+    /// What it adds to the answer's text, if it does; `i` counts those that do.
+    pub token: Token,
+}
+
+/// The whole answer to a call that does not stream.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    pub body: Bytes,
+    /// The text in it, if there is any.
+    pub token: Token,
 }
 
 /// Data of `event: metrics`, sent to verbose readers only.
@@ -239,7 +278,7 @@ impl EventLog {
         let mut text = String::new();
         let mut pieces = 0;
         for event in events.iter() {
-            if let TaskEvent::Token(token) = event {
+            if let Some(token) = event.token() {
                 text.push_str(&token.t);
                 pieces += 1;
             }
@@ -301,6 +340,8 @@ fn batch_end(events: &[TaskEvent], from: usize) -> usize {
         let fits = bytes < BATCH_BYTES;
         bytes += match event {
             TaskEvent::Token(token) => token.t.len(),
+            TaskEvent::Chunk(chunk) => chunk.data.len(),
+            TaskEvent::Answer(answer) => answer.body.len(),
             _ => 0,
         };
         fits

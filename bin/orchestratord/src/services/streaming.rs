@@ -118,7 +118,11 @@ fn render_event(out: &mut Vec<u8>, id: u64, event: &TaskEvent, view: View) {
     match event {
         TaskEvent::Metrics(_) if !view.verbose => {}
         TaskEvent::Started(data) => frame(out, id, event.name(), data, view.fallback),
-        TaskEvent::Token(data) => frame(out, id, event.name(), data, view.fallback),
+        TaskEvent::Token(_) | TaskEvent::Chunk(_) | TaskEvent::Answer(_) => {
+            if let Some(data) = event.token() {
+                frame(out, id, event.name(), data, view.fallback);
+            }
+        }
         TaskEvent::Metrics(data) => frame(out, id, event.name(), data, view.fallback),
         TaskEvent::End(data) => frame(out, id, event.name(), data, view.fallback),
         TaskEvent::Error(data) => frame(out, id, event.name(), data, view.fallback),

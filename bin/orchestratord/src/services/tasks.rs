@@ -2,7 +2,7 @@
 //! can come late, and then forgotten, so that memory stays bounded.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -39,6 +39,8 @@ pub struct TaskRecord {
     pub started: OnceLock<Instant>,
     /// The prompt's length in tokens, once the engine has told.
     pub tokens_in: OnceLock<u64>,
+    /// Whether anything of the answer was handed out.
+    answering: AtomicBool,
     /// How often it was gone on with on another engine.
     pub resumed: AtomicU32,
     /// When its log was closed, as far as the registry has noticed.
@@ -100,6 +102,7 @@ impl TaskRecord {
             admitted: OnceLock::new(),
             started: OnceLock::new(),
             tokens_in: OnceLock::new(),
+            answering: AtomicBool::new(false),
             resumed: AtomicU32::new(0),
             finished: OnceLock::new(),
             readers: AtomicUsize::new(0),
@@ -110,6 +113,15 @@ impl TaskRecord {
     pub fn is_cancelled(&self) -> bool {
         let last = self.log.last();
         matches!(last, Some(TaskEvent::End(end)) if end.finish_reason == FinishReason::Cancelled)
+    }
+
+    pub fn set_answering(&self) {
+        self.answering.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether anything of the answer was handed out.
+    pub fn is_answering(&self) -> bool {
+        self.answering.load(Ordering::Relaxed)
     }
 
     pub fn reader_came(&self) {

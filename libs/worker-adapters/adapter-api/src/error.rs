@@ -31,6 +31,8 @@ pub enum WorkerError {
     Reset { reason: String },
     #[error("the engine answered with something that is not its protocol: {what}")]
     Protocol { what: String },
+    #[error("this engine does not offer {what}")]
+    NotOffered { what: String },
     #[error("the task was cancelled")]
     Cancelled,
 }
@@ -59,7 +61,7 @@ impl fmt::Display for TimeoutPhase {
 impl WorkerError {
     pub fn code(&self) -> ErrorCode {
         match self {
-            Self::InvalidParams { .. } => ErrorCode::InvalidParams,
+            Self::InvalidParams { .. } | Self::NotOffered { .. } => ErrorCode::InvalidParams,
             Self::ContextLengthExceeded { .. } => ErrorCode::ContextLengthExceeded,
             Self::Loading { .. } => ErrorCode::PoolUnready,
             // An engine that takes no connection has not begun to decode.
@@ -85,9 +87,10 @@ impl WorkerError {
     /// Whether the same task may succeed if it is sent again.
     pub fn retriable(&self) -> bool {
         match self {
-            Self::InvalidParams { .. } | Self::ContextLengthExceeded { .. } | Self::Cancelled => {
-                false
-            }
+            Self::InvalidParams { .. }
+            | Self::NotOffered { .. }
+            | Self::ContextLengthExceeded { .. }
+            | Self::Cancelled => false,
             Self::Loading { .. }
             | Self::Unreachable { .. }
             | Self::Timeout { .. }

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::call::{CallAnswer, CallChunk};
+
 /// One step of a task, in order: `Started`, then `Token` and `Metrics`, then
 /// `End` exactly once, unless the stream fails first.
 #[derive(Debug, Clone, PartialEq)]
@@ -18,6 +20,10 @@ pub enum TokenEvent {
         tokens_in: u64,
         tokens_out: u64,
     },
+    /// One event of the answer to a call, instead of `Token`.
+    Chunk(CallChunk),
+    /// The whole answer to a call that does not stream; `End` follows.
+    Answer(CallAnswer),
     /// Figures in mid-stream, for verbose readers.
     Metrics(MetricsSnapshot),
     /// The answer is complete.

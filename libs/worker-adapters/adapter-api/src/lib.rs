@@ -5,9 +5,11 @@
 //! once a token has been handed out.
 //!
 //! - [`task`]: what is asked of an engine
+//! - [`call`]: requests in the engine's own API, passed on
 //! - [`event`]: what comes back, as a stream
 //! - [`error`]: how it fails
 
+pub mod call;
 pub mod error;
 pub mod event;
 pub mod task;
@@ -20,6 +22,7 @@ use async_trait::async_trait;
 use futures::Stream;
 use llama_orch_types::TaskId;
 
+pub use call::{CallAnswer, CallApi, CallChunk, EngineCall};
 pub use error::{TimeoutPhase, WorkerError};
 pub use event::{
     CancelReport, EndSummary, EngineHealth, EngineProps, FinishReason, MetricsSnapshot, TokenEvent,

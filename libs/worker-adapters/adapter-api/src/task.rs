@@ -3,6 +3,8 @@
 use llama_orch_types::TaskId;
 use serde::{Deserialize, Serialize};
 
+use crate::call::EngineCall;
+
 /// One task as the engine gets it: checked, complete, with nothing left to
 /// default.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,13 +21,16 @@ pub struct EngineTask {
     pub sampling: SamplingParams,
 }
 
-/// A text to continue, or a conversation to answer.
+/// A text to continue, a conversation to answer, or a call.
 #[derive(Debug, Clone, PartialEq)]
 pub enum TaskInput {
     /// Continued as it is, without a chat template.
     Prompt(String),
     /// Put through the model's own chat template.
     Messages(Vec<ChatMessage>),
+    /// A request in the engine's own API, which says everything itself: what else
+    /// the task holds but its id does not matter.
+    Call(EngineCall),
 }
 
 impl TaskInput {
@@ -38,6 +43,7 @@ impl TaskInput {
                 .iter()
                 .map(|message| message.role.len() + message.content.len())
                 .sum(),
+            Self::Call(call) => call.body.len(),
         }
     }
 }

@@ -67,6 +67,9 @@ impl LlamaCppAdapter {
                 let answer: TemplateAnswer = self.client.ask("/apply-template", &request).await?;
                 Ok(Cow::Owned(answer.prompt))
             }
+            TaskInput::Call(_) => Err(WorkerError::NotOffered {
+                what: "counting a call's tokens".to_owned(),
+            }),
         }
     }
 

@@ -169,6 +169,7 @@ fn count(input: &TaskInput) -> usize {
             .iter()
             .map(|message| message.content.split_whitespace().count())
             .sum(),
+        TaskInput::Call(call) => call.body.len(),
     }
 }
 

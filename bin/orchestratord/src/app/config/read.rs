@@ -25,9 +25,10 @@ pub(super) fn engine_kind<'de, D: Deserializer<'de>>(
     let text = String::deserialize(deserializer)?;
     match text.as_str() {
         "llamacpp" => Ok(EngineKind::Llamacpp),
+        "openai" => Ok(EngineKind::Openai),
         "mock" => Ok(EngineKind::Mock),
         other => Err(serde::de::Error::custom(format!(
-            "`{other}` is no engine; this build knows `llamacpp`"
+            "`{other}` is no engine; this build knows `llamacpp` and `openai`"
         ))),
     }
 }

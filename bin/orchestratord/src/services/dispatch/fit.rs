@@ -24,6 +24,11 @@ pub(super) async fn make_fit(
     context: &ProvisionedContext,
     submission: &mut Submission,
 ) -> Result<(), Trouble> {
+    if matches!(submission.task.input, TaskInput::Call(_)) {
+        // It says itself how much is wanted, and the engine whether that fits.
+        submission.fits = true;
+        return Ok(());
+    }
     let task = &mut submission.task;
     let model = context.model.as_ref();
     let template = model.and_then(|model| model.chat_template.as_deref());
@@ -62,7 +67,7 @@ fn certainly_fits(input: &TaskInput, template: Option<&str>, max_tokens: u32, ct
         (TaskInput::Messages(messages), Some(template)) => {
             template.len() + PER_MESSAGE * messages.len()
         }
-        (TaskInput::Messages(_), None) => return false,
+        (TaskInput::Messages(_), None) | (TaskInput::Call(_), _) => return false,
     };
     input.len_bytes() + added + max_tokens as usize <= ctx as usize
 }

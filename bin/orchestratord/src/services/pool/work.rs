@@ -59,9 +59,9 @@ impl Running {
     }
 
     /// Whether another engine can go on with it, or begin it anew without anybody
-    /// seeing it: the prompt's length comes with the first token.
+    /// seeing it.
     fn can_move(&self) -> bool {
-        self.record.resumes || self.record.tokens_in.get().is_none()
+        self.record.resumes || !self.record.is_answering()
     }
 }
 
@@ -217,6 +217,7 @@ impl Actor {
                 give_back: give_back.clone(),
                 not_freed: self.not_freed.clone(),
                 seen: Seen::default(),
+                pieces: 0,
             };
             let run = self.runs.spawn(run.run()).id();
             let running = Running {
