@@ -2,10 +2,11 @@
 
 import concurrent.futures
 import json
+import urllib.request
 
 import openai
 
-from checks import check, daemon_get, main, options, raises, same, wait_until_idle
+from checks import check, daemon_get, main, options, raises, same, wait_until, wait_until_idle
 
 OPTIONS = options()
 URL = OPTIONS.base_url + "/v1"
@@ -304,6 +305,37 @@ def a_client_that_gives_up_waiting_frees_its_slot():
     ask = lambda: chat(impatient, messages=LONG, max_tokens=2000, extra_body={"ignore_eos": True})
     raises(openai.APITimeoutError, ask)
     return wait_until_idle(limit=5)
+
+
+@check(daemon=True)
+def a_full_queue_is_a_rate_limit_that_passes():
+    model = OPTIONS.narrow_model
+    long = {"model": model, "messages": LONG, "max_tokens": 2000, "stream": True}
+    stream = chat(**long, extra_body={"ignore_eos": True})
+    next(stream)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        waiting = threads.submit(chat, model=model)
+
+        def pool():
+            [found] = [p for p in daemon_get("/v2/pools")["pools"] if p["pool_id"] == model]
+            return found["running"], found["queue"]["interactive"]
+
+        wait_until("one task runs and one waits", lambda: pool() == (1, 1))
+        error = raises(openai.RateLimitError, lambda: chat(model=model))
+        assert float(error.response.headers["Retry-After"]) > 0, error.response.headers
+        # The SDK tries again by itself, as often as it is told to.
+        patient = threads.submit(chat, client(max_retries=8), model=model)
+        wait_until("a second refusal", lambda: refusals(model) > 1)
+        stream.close()
+        same(patient.result(60).choices[0].message.content, waiting.result(60).choices[0].message.content)
+    return error.response.headers["Retry-After"], error.body
+
+
+def refusals(model):
+    with urllib.request.urlopen(OPTIONS.base_url + "/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    own = [line for line in lines if line.startswith("orchestratord_tasks_refused_total{")]
+    return sum(float(line.split()[-1]) for line in own if f'"{model}"' in line)
 
 
 @check
