@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use adapter_host::AdapterHost;
 use llama_orch_types::{ErrorCode, PoolId, TaskId};
@@ -35,6 +35,7 @@ pub struct AppState {
     /// `REQUIRE_REAL_LLAMA` is set.
     pub real_only: bool,
     pub started: Instant,
+    pub started_at: SystemTime,
     /// What the log was told of errors.
     pub repeats: Repeats,
     #[cfg(feature = "provisioning")]
