@@ -8,6 +8,7 @@
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use super::error::ErrorBody;
+use super::ollama::errors::OllamaError;
 use super::openai::errors::{AnthropicError, OpenAiError};
 use crate::services::event_log::Failure;
 
@@ -25,6 +26,7 @@ pub enum Dialect {
     Native,
     OpenAi,
     Anthropic,
+    Ollama,
 }
 
 impl Dialect {
@@ -37,6 +39,8 @@ impl Dialect {
             Self::Anthropic
         } else if below("/v1") || super::openai::is_short(path) {
             Self::OpenAi
+        } else if below("/api") {
+            Self::Ollama
         } else {
             Self::Native
         }
@@ -48,6 +52,7 @@ impl Dialect {
             Self::Native => "ErrorBody",
             Self::OpenAi => "OpenAiError",
             Self::Anthropic => "AnthropicError",
+            Self::Ollama => "OllamaError",
         }
     }
 
@@ -59,6 +64,7 @@ impl Dialect {
             }),
             Self::OpenAi => serde_json::to_vec(&OpenAiError::of(status, failure)),
             Self::Anthropic => serde_json::to_vec(&AnthropicError::of(status, failure)),
+            Self::Ollama => serde_json::to_vec(&OllamaError::of(failure)),
         };
         // They are strings and numbers, which JSON always holds.
         written.unwrap_or_default()
@@ -66,7 +72,7 @@ impl Dialect {
 
     /// Adds what its clients look for beside `Retry-After`.
     pub fn error_headers(self, headers: &mut HeaderMap, failure: &Failure) {
-        if self == Self::Native {
+        if matches!(self, Self::Native | Self::Ollama) {
             return;
         }
         if let Some(after) = failure.retry_after_ms {
@@ -95,6 +101,9 @@ mod tests {
             ("/v10", Dialect::Native),
             ("/v2/tasks", Dialect::Native),
             ("/health", Dialect::Native),
+            ("/api/chat", Dialect::Ollama),
+            ("/api/nothing", Dialect::Ollama),
+            ("/apis", Dialect::Native),
             ("", Dialect::Native),
         ] {
             assert_eq!(Dialect::of(path), dialect, "{path}");

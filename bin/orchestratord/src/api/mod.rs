@@ -12,6 +12,7 @@ pub mod error;
 pub mod health;
 pub mod meta;
 pub mod metrics;
+pub mod ollama;
 pub mod openai;
 pub mod outcome;
 pub mod panics;

@@ -20,10 +20,11 @@ use super::config::Limits;
 use super::state::AppState;
 use crate::api::dialect::Dialect;
 use crate::api::error::ApiError;
+use crate::api::ollama::errors::OllamaError;
 use crate::api::openai::errors::{AnthropicError, OpenAiError};
 use crate::api::streams::{self, StreamCounts};
 use crate::api::{
-    admin, auth, catalog, correlation, health, meta, metrics, openai, panics, pools, tasks,
+    admin, auth, catalog, correlation, health, meta, metrics, ollama, openai, panics, pools, tasks,
 };
 
 #[derive(OpenApi)]
@@ -38,10 +39,11 @@ use crate::api::{
         (name = "catalog", description = "Models on this machine"),
         (name = "admin", description = "Change the configuration while it runs"),
         (name = "clients", description = "For clients of OpenAI's and Anthropic's APIs"),
+        (name = "ollama", description = "For clients of Ollama's API"),
         (name = "meta", description = "What answers here"),
         (name = "health", description = "For supervisors and monitoring"),
     ),
-    components(schemas(OpenAiError, AnthropicError))
+    components(schemas(OpenAiError, AnthropicError, OllamaError))
 )]
 struct Description;
 
@@ -49,6 +51,10 @@ fn described_routes(streams: Arc<StreamCounts>) -> OpenApiRouter<Arc<AppState>> 
     let streaming = OpenApiRouter::new()
         .routes(routes!(tasks::events))
         .merge(openai::call_routes().into())
+        .routes(routes!(ollama::calls::chat))
+        .routes(routes!(ollama::calls::generate))
+        .routes(routes!(ollama::embed::embed))
+        .routes(routes!(ollama::embed::embeddings))
         .route_layer(from_fn_with_state(streams, streams::bounded));
     OpenApiRouter::with_openapi(Description::openapi())
         .routes(routes!(health::health))
@@ -68,6 +74,13 @@ fn described_routes(streams: Arc<StreamCounts>) -> OpenApiRouter<Arc<AppState>> 
         .routes(routes!(admin::reload, admin::show))
         .routes(routes!(openai::models::list))
         .routes(routes!(openai::models::show))
+        .routes(routes!(ollama::routes::root))
+        .routes(routes!(ollama::routes::version))
+        .routes(routes!(ollama::routes::pull))
+        .routes(routes!(ollama::models::tags))
+        .routes(routes!(ollama::models::show))
+        .routes(routes!(ollama::models::ps))
+        .merge(ollama::routes::not_offered().into())
 }
 
 /// Adds what holds for many routes: the token, and what may be answered before

@@ -18,7 +18,7 @@ mod answers;
 pub mod errors;
 mod measure;
 pub mod models;
-mod request;
+pub(super) mod request;
 mod routes;
 mod stream;
 

@@ -19,7 +19,7 @@ const MAX_DEPTH: usize = 127;
 /// without being built.
 #[derive(Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
-pub(super) struct Asked {
+pub(in crate::api) struct Asked {
     pub(super) model: Option<String>,
     pub(super) stream: Option<bool>,
     pub(super) stream_options: Option<StreamOptions>,
@@ -36,7 +36,7 @@ fn invalid(message: impl Into<String>) -> Failure {
 }
 
 impl Asked {
-    pub(super) fn read(body: &[u8], max_text_bytes: u64) -> Result<Self, Failure> {
+    pub(in crate::api) fn read(body: &[u8], max_text_bytes: u64) -> Result<Self, Failure> {
         // A list would otherwise be taken for the keys in their order.
         if body.trim_ascii_start().first() != Some(&b'{') {
             return Err(invalid("the body must be a JSON object"));
@@ -74,14 +74,14 @@ impl Asked {
 
 /// What no body of these APIs has a place for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Wishes {
-    pub(super) priority: Priority,
-    pub(super) start_within: Option<Duration>,
-    pub(super) cancel_on_disconnect: bool,
+pub(in crate::api) struct Wishes {
+    pub(in crate::api) priority: Priority,
+    pub(in crate::api) start_within: Option<Duration>,
+    pub(in crate::api) cancel_on_disconnect: bool,
 }
 
 impl Wishes {
-    pub(super) fn read(headers: &HeaderMap) -> Result<Self, Failure> {
+    pub(in crate::api) fn read(headers: &HeaderMap) -> Result<Self, Failure> {
         let priority = match header(headers, "x-priority")? {
             None | Some("interactive") => Priority::Interactive,
             Some("batch") => Priority::Batch,
