@@ -83,8 +83,8 @@ impl Reading {
     async fn next(&mut self) -> Option<Piece> {
         loop {
             if let Some((block, rest)) = self.buffer.split_once("\n\n") {
-                let piece = Piece::parse(block);
-                self.buffer = rest.to_owned();
+                let (piece, rest) = (Piece::parse(block), rest.to_owned());
+                self.buffer = rest;
                 return Some(piece);
             }
             let more = tokio::time::timeout(DEADLINE, self.body.next()).await;
