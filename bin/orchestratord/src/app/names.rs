@@ -133,19 +133,18 @@ fn not_known(pools: &[Facts<'_>], name: &str) -> Failure {
     const SHOWN: usize = 20;
     let name = shortened(name);
     let known: Vec<&str> = pools.iter().flat_map(Facts::names).collect();
-    let hint = match provision_kit::config::nearest(name, known.iter().copied()) {
-        Some(nearest) => format!("did you mean `{nearest}`?"),
-        None => {
-            let mut names: Vec<&str> = Vec::new();
-            for known in known {
-                if !names.contains(&known) {
-                    names.push(known);
-                }
+    let hint = if let Some(nearest) = provision_kit::config::nearest(name, known.iter().copied()) {
+        format!("did you mean `{nearest}`?")
+    } else {
+        let mut names: Vec<&str> = Vec::new();
+        for known in known {
+            if !names.contains(&known) {
+                names.push(known);
             }
-            let more = if names.len() > SHOWN { ", …" } else { "" };
-            names.truncate(SHOWN);
-            format!("the names are: {}{more}", names.join(", "))
         }
+        let more = if names.len() > SHOWN { ", …" } else { "" };
+        names.truncate(SHOWN);
+        format!("the names are: {}{more}", names.join(", "))
     };
     Failure::new(ErrorCode::ModelNotFound, format!("no pool serves `{name}`")).with_hint(hint)
 }

@@ -198,6 +198,27 @@ mod tests {
             paths["/health"]["get"]["security"].is_null(),
             "it needs no token"
         );
+        // Errors have the shape of the API that is asked.
+        for (route, shape) in [
+            ("/v1/chat/completions", "OpenAiError"),
+            ("/rerank", "OpenAiError"),
+            ("/v1/messages", "AnthropicError"),
+        ] {
+            let responses = &paths[route]["post"]["responses"];
+            for status in ["400", "401", "403", "404", "408", "413", "429", "503"] {
+                let body = &responses[status]["content"]["application/json"]["schema"];
+                let reference = format!("#/components/schemas/{shape}");
+                assert_eq!(body["$ref"], reference, "{route} {status}");
+            }
+            assert!(description["components"]["schemas"][shape].is_object());
+            let required = &paths[route]["post"]["requestBody"]["required"];
+            assert_eq!(*required, true, "{route}");
+        }
+        let chat = &paths["/v1/chat/completions"]["post"]["responses"]["200"]["content"];
+        assert!(chat["text/event-stream"].is_object() && chat["application/json"].is_object());
+        let models = &paths["/v1/models"]["get"]["responses"];
+        let body = &models["401"]["content"]["application/json"]["schema"]["$ref"];
+        assert_eq!(*body, "#/components/schemas/OpenAiError");
         // Bodies that may be left out are not called required.
         for route in ["drain", "reload"] {
             let body = &paths[format!("/v2/pools/{{id}}/{route}")]["post"]["requestBody"];

@@ -51,6 +51,8 @@ pub struct AnthropicErrorDetails {
     pub kind: String,
     /// With the hint.
     pub message: String,
+    /// As in `OpenAI`'s shape; Anthropic has none.
+    pub code: String,
     #[serde(flatten)]
     pub more: MoreDetails,
 }
@@ -109,6 +111,7 @@ impl AnthropicError {
             error: AnthropicErrorDetails {
                 kind: anthropic_kind(status).to_owned(),
                 message: in_one(failure),
+                code: code(failure.code),
                 more: MoreDetails::of(failure),
             },
             request_id: failure.correlation_id.clone(),
@@ -263,8 +266,8 @@ mod tests {
             .with_hint("did you mean `y`?");
         failure.correlation_id = Some("c-1".to_owned());
         let openai = serde_json::to_string(&OpenAiError::of(StatusCode::NOT_FOUND, &failure));
-        insta::assert_snapshot!(openai.unwrap(), @"");
+        insta::assert_snapshot!(openai.unwrap(), @r#"{"error":{"message":"no pool serves `x` (did you mean `y`?)","type":"invalid_request_error","param":"model","code":"model_not_found","hint":"did you mean `y`?","retriable":false,"correlation_id":"c-1"}}"#);
         let anthropic = serde_json::to_string(&AnthropicError::of(StatusCode::NOT_FOUND, &failure));
-        insta::assert_snapshot!(anthropic.unwrap(), @"");
+        insta::assert_snapshot!(anthropic.unwrap(), @r#"{"type":"error","error":{"type":"not_found_error","message":"no pool serves `x` (did you mean `y`?)","code":"model_not_found","hint":"did you mean `y`?","retriable":false,"correlation_id":"c-1"},"request_id":"c-1"}"#);
     }
 }

@@ -175,7 +175,6 @@ fn is_usage_alone(data: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
-    use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
     use crate::services::event_log::{End, EventLog, Started, Token};
@@ -324,29 +323,23 @@ mod tests {
             keep_alive: Duration::from_millis(1),
             ..rendering(CallApi::ChatCompletions)
         };
-        let gone = Arc::new(AtomicBool::new(false));
-        struct Reader(Arc<AtomicBool>);
-        impl Drop for Reader {
-            fn drop(&mut self) {
-                self.0.store(true, Ordering::Relaxed);
-            }
-        }
-        let reader = Reader(Arc::clone(&gone));
+        let reader = Arc::new(());
+        let held = Arc::clone(&reader);
         let status = || Some("preparing: x".to_owned());
         let stream = render(
             vec![started()],
             log.cursor(0),
             hasty,
             String::new(),
-            reader,
+            held,
             status,
         );
         let mut stream = Box::pin(stream);
         for _ in 0..3 {
             assert_eq!(stream.next().await.unwrap().unwrap(), ": preparing: x\n\n");
         }
-        assert!(!gone.load(Ordering::Relaxed));
+        assert_eq!(Arc::strong_count(&reader), 2, "the reader is there");
         drop(stream);
-        assert!(gone.load(Ordering::Relaxed));
+        assert_eq!(Arc::strong_count(&reader), 1, "and leaves with its stream");
     }
 }
