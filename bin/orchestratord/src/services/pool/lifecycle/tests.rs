@@ -12,7 +12,7 @@ fn machine() -> (Lifecycle, Instant) {
         restart: RestartPolicy::default(),
         drain: SOON,
     };
-    (Lifecycle::new(policy, now), now)
+    (Lifecycle::new(policy, false, now), now)
 }
 
 fn ready() -> (Lifecycle, Instant) {
