@@ -134,13 +134,14 @@ impl Actor {
 
     /// Sees who has left the line, whose engine is gone, and what was measured.
     fn take_back(&mut self) {
-        self.line.retain(|waiting| !waiting.command.reply.is_closed());
+        self.line
+            .retain(|waiting| !waiting.command.reply.is_closed());
         for (pool, held) in &mut self.held {
             held.promises.retain_mut(|promise| {
                 let used = *promise.measured.borrow_and_update();
                 if used != Needs::default() {
                     promise.promised = self.rules.budget.cut(corrected(promise.estimated, used));
-                    if self.learnt.len() >= REMEMBERED {
+                    if self.learnt.len() >= REMEMBERED && !self.learnt.contains_key(&promise.key) {
                         self.learnt.pop_first();
                     }
                     let known = self.learnt.entry(promise.key.clone()).or_default();
@@ -165,8 +166,8 @@ impl Actor {
         for decision in decisions {
             match decision {
                 Decision::Grant { waiter, promised } => self.grant(waiter, promised, now),
-                Decision::Evict(pool) => self.ask(&pool, Unloading::IfIdle),
-                Decision::Yield(pool) => self.ask(&pool, Unloading::Yield),
+                Decision::Evict { pool, whom } => self.ask(&pool, Unloading::IfIdle, whom),
+                Decision::Yield { pool, whom } => self.ask(&pool, Unloading::Yield, whom),
                 Decision::Wait { waiter, why } => self.tell(waiter, why),
                 Decision::Never { waiter, why } => {
                     if let Some(waiting) = self.leave(waiter) {
@@ -256,14 +257,14 @@ impl Actor {
         let _ = reply.send(Ok(lease));
     }
 
-    fn ask(&mut self, pool: &PoolId, how: Unloading) {
+    fn ask(&mut self, pool: &PoolId, how: Unloading, whom: PoolId) {
         let Some(held) = self.held.get_mut(pool) else {
             return;
         };
         held.asking = true;
         let (pool, resident) = (pool.clone(), Arc::clone(&held.resident));
         self.asks.spawn(async move {
-            let answer = resident.unload(how).await;
+            let answer = resident.unload(how, &whom).await;
             (pool, how, answer)
         });
     }
@@ -299,7 +300,12 @@ impl Actor {
         let view = self.show();
         let by_kind = [
             ("ram", view.promised.ram, view.measured.ram, view.budget.ram),
-            ("vram", view.promised.vram, view.measured.vram, view.budget.vram),
+            (
+                "vram",
+                view.promised.vram,
+                view.measured.vram,
+                view.budget.vram,
+            ),
         ];
         for (kind, promised, measured, budget) in by_kind {
             gauge!(telemetry::MEMORY_PROMISED, "kind" => kind).set(promised as f64);

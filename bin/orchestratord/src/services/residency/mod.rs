@@ -8,6 +8,7 @@
 
 mod actor;
 pub mod plan;
+mod pools;
 mod resident;
 #[cfg(test)]
 mod tests;
@@ -30,9 +31,7 @@ pub use self::view::{LeaseView, MemoryView, PoolMemory, WaiterView};
 const COMMAND_QUEUE: usize = 64;
 
 /// Memory in bytes: what an engine needs, or was promised, or uses.
-#[derive(
-    Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema,
-)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 pub struct Needs {
     /// Main memory, in bytes.
     pub ram: u64,
@@ -102,9 +101,8 @@ impl Budget {
 
     /// As much of it as there is at all.
     fn cut(&self, needs: Needs) -> Needs {
-        let cut = |needs: u64, limit: Option<Limit>| {
-            limit.map_or(needs, |limit| needs.min(limit.bytes))
-        };
+        let cut =
+            |needs: u64, limit: Option<Limit>| limit.map_or(needs, |limit| needs.min(limit.bytes));
         Needs {
             ram: cut(needs.ram, self.ram),
             vram: cut(needs.vram, self.vram),

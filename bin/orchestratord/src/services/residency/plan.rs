@@ -84,14 +84,29 @@ pub struct View<'a> {
 /// What is to be done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Decision {
-    Grant { waiter: u64, promised: Needs },
-    /// Unload a pool that has no task.
-    Evict(PoolId),
-    /// Ask a pool to finish what runs and to make way.
-    Yield(PoolId),
-    Wait { waiter: u64, why: Wait },
+    Grant {
+        waiter: u64,
+        promised: Needs,
+    },
+    /// Unload a pool that has no task, for another one.
+    Evict {
+        pool: PoolId,
+        whom: PoolId,
+    },
+    /// Ask a pool to finish what runs and to make way for another one.
+    Yield {
+        pool: PoolId,
+        whom: PoolId,
+    },
+    Wait {
+        waiter: u64,
+        why: Wait,
+    },
     /// It is no use to wait.
-    Never { waiter: u64, why: Never },
+    Never {
+        waiter: u64,
+        why: Never,
+    },
 }
 
 /// The decisions, and when to look again though nothing happens.
@@ -358,7 +373,7 @@ impl<'a> Planner<'a> {
             }
             !spared
         });
-        self.ask(&chosen);
+        self.ask(&chosen, &waiter.pool);
         self.coming = coming;
         match chosen.iter().max_by_key(|tenant| tasks(tenant)) {
             Some(tenant) => Wait::Leaving {
@@ -370,16 +385,15 @@ impl<'a> Planner<'a> {
     }
 
     /// Those with tasks first: while they finish, the others may still serve.
-    fn ask(&mut self, chosen: &[&Tenant]) {
+    fn ask(&mut self, chosen: &[&Tenant], whom: &PoolId) {
         let any_busy = chosen.iter().any(|tenant| tasks(tenant) > 0);
         for tenant in chosen {
             self.going.insert(tenant.pool.clone());
+            let (pool, whom) = (tenant.pool.clone(), whom.clone());
             if tasks(tenant) > 0 {
-                let ask = Decision::Yield(tenant.pool.clone());
-                self.plan.decisions.push(ask);
+                self.plan.decisions.push(Decision::Yield { pool, whom });
             } else if !any_busy {
-                let ask = Decision::Evict(tenant.pool.clone());
-                self.plan.decisions.push(ask);
+                self.plan.decisions.push(Decision::Evict { pool, whom });
             }
         }
     }

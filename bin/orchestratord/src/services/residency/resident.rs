@@ -19,6 +19,19 @@ pub struct Seen {
     pub load_took: Duration,
 }
 
+impl Seen {
+    /// Whether nothing differs but how many tasks a busy pool has.
+    pub fn is_like(self, other: Self) -> bool {
+        let busy = |seen: Self| matches!(seen.activity, Activity::Busy { .. });
+        let activity = if busy(self) && busy(other) {
+            self.activity
+        } else {
+            other.activity
+        };
+        self == Self { activity, ..other }
+    }
+}
+
 /// How a pool is to give its memory back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unloading {
@@ -36,10 +49,10 @@ pub trait Resident: Debug + Send + Sync {
     /// As it is now.
     fn seen(&self) -> Seen;
 
-    /// Waits until it is seen otherwise; `false` if it never will be again.
+    /// Waits until it is seen otherwise (see [`Seen::is_like`]); `false` if it never will be again.
     async fn differs(&self, from: Seen) -> bool;
 
-    /// Asks it to give its memory back. Answers at once; that it refuses, and
+    /// Asks it to give its memory back for another pool. Answers at once; that it refuses, and
     /// says why, is nothing special. Once it has agreed it is seen as leaving.
-    async fn unload(&self, how: Unloading) -> Result<(), String>;
+    async fn unload(&self, how: Unloading, whom: &PoolId) -> Result<(), String>;
 }
