@@ -1,6 +1,7 @@
 //! Which pools are in memory, and how much of it they may take together.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use llama_orch_types::PoolId;
 use provision_kit::rate::ByteSize;
@@ -8,6 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::read::{ranged, ranged_option};
+use crate::services::residency::{Group, Rules};
 
 /// When a pool's engine is loaded.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -61,6 +63,20 @@ pub struct GroupConfig {
     #[serde(default = "one", deserialize_with = "ranged::<_, u32, 1, 1000>")]
     #[schemars(range(min = 1, max = 1000))]
     pub at_most: u32,
+}
+
+impl MemoryConfig {
+    /// By what rules memory is given out, apart from how much there is.
+    pub fn rules(&self) -> Rules {
+        let group = |group: &GroupConfig| Group {
+            pools: group.pools.iter().cloned().collect(),
+            at_most: group.at_most as usize,
+        };
+        Rules {
+            groups: self.groups.values().map(group).collect(),
+            min_dwell: self.min_dwell_seconds.map(Duration::from_secs),
+        }
+    }
 }
 
 fn one() -> u32 {

@@ -12,7 +12,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::plan::{Activity, Decision, Plan, Tenant, View, Wait, Waiter, plan};
 use super::view::{LeaseView, MemoryView, PoolMemory, WaiterView};
-use super::{Claim, Lease, Needs, Refused, Resident, Rules, Seen, Unloading};
+use super::{Budget, Claim, Lease, Needs, Refused, Resident, Rules, Seen, Unloading};
 use crate::services::telemetry;
 
 /// When a pool that would not go is asked again.
@@ -57,6 +57,7 @@ struct Waiting {
 
 struct Actor {
     rules: Rules,
+    budget: Budget,
     poke: Arc<Notify>,
     held: BTreeMap<PoolId, Held>,
     line: Vec<Waiting>,
@@ -72,12 +73,14 @@ struct Actor {
 
 pub(super) fn spawn(
     rules: Rules,
+    budget: impl Future<Output = Budget> + Send + 'static,
     commands: mpsc::Receiver<Command>,
     poke: Arc<Notify>,
 ) -> watch::Receiver<MemoryView> {
     let (view, seen) = watch::channel(MemoryView::default());
-    let actor = Actor {
+    let mut actor = Actor {
         rules,
+        budget: Budget::default(),
         poke,
         held: BTreeMap::new(),
         line: Vec::new(),
@@ -89,9 +92,12 @@ pub(super) fn spawn(
         look_again: None,
         view,
     };
-    actor.publish();
     // Owned by the handles: it ends with the last of them.
-    tokio::spawn(actor.run(commands));
+    tokio::spawn(async move {
+        actor.budget = budget.await;
+        actor.publish();
+        actor.run(commands).await;
+    });
     seen
 }
 
@@ -140,7 +146,7 @@ impl Actor {
             held.promises.retain_mut(|promise| {
                 let used = *promise.measured.borrow_and_update();
                 if used != Needs::default() {
-                    promise.promised = self.rules.budget.cut(corrected(promise.estimated, used));
+                    promise.promised = self.budget.cut(corrected(promise.estimated, used));
                     if self.learnt.len() >= REMEMBERED && !self.learnt.contains_key(&promise.key) {
                         self.learnt.pop_first();
                     }
@@ -197,7 +203,7 @@ impl Actor {
             })
             .collect();
         let view = View {
-            budget: &self.rules.budget,
+            budget: &self.budget,
             groups: &self.rules.groups,
             min_dwell: self.rules.min_dwell,
             tenants: &tenants,
@@ -335,7 +341,7 @@ impl Actor {
         }
         let sum = |sum: Needs, lease: &LeaseView| sum.plus(lease.promised);
         MemoryView {
-            budget: self.rules.budget,
+            budget: self.budget,
             promised: loaded.iter().fold(Needs::default(), sum),
             measured,
             swaps: self.swaps,

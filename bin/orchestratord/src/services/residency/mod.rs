@@ -144,7 +144,6 @@ pub struct Group {
 /// By what rules memory is given out.
 #[derive(Debug, Clone, Default)]
 pub struct Rules {
-    pub budget: Budget,
     pub groups: Vec<Group>,
     /// `None`: by each pool's own load.
     pub min_dwell: Option<Duration>,
@@ -161,10 +160,11 @@ pub struct Claim {
 }
 
 /// Why there is no lease.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
+    #[error("{0}")]
     Never(Never),
-    /// The daemon ends.
+    #[error("the daemon ends")]
     Over,
 }
 
@@ -221,11 +221,12 @@ impl Drop for LeavesLine {
 }
 
 impl Residency {
-    /// Starts the actor. It ends when all handles are gone.
-    pub fn start(rules: Rules) -> Self {
+    /// Starts the actor. It ends when all handles are gone. Nothing is given out
+    /// before the budget is known.
+    pub fn start(rules: Rules, budget: impl Future<Output = Budget> + Send + 'static) -> Self {
         let (commands, receiver) = mpsc::channel(COMMAND_QUEUE);
         let poke = Arc::new(Notify::new());
-        let view = actor::spawn(rules, receiver, Arc::clone(&poke));
+        let view = actor::spawn(rules, budget, receiver, Arc::clone(&poke));
         Self {
             commands,
             poke,

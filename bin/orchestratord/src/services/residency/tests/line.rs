@@ -13,10 +13,8 @@ const DEADLINE: Duration = Duration::from_secs(20);
 
 fn of(bytes: u64, by_hand: bool) -> Residency {
     let ram = Some(Limit { bytes, by_hand });
-    Residency::start(Rules {
-        budget: Budget { ram, vram: None },
-        ..Rules::default()
-    })
+    let budget = Budget { ram, vram: None };
+    Residency::start(Rules::default(), std::future::ready(budget))
 }
 
 async fn soon<T>(what: impl Future<Output = T>) -> T {
@@ -203,10 +201,11 @@ async fn a_group_has_so_many_seats() {
         pools: ["a", "b"].iter().map(|id| id.parse().unwrap()).collect(),
         at_most: 1,
     };
-    let residency = Residency::start(Rules {
+    let rules = Rules {
         groups: vec![group],
         ..Rules::default()
-    });
+    };
+    let residency = Residency::start(rules, std::future::ready(Budget::default()));
     let (a, b, c) = (Double::new("a"), Double::new("b"), Double::new("c"));
     let lease = get(&residency, a.claim(1)).await;
     a.idle();
