@@ -9,6 +9,7 @@ pub mod catalog;
 pub mod correlation;
 pub mod error;
 pub mod health;
+pub mod memory;
 pub mod meta;
 pub mod metrics;
 pub mod panics;

@@ -22,6 +22,7 @@ use crate::app::config::LoadPolicy;
 use crate::app::state::AppState;
 use crate::services::event_log::Failure;
 use crate::services::pool::{Phase, PoolHandle, PoolSnapshot, ReloadView, Restarts, Transition};
+use crate::services::residency::{MemoryView, PoolMemory};
 
 /// Log lines that a view shows.
 const LOG_LINES: usize = 20;
@@ -97,6 +98,9 @@ pub struct PoolView {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error_at: Option<String>,
     pub preparation: Preparation,
+    /// What its engine needs of memory, once it has asked for some.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<PoolMemory>,
 }
 
 /// One change of a pool's state.
@@ -242,15 +246,28 @@ impl PoolView {
             last_error: snapshot.last_error,
             last_error_at: snapshot.last_error_at.map(rfc3339),
             preparation: Preparation::of(pool),
+            memory: None,
         }
+    }
+
+    /// With what is known of its memory.
+    pub fn with_memory(mut self, memory: &MemoryView) -> Self {
+        let own = memory
+            .pools
+            .iter()
+            .find(|(id, _)| id.as_str() == self.pool_id);
+        self.memory = own.map(|(_, memory)| *memory);
+        self
     }
 }
 
 /// All pools.
 #[utoipa::path(get, path = "/v2/pools", tag = "pools", responses((status = 200, body = PoolsView)))]
 pub async fn list(State(state): State<Arc<AppState>>) -> Json<PoolsView> {
+    let (memory, pools) = (state.residency.view(), state.pools.get());
+    let view = |pool| PoolView::brief(pool).with_memory(&memory);
     Json(PoolsView {
-        pools: state.pools.get().values().map(PoolView::brief).collect(),
+        pools: pools.values().map(view).collect(),
     })
 }
 
@@ -265,7 +282,8 @@ pub async fn show(
     path: Result<Path<String>, PathRejection>,
 ) -> Result<Json<PoolView>, ApiError> {
     let Path(id) = path?;
-    Ok(Json(PoolView::of(&state.pool(&id)?)))
+    let view = PoolView::of(&state.pool(&id)?);
+    Ok(Json(view.with_memory(&state.residency.view())))
 }
 
 /// Whether a pool serves: 200 if it is ready, or unloaded and so would be by its

@@ -21,7 +21,9 @@ use super::state::AppState;
 use crate::api::error::ApiError;
 use crate::api::pools::requests;
 use crate::api::streams::{self, StreamCounts};
-use crate::api::{admin, auth, catalog, correlation, health, meta, metrics, panics, pools, tasks};
+use crate::api::{
+    admin, auth, catalog, correlation, health, memory, meta, metrics, panics, pools, tasks,
+};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -60,6 +62,7 @@ fn described_routes(streams: Arc<StreamCounts>) -> OpenApiRouter<Arc<AppState>> 
         .routes(routes!(requests::drain))
         .routes(routes!(requests::resume))
         .routes(routes!(requests::reload))
+        .routes(routes!(memory::show))
         .routes(routes!(meta::capabilities))
         .routes(routes!(catalog::models))
         .routes(routes!(admin::reload, admin::show))
