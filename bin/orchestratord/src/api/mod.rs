@@ -10,6 +10,7 @@ pub mod correlation;
 pub mod dialect;
 pub mod error;
 pub mod health;
+pub mod memory;
 pub mod meta;
 pub mod metrics;
 pub mod ollama;

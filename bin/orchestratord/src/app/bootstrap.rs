@@ -38,6 +38,7 @@ use super::shutdown::Shutdown;
 use super::state::AppState;
 use crate::api::repeats::Repeats;
 use crate::services::pool::Leaving;
+use crate::services::residency::Residency;
 use crate::services::tasks::{Retention, TaskRegistry};
 use crate::telemetry_recorder;
 
@@ -257,6 +258,7 @@ pub fn start(plan: Plan) -> Result<App, StartError> {
         next_token_timeout: Duration::from_secs(config.tasks.next_token_seconds),
         ..HostSettings::default()
     });
+    let residency = Residency::start(config.memory.rules(), budget(config.memory.clone()));
     let (reloads, commands) = reload::channel();
     let state = Arc::new(AppState {
         tasks: TaskRegistry::new(Retention {
@@ -265,6 +267,7 @@ pub fn start(plan: Plan) -> Result<App, StartError> {
             bytes: usize::try_from(config.tasks.keep_bytes).unwrap_or(usize::MAX),
         }),
         host: host.clone(),
+        residency: residency.clone(),
         metrics: telemetry_recorder(),
         token: Current::new(plan.token.clone()),
         max_body_bytes: usize::try_from(config.tasks.max_body_bytes).unwrap_or(usize::MAX),
@@ -289,6 +292,8 @@ pub fn start(plan: Plan) -> Result<App, StartError> {
         #[cfg(feature = "provisioning")]
         dirs,
         host,
+        #[cfg(feature = "provisioning")]
+        residency,
         reporter: Arc::clone(&plan.reporter),
         supervisors: background.clone(),
         stop: stop.clone(),
@@ -300,6 +305,15 @@ pub fn start(plan: Plan) -> Result<App, StartError> {
         background,
         stop,
     })
+}
+
+#[cfg(feature = "provisioning")]
+use crate::provisioning::machine::budget;
+
+/// A build that starts no engines promises no memory.
+#[cfg(not(feature = "provisioning"))]
+async fn budget(_: super::config::MemoryConfig) -> crate::services::residency::Budget {
+    crate::services::residency::Budget::default()
 }
 
 impl App {

@@ -17,6 +17,7 @@ use crate::api::repeats::Repeats;
 use crate::services::event_log::Failure;
 use crate::services::failure::shortened;
 use crate::services::pool::PoolHandle;
+use crate::services::residency::Residency;
 use crate::services::tasks::{TaskRecord, TaskRegistry};
 
 #[derive(Debug)]
@@ -27,6 +28,8 @@ pub struct AppState {
     pub reloads: ReloadHandle,
     pub tasks: TaskRegistry,
     pub host: AdapterHost,
+    /// Who has memory, and who waits for it.
+    pub residency: Residency,
     pub metrics: PrometheusHandle,
     /// As the pools: set by the reloader alone.
     pub token: Current<Option<Token>>,

@@ -23,6 +23,11 @@ pub const LOADS: &str = "orchestratord_pool_loads_total";
 pub const UNLOADS: &str = "orchestratord_pool_unloads_total";
 pub const LOAD_TIME: &str = "orchestratord_pool_load_seconds";
 pub const READY_AFTER: &str = "orchestratord_pool_ready_after_seconds";
+pub const MEMORY_SWAPS: &str = "orchestratord_memory_swaps_total";
+pub const MEMORY_WAIT: &str = "orchestratord_memory_wait_seconds";
+pub const MEMORY_PROMISED: &str = "orchestratord_memory_promised_bytes";
+pub const MEMORY_MEASURED: &str = "orchestratord_memory_measured_bytes";
+pub const MEMORY_BUDGET: &str = "orchestratord_memory_budget_bytes";
 
 /// Bucket bounds in seconds: from a cached first token to a long build.
 pub const BUCKETS: &[f64] = &[
@@ -60,6 +65,30 @@ pub fn describe() {
     describe_counter!(
         TURNED_AWAY,
         "Connections turned away, since `limits.connections` were open"
+    );
+    describe_counter!(
+        MEMORY_SWAPS,
+        "Pools that were unloaded to make room for others, by pool"
+    );
+    describe_histogram!(
+        MEMORY_WAIT,
+        Unit::Seconds,
+        "How long an engine's start waited for memory, by pool"
+    );
+    describe_gauge!(
+        MEMORY_PROMISED,
+        Unit::Bytes,
+        "Memory promised to engines, by kind (ram, vram)"
+    );
+    describe_gauge!(
+        MEMORY_MEASURED,
+        Unit::Bytes,
+        "Memory that engines were measured to use, by kind"
+    );
+    describe_gauge!(
+        MEMORY_BUDGET,
+        Unit::Bytes,
+        "What all engines may take together, by kind"
     );
     describe_histogram!(
         QUEUE_WAIT,

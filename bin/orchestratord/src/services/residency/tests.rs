@@ -1,0 +1,6 @@
+//! The plan under a simulated clock, and the actor with pools that only say
+//! what they do.
+
+mod doubles;
+mod line;
+mod simulation;
