@@ -186,3 +186,66 @@ impl<'a> Cursor<'a> {
         Ok(start..self.at)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(bytes: &mut Vec<u8>, text: &str) {
+        bytes.extend((text.len() as u64).to_le_bytes());
+        bytes.extend(text.as_bytes());
+    }
+
+    /// A file with a name, a list to be stepped over, and two tensors.
+    fn small(kind: u32) -> Vec<u8> {
+        let mut bytes = b"GGUF".to_vec();
+        bytes.extend(3_u32.to_le_bytes());
+        bytes.extend(2_u64.to_le_bytes());
+        bytes.extend(2_u64.to_le_bytes());
+        text(&mut bytes, "words");
+        bytes.extend(LIST.to_le_bytes());
+        bytes.extend(TEXT.to_le_bytes());
+        bytes.extend(1_u64.to_le_bytes());
+        text(&mut bytes, "word");
+        text(&mut bytes, "general.name");
+        bytes.extend(TEXT.to_le_bytes());
+        text(&mut bytes, "first");
+        for (name, offset) in [("other", 0_u64), (TENSOR, 32)] {
+            text(&mut bytes, name);
+            bytes.extend(1_u32.to_le_bytes());
+            bytes.extend(2_u64.to_le_bytes());
+            bytes.extend(kind.to_le_bytes());
+            bytes.extend(offset.to_le_bytes());
+        }
+        bytes.resize(bytes.len().next_multiple_of(32) + 32, 0);
+        bytes.extend(1.0_f32.to_le_bytes());
+        bytes.extend(1.0_f32.to_le_bytes());
+        bytes
+    }
+
+    #[test]
+    fn only_name_and_tensor_change() {
+        let before = small(0);
+        let mut after = before.clone();
+        change(&mut after).unwrap();
+        assert_eq!(after.len(), before.len());
+        let name = before.windows(5).position(|five| five == b"first").unwrap();
+        assert_eq!(&after[name..name + 5], b"twint");
+        let end = before.len() - 8;
+        assert_eq!(after[end..end + 4], 1.4_f32.to_le_bytes());
+        assert_eq!(after[end + 4..], 0.7_f32.to_le_bytes());
+        let changed = (0..end).filter(|&at| before[at] != after[at]);
+        assert!(changed.into_iter().all(|at| (name..name + 4).contains(&at)));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let whole = small(0);
+        for length in 0..whole.len() {
+            assert!(change(&mut whole[..length].to_vec()).is_err(), "{length}");
+        }
+        let mut coarse = small(3);
+        let refused = Malformed("the tensor is not of 32-bit floats");
+        assert_eq!(change(&mut coarse), Err(refused));
+    }
+}
