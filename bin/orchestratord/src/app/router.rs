@@ -22,6 +22,7 @@ use crate::api::dialect::Dialect;
 use crate::api::error::ApiError;
 use crate::api::ollama::errors::OllamaError;
 use crate::api::openai::errors::{AnthropicError, OpenAiError};
+use crate::api::pools::requests;
 use crate::api::streams::{self, StreamCounts};
 use crate::api::{
     admin, auth, catalog, correlation, health, meta, metrics, ollama, openai, panics, pools, tasks,
@@ -66,9 +67,12 @@ fn described_routes(streams: Arc<StreamCounts>) -> OpenApiRouter<Arc<AppState>> 
         .routes(routes!(pools::list))
         .routes(routes!(pools::show))
         .routes(routes!(pools::health))
-        .routes(routes!(pools::drain))
-        .routes(routes!(pools::resume))
-        .routes(routes!(pools::reload))
+        .routes(routes!(requests::start))
+        .routes(routes!(requests::stop))
+        .routes(routes!(requests::unload))
+        .routes(routes!(requests::drain))
+        .routes(routes!(requests::resume))
+        .routes(routes!(requests::reload))
         .routes(routes!(meta::capabilities))
         .routes(routes!(catalog::models))
         .routes(routes!(admin::reload, admin::show))
@@ -220,7 +224,7 @@ mod tests {
         let body = &models["401"]["content"]["application/json"]["schema"]["$ref"];
         assert_eq!(*body, "#/components/schemas/OpenAiError");
         // Bodies that may be left out are not called required.
-        for route in ["drain", "reload"] {
+        for route in ["drain", "stop", "unload", "reload"] {
             let body = &paths[format!("/v2/pools/{{id}}/{route}")]["post"]["requestBody"];
             assert!(body.is_object() && body["required"] != true, "{body}");
         }
