@@ -13,7 +13,7 @@ use futures::future::join_all;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use support::pools::{ask, causes, engine_of, send, until_gone};
-use support::{Daemon, Setup, exists, id, is_alive, shape, text};
+use support::{DEADLINE, Daemon, Setup, exists, id, is_alive, shape, text};
 use test_harness_fake_engine::{LoadFailure, Script, install, starts};
 
 fn on_demand(script: &Script) -> Setup {
@@ -94,21 +94,26 @@ async fn a_pool_without_tasks_is_unloaded_and_the_next_task_loads_it_again() {
         .pool("idle_ttl_seconds", 1)
         .start();
     answered(&daemon, "a").await;
-    let pool = daemon.pool().await;
-    let engine = engine_of(&pool);
+    // The answer is there a moment before its slot is free.
+    let pool = daemon
+        .until("its time counts down", async || {
+            let pool = daemon.pool().await;
+            pool["unloads_in_ms"].is_u64().then_some(pool)
+        })
+        .await;
     assert!(pool["unloads_in_ms"].as_u64().unwrap() <= 1000, "{pool}");
-    daemon.until_state("unloaded").await;
+    let engine = engine_of(&pool);
+    let pool = daemon.until_state("unloaded").await;
     assert!(!is_alive(engine) && !exists(&daemon.pid_file()) && !exists(&daemon.handoff()));
-    answered(&daemon, "b").await;
-    let pool = daemon.pool().await;
-    assert_ne!(engine_of(&pool), engine);
     let steps = causes(&pool);
     let unload = "ready → draining: unload: no task came for `idle_ttl_seconds`";
     assert!(steps.iter().any(|step| step == unload), "{steps:?}");
-    assert_eq!(pool["restarts"]["crash"], 0);
     let metrics = daemon.get("/metrics").await.text().await.unwrap();
     let unloads = r#"orchestratord_pool_unloads_total{pool="default",cause="idle_ttl"} 1"#;
     assert!(metrics.contains(unloads), "{metrics}");
+    answered(&daemon, "b").await;
+    assert_eq!(starts(&daemon.engine_dir()), 2);
+    assert_eq!(daemon.pool().await["restarts"]["crash"], 0);
 }
 
 #[tokio::test]
@@ -254,30 +259,61 @@ async fn an_engine_that_dies_while_it_yields_costs_no_queued_task() {
     assert_eq!(daemon.pool().await["restarts"]["crash"], 1);
 }
 
-/// 50 tasks, each sent about when the last one's engine is to go.
+/// 50 tasks, ten at a time about when the engine of the ten before is to go.
 #[tokio::test]
 async fn tasks_that_race_against_the_unload_are_all_answered() {
-    const TASKS: u64 = 50;
     let daemon = on_demand(&Script::default())
         .pool("idle_ttl_seconds", 1)
         .pool("slots", 4)
         .start();
-    let daemon = &daemon;
-    let client = |number: u64| async move {
-        for round in 0..5 {
-            answered(daemon, &format!("{number} {round}")).await;
-            // From a little before to a little after the time is up, whatever the
-            // others do.
-            let pause = 960 + (number * 5 + round) * 2;
-            tokio::time::sleep(Duration::from_millis(pause)).await;
-        }
-    };
-    join_all((0..TASKS / 5).map(client)).await;
+    for pause in [0, 990, 996, 1002, 1100] {
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+        let tasks = (0..10).map(|number| {
+            let daemon = &daemon;
+            async move {
+                tokio::time::sleep(Duration::from_millis(number)).await;
+                answered(daemon, &format!("{pause} {number}")).await;
+            }
+        });
+        join_all(tasks).await;
+    }
     let pool = daemon.until_state("unloaded").await;
     assert_eq!(pool["restarts"]["crash"], 0, "{pool}");
-    assert_eq!(pool["measured_tasks"], TASKS);
-    let loads = starts(&daemon.engine_dir());
-    assert!(loads >= 2, "it came and went: {loads}");
+    assert_eq!(pool["measured_tasks"], 50);
+    assert!(starts(&daemon.engine_dir()) >= 2, "it came and went");
+}
+
+#[tokio::test]
+async fn unloads_that_are_asked_for_all_the_time_lose_no_task() {
+    const CLIENTS: u64 = 6;
+    const EACH: u64 = 10;
+    let daemon = on_demand(&Script::default()).pool("slots", 2).start();
+    let daemon = &daemon;
+    let client = |number: u64| async move {
+        for round in 0..EACH {
+            answered(daemon, &format!("{number} {round}")).await;
+            tokio::time::sleep(Duration::from_millis((number * 7 + round * 3) % 20)).await;
+        }
+    };
+    let clients = join_all((0..CLIENTS).map(client));
+    let unloads = async {
+        for round in 0u64.. {
+            let yields = round.is_multiple_of(2);
+            let answer = daemon
+                .post("/v2/pools/default/unload", json!({ "yield": yields }))
+                .await;
+            assert!(matches!(answer.status().as_u16(), 202 | 409), "{answer:?}");
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
+    };
+    tokio::select! {
+        done = tokio::time::timeout(DEADLINE, clients) => drop(done.expect("all are answered")),
+        () = unloads => {}
+    }
+    let pool = daemon.pool().await;
+    assert_eq!(pool["restarts"]["crash"], 0, "{pool}");
+    assert_eq!(pool["measured_tasks"], CLIENTS * EACH);
+    assert!(starts(&daemon.engine_dir()) >= 3, "it came and went");
 }
 
 #[tokio::test]

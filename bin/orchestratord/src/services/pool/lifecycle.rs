@@ -37,8 +37,9 @@
 //!
 //! Tasks are taken all along. While it drains for that, running ones finish in
 //! their own time and queued ones wait; if some still do when it is Unloaded, it
-//! is started again. An unload that comes before the engine is ready gives the
-//! start up; without an engine it only ends the wait for the next try.
+//! is started again. A start for which no task waits is given up by an unload; one
+//! for which some do is not, or they might wait for ever. Without an engine an
+//! unload only ends the wait for the next try.
 //!
 //! A reload of a Ready pool starts beside: the pool stays Ready, and either
 //! `Replaced` or `NotReplaced` ends it. Where memory has no room for two
@@ -305,6 +306,8 @@ pub enum Refusal {
     BeingDrained,
     /// An unload of a pool that takes no tasks.
     Stopped,
+    /// An unload of a pool that is being loaded for tasks that wait.
+    LoadsForTasks,
 }
 
 /// One step from state to state.

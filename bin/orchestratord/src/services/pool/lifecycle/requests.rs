@@ -144,6 +144,9 @@ impl Step<'_> {
                 self.life.overdue = false;
                 self.enter(Phase::Draining, None);
             }
+            Phase::Provisioning | Phase::Starting if waited_for => {
+                return Err(Refusal::LoadsForTasks);
+            }
             Phase::Provisioning | Phase::Starting => {
                 // What it was to try is tried when it is next started.
                 self.end_start_of_reload();
