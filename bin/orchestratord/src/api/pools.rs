@@ -251,6 +251,7 @@ impl PoolView {
     }
 
     /// With what is known of its memory.
+    #[must_use]
     pub fn with_memory(mut self, memory: &MemoryView) -> Self {
         let own = memory
             .pools

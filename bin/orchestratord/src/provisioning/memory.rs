@@ -129,10 +129,10 @@ impl Parts {
     /// room is loaded on demand: no other has to go before anybody asked. One
     /// with tasks already is in demand, and gets in line.
     async fn rest_for_now(&self, why: &str) {
-        let pool = self.pool.id();
+        tracing::warn!(pool = %self.pool.id(), why,
+            "there is no room for the pool beside the others: it is loaded when a task asks for it");
         let cause = UnloadCause::Memory("the pools that came first".to_owned());
         if self.pool.unload(Unload::IfIdle, cause).await.is_ok() {
-            tracing::warn!(%pool, why, "the pool is not loaded now, but when the first task comes: there is no room beside the others");
             // What was ordered instead interrupts.
             std::future::pending::<()>().await;
         }
@@ -151,7 +151,11 @@ impl Parts {
                 before.finish();
             }
         };
-        let lease = self.residency.acquire(self.claim(estimate), &tell).await;
+        let lease = tokio::select! {
+            biased;
+            lease = self.residency.acquire(self.claim(estimate), &tell) => lease,
+            never = self.leave_when_nobody_waits() => match never {},
+        };
         let shown = shown.into_inner().unwrap_or_else(PoisonError::into_inner);
         match (shown, &lease) {
             (Some(step), Ok(_)) => step.finish(),
@@ -159,6 +163,29 @@ impl Parts {
             (None, _) => {}
         }
         lease
+    }
+
+    /// Gives the place in the line up once the tasks that it was for are gone. Never
+    /// ends by itself: what is ordered then interrupts.
+    async fn leave_when_nobody_waits(&self) -> Infallible {
+        let waits = |snapshot: &PoolSnapshot| snapshot.queued() > 0;
+        // A start without tasks is somebody's wish all the same.
+        if waits(&self.pool.snapshot()) {
+            while self
+                .pool
+                .wait_for(|snapshot| !waits(snapshot))
+                .await
+                .is_some()
+            {
+                let cause = UnloadCause::Memory("others, and no task waits for it".to_owned());
+                if self.pool.unload(Unload::IfIdle, cause).await.is_ok() {
+                    break;
+                }
+                // A task came, or a reload is under way, which wants an engine.
+                self.pool.wait_for(waits).await;
+            }
+        }
+        std::future::pending().await
     }
 
     /// Watches what the engine uses: once it has settled, and whenever it has

@@ -176,8 +176,8 @@ mod tests {
     fn problem(memory: &str) -> Result<(), Misfit> {
         let memory: MemoryConfig = serde_json::from_str(memory).unwrap();
         let pool = |pin, engine| PoolConfig {
-            pin,
             engine,
+            pin,
             ..PoolConfig::default()
         };
         let pools = [

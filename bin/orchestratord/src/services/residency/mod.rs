@@ -44,6 +44,7 @@ impl Needs {
         Self { ram, vram: 0 }
     }
 
+    #[must_use]
     pub fn plus(self, other: Self) -> Self {
         Self {
             ram: self.ram.saturating_add(other.ram),
@@ -51,6 +52,7 @@ impl Needs {
         }
     }
 
+    #[must_use]
     pub fn minus(self, other: Self) -> Self {
         Self {
             ram: self.ram.saturating_sub(other.ram),
@@ -58,6 +60,7 @@ impl Needs {
         }
     }
 
+    #[must_use]
     pub fn at_least(self, other: Self) -> Self {
         Self {
             ram: self.ram.max(other.ram),

@@ -437,16 +437,12 @@ impl<'a> Planner<'a> {
     /// What is lost by unloading it: a load, weighed by how long it has not
     /// been asked for anything. One with tasks is worth more than any without.
     fn value(&self, tenant: &Tenant) -> f64 {
-        match tenant.activity {
-            Activity::Idle { since } => {
-                let idle = self.now.saturating_duration_since(since).as_secs_f64();
-                tenant.load_took.as_secs_f64() / (1.0 + idle)
-            }
-            _ => {
-                let loaded = tenant.loaded_since.unwrap_or(self.now);
-                let served = self.now.saturating_duration_since(loaded).as_secs_f64();
-                f64::MAX / (1.0 + served)
-            }
+        let seconds = |since| self.now.saturating_duration_since(since).as_secs_f64();
+        if let Activity::Idle { since } = tenant.activity {
+            tenant.load_took.as_secs_f64() / (1.0 + seconds(since))
+        } else {
+            let loaded = tenant.loaded_since.unwrap_or(self.now);
+            f64::MAX / (1.0 + seconds(loaded))
         }
     }
 

@@ -33,11 +33,11 @@ impl Double {
         })
     }
 
-    /// Loaded long ago.
+    /// Loaded now.
     pub(super) fn set(&self, activity: Activity) {
         self.seen.send_modify(|seen| {
             seen.activity = activity;
-            seen.loaded_since = Some(Instant::now() - Duration::from_secs(100));
+            seen.loaded_since = Some(Instant::now());
         });
     }
 

@@ -11,10 +11,17 @@ use crate::services::residency::{
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
+fn no_dwell() -> Rules {
+    Rules {
+        min_dwell: Some(Duration::ZERO),
+        ..Rules::default()
+    }
+}
+
 fn of(bytes: u64, by_hand: bool) -> Residency {
     let ram = Some(Limit { bytes, by_hand });
     let budget = Budget { ram, vram: None };
-    Residency::start(Rules::default(), std::future::ready(budget))
+    Residency::start(no_dwell(), std::future::ready(budget))
 }
 
 async fn soon<T>(what: impl Future<Output = T>) -> T {
@@ -203,7 +210,7 @@ async fn a_group_has_so_many_seats() {
     };
     let rules = Rules {
         groups: vec![group],
-        ..Rules::default()
+        ..no_dwell()
     };
     let residency = Residency::start(rules, std::future::ready(Budget::default()));
     let (a, b, c) = (Double::new("a"), Double::new("b"), Double::new("c"));

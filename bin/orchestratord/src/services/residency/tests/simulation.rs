@@ -92,7 +92,7 @@ impl World {
         }
     }
 
-    fn tenant(&self, pool: &Pool) -> Option<Tenant> {
+    fn tenant(pool: &Pool) -> Option<Tenant> {
         let (activity, loaded_since) = match pool.state {
             State::Out | State::Waiting(..) => return None,
             State::Loading(_) => (Activity::Loading, None),
@@ -158,11 +158,7 @@ impl World {
     /// Decides and does, until nothing is to be done now; says when to look again.
     fn decide(&mut self) -> Option<Instant> {
         self.rounds += 1;
-        let tenants: Vec<Tenant> = self
-            .pools
-            .iter()
-            .filter_map(|pool| self.tenant(pool))
-            .collect();
+        let tenants: Vec<Tenant> = self.pools.iter().filter_map(Self::tenant).collect();
         let waiters: Vec<Waiter> = self
             .line
             .iter()
@@ -361,11 +357,6 @@ fn two_pools_in_turn_do_not_swap_at_every_request() {
         .collect();
     let mut world = World::new(makes, 15, Vec::new());
     world.run(&arrivals);
-    let passed = world.now - world.begun;
-    println!(
-        "200 requests in turn, 20 s: {} swaps in {passed:?}",
-        world.swaps.len()
-    );
     // Each stays as long as its load of 2 s takes, at the least.
     assert!(world.swaps.len() <= 10, "{:?}", world.swaps);
 }
