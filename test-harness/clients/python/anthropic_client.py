@@ -146,7 +146,7 @@ def an_unknown_model_is_not_found():
 @check(daemon=True)
 def a_bad_parameter_is_an_invalid_request():
     for stream in (False, True):
-        ask = lambda: message(messages="hello", stream=stream)
+        ask = lambda: message(messages=[{"role": "user", "content": 5}], stream=stream)
         error = raises(anthropic.BadRequestError, ask)
         same((error.body["type"], error.body["error"]["type"]), ("error", "invalid_request_error"))
     return error.body

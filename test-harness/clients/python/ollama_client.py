@@ -170,7 +170,8 @@ def what_cannot_be_mapped_is_refused():
 
 @check
 def a_closed_stream_frees_its_slot():
-    stream = chat(stream=True, options={"num_predict": 2000, "temperature": 0, "ignore_eos": True})
+    options = {"num_predict": 2000, "temperature": 0}
+    stream = generate(prompt="1, 2, 3, 4, 5, 6, 7,", raw=True, stream=True, options=options)
     for _ in range(5):
         next(stream)
     stream.close()
