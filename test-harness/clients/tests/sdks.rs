@@ -27,7 +27,10 @@ async fn server(name: &'static str) -> Server {
             pool("tools"): pool_with(&json!({
                 "flags": ["--chat-template-file", template],
             })),
-            pool("embeddings"): pool_with(&json!({ "serves": "embeddings" })),
+            // A model made for embeddings would say by itself how to pool.
+            pool("embeddings"): pool_with(&json!({
+                "serves": "embeddings", "flags": ["--pooling", "mean"],
+            })),
             pool("narrow"): pool_with(&json!({ "queue_capacity": 1 })),
         },
     });
