@@ -31,7 +31,7 @@ use crate::api::{admin, auth, catalog, correlation, health, meta, metrics, panic
     tags(
         (name = "tasks", description = "Submit, read and cancel tasks"),
         (name = "pools", description = "What serves, and how it is"),
-        (name = "catalog", description = "Models on this machine"),
+        (name = "catalog", description = "Models on this machine and on their way to it"),
         (name = "admin", description = "Change the configuration while it runs"),
         (name = "meta", description = "What answers here"),
         (name = "health", description = "For supervisors and monitoring"),
@@ -42,6 +42,7 @@ struct Description;
 fn described_routes(streams: Arc<StreamCounts>) -> OpenApiRouter<Arc<AppState>> {
     let streaming = OpenApiRouter::new()
         .routes(routes!(tasks::events))
+        .routes(routes!(catalog::pulls::events))
         .route_layer(from_fn_with_state(streams, streams::bounded));
     OpenApiRouter::with_openapi(Description::openapi())
         .routes(routes!(health::health))
@@ -57,7 +58,11 @@ fn described_routes(streams: Arc<StreamCounts>) -> OpenApiRouter<Arc<AppState>> 
         .routes(routes!(pools::resume))
         .routes(routes!(pools::reload))
         .routes(routes!(meta::capabilities))
-        .routes(routes!(catalog::models))
+        .routes(routes!(catalog::models::list))
+        .routes(routes!(catalog::models::show, catalog::models::remove))
+        .routes(routes!(catalog::verify::verify))
+        .routes(routes!(catalog::pulls::begin, catalog::pulls::list))
+        .routes(routes!(catalog::pulls::show, catalog::pulls::cancel))
         .routes(routes!(admin::reload, admin::show))
 }
 
@@ -73,7 +78,8 @@ fn complete(mut description: OpenApiDescription) -> OpenApiDescription {
         if path == "/health" {
             continue;
         }
-        for operation in [&mut item.get, &mut item.post].into_iter().flatten() {
+        let operations = [&mut item.get, &mut item.post, &mut item.delete];
+        for operation in operations.into_iter().flatten() {
             let takes_body = operation.request_body.is_some();
             operation.security = Some(vec![
                 SecurityRequirement::default(),

@@ -112,9 +112,8 @@ impl ModelError {
                 attempts.iter().any(|(_, error)| error.retriable())
             }
             Self::Lock(error) => error.retriable(),
-            Self::InUse { .. } => true,
             Self::File(error) => error.retriable(),
-            Self::BeingRemoved { .. } | Self::ChangedMeanwhile { .. } => true,
+            Self::InUse { .. } | Self::BeingRemoved { .. } | Self::ChangedMeanwhile { .. } => true,
             Self::Changed { repair, .. } => repair.as_ref().is_some_and(|error| error.retriable()),
             _ => false,
         }

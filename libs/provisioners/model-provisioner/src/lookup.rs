@@ -74,7 +74,8 @@ pub fn profiles_of(digest: Digest, profiles: &Profiles) -> Vec<String> {
     same.map(|profile| profile.name.clone()).collect()
 }
 
-fn is_called(record: &ModelRecord, profiles: &Profiles, name: &str) -> bool {
+/// Whether it was asked for so, or is what the profile of this name means.
+pub fn is_called(record: &ModelRecord, profiles: &Profiles, name: &str) -> bool {
     // A profile means its bytes, even if others were asked for by its name once.
     if let Some(profile) = profiles.get(name) {
         return profile.digest == record.digest;

@@ -155,6 +155,11 @@ impl ModelProvisioner {
         found.ok_or(ModelError::GivenUp)
     }
 
+    /// Whether this reference, as a configuration names it, means the model.
+    pub fn is_called(&self, record: &ModelRecord, reference: &str) -> bool {
+        lookup::is_called(record, &self.profiles, reference.trim())
+    }
+
     /// Removes a model of the store with all that is known about it, unless
     /// anybody uses it. A file that lies elsewhere is forgotten and stays.
     pub async fn remove(&self, name: &str) -> Result<Removed, ModelError> {
