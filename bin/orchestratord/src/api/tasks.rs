@@ -62,7 +62,9 @@ impl Preparation {
     pub fn of(pool: &PoolHandle) -> Self {
         let snapshot = pool.snapshot();
         let mut steps = match snapshot.phase {
-            Phase::Ready | Phase::Draining | Phase::Stopping | Phase::Stopped => Vec::new(),
+            Phase::Ready | Phase::Draining | Phase::Stopping | Phase::Stopped | Phase::Unloaded => {
+                Vec::new()
+            }
             _ => pool.board().steps(),
         };
         let next = match snapshot.phase {

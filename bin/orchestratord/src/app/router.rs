@@ -19,6 +19,7 @@ use utoipa_axum::routes;
 use super::config::Limits;
 use super::state::AppState;
 use crate::api::error::ApiError;
+use crate::api::pools::requests;
 use crate::api::streams::{self, StreamCounts};
 use crate::api::{admin, auth, catalog, correlation, health, meta, metrics, panics, pools, tasks};
 
@@ -54,9 +55,12 @@ fn described_routes(streams: Arc<StreamCounts>) -> OpenApiRouter<Arc<AppState>> 
         .routes(routes!(pools::list))
         .routes(routes!(pools::show))
         .routes(routes!(pools::health))
-        .routes(routes!(pools::drain))
-        .routes(routes!(pools::resume))
-        .routes(routes!(pools::reload))
+        .routes(routes!(requests::start))
+        .routes(routes!(requests::stop))
+        .routes(routes!(requests::unload))
+        .routes(routes!(requests::drain))
+        .routes(routes!(requests::resume))
+        .routes(routes!(requests::reload))
         .routes(routes!(meta::capabilities))
         .routes(routes!(catalog::models::list))
         .routes(routes!(catalog::models::show, catalog::models::remove))
@@ -181,7 +185,7 @@ mod tests {
             "it needs no token"
         );
         // Bodies that may be left out are not called required.
-        for route in ["drain", "reload"] {
+        for route in ["drain", "stop", "unload", "reload"] {
             let body = &paths[format!("/v2/pools/{{id}}/{route}")]["post"]["requestBody"];
             assert!(body.is_object() && body["required"] != true, "{body}");
         }

@@ -19,6 +19,9 @@ pub const SERVICE_TIME: &str = "orchestratord_service_time_seconds";
 pub const CANCEL_FREED: &str = "orchestratord_cancel_to_free_seconds";
 pub const CONNECTIONS: &str = "orchestratord_connections";
 pub const TURNED_AWAY: &str = "orchestratord_connections_turned_away_total";
+pub const LOADS: &str = "orchestratord_pool_loads_total";
+pub const UNLOADS: &str = "orchestratord_pool_unloads_total";
+pub const LOAD_TIME: &str = "orchestratord_pool_load_seconds";
 pub const READY_AFTER: &str = "orchestratord_pool_ready_after_seconds";
 
 /// Bucket bounds in seconds: from a cached first token to a long build.
@@ -77,6 +80,19 @@ pub fn describe() {
         CANCEL_FREED,
         Unit::Seconds,
         "From a cancel until the engine's slot was seen free"
+    );
+    describe_counter!(
+        LOADS,
+        "Engines that got ready, by pool and cause (begin, task, asked, restart, reload)"
+    );
+    describe_counter!(
+        UNLOADS,
+        "Engines that were ended to free their memory, by pool and cause (idle_ttl, memory, asked)"
+    );
+    describe_histogram!(
+        LOAD_TIME,
+        Unit::Seconds,
+        "From the engine's start until it was ready"
     );
     describe_histogram!(
         READY_AFTER,
