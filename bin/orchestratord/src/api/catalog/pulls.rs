@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 
 use super::STREAM_HEADERS;
 use crate::api::error::{ApiError, ErrorBody};
-use crate::api::pools::parse;
+use crate::api::pools::requests::parse;
 use crate::api::tasks::last_event_id;
 use crate::app::state::AppState;
 use crate::services::pulls::{Pull, PullView, PulledModel};

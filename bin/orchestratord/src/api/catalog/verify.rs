@@ -12,7 +12,7 @@ use utoipa::ToSchema;
 
 use super::view::VerifiedView;
 use crate::api::error::{ApiError, ErrorBody};
-use crate::api::pools::parse;
+use crate::api::pools::requests::parse;
 use crate::app::state::AppState;
 
 /// What to do about a model that is spoilt. No body stands for all defaults.
