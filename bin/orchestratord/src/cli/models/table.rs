@@ -211,7 +211,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn model(more: serde_json::Value) -> ModelView {
+    fn model(more: &serde_json::Value) -> ModelView {
         let mut view = json!({
             "digest": format!("sha256:{}", "ab".repeat(32)), "path": "/store/ab",
             "size_bytes": 98_362_432, "profiles": [], "references": ["hf:o/r/dir/m.gguf", "tiny"],
@@ -256,7 +256,7 @@ mod tests {
 
     #[test]
     fn everything_about_a_model_is_a_line_each() {
-        let lines = all_about(&model(json!({ "ctx_max": 8192 }))).join("\n");
+        let lines = all_about(&model(&json!({ "ctx_max": 8192 }))).join("\n");
         for fact in [
             "digest        sha256:abab",
             "also          tiny",

@@ -7,7 +7,7 @@ use provision_kit::progress::{Silent, Step, StepKind, Unit};
 use tokio::sync::watch;
 
 use super::*;
-use crate::services::watched::WorkState;
+use crate::services::watched::WorkState::{self, Queued, Running};
 
 /// Brings a model when it is let.
 #[derive(Debug)]
@@ -140,7 +140,6 @@ async fn two_run_the_rest_wait_and_the_same_bytes_are_pulled_once() {
     // By another name.
     assert_eq!(bench.begin(" A ").await.pull_id, first.pull_id);
     assert_eq!(bench.begin("C").await.pull_id, third.pull_id);
-    use WorkState::{Queued, Running};
     assert_eq!(bench.states().await, [Running, Running, Queued, Queued]);
     bench.let_through("c");
     bench.let_through("b");

@@ -12,7 +12,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
-use super::{PROGRESS_EVERY, Standing, Work, WorkState};
+use super::{PROGRESS_EVERY, Standing, Work};
 use crate::services::streaming::{comment, frame};
 
 /// Something with work that can be watched.
@@ -107,14 +107,11 @@ impl<W: Watchable> Reader<W> {
 
     fn last_event(&self, standing: &Standing<W::Result>) -> Bytes {
         let mut out = Vec::new();
-        match (&standing.error, standing.progress.state) {
-            (Some(failure), WorkState::Failed) => {
-                frame(&mut out, standing.event, "error", failure, false);
-            }
-            _ => {
-                let data = self.watched.end(standing);
-                frame(&mut out, standing.event, "done", &data, false);
-            }
+        if let Some(failure) = &standing.error {
+            frame(&mut out, standing.event, "error", failure, false);
+        } else {
+            let data = self.watched.end(standing);
+            frame(&mut out, standing.event, "done", &data, false);
         }
         Bytes::from(out)
     }
