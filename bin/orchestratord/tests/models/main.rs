@@ -1,6 +1,8 @@
 //! Models over HTTP and on the command line: pulled, shown, verified, removed.
 //! The daemon is a real process, and so is the (fake) engine.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -28,7 +30,6 @@ fn stored(daemon: &Daemon, digest: &str) -> PathBuf {
 }
 
 /// Turns a bit of a file, where it lies.
-#[allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 fn spoil(path: &Path, at: usize) {
     let mut bytes = std::fs::read(path).unwrap();
     bytes[at] ^= 1;
@@ -39,7 +40,6 @@ fn encoded(name: &str) -> String {
     name.replace(':', "%3A").replace('/', "%2F")
 }
 
-#[allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 async fn body(response: reqwest::Response, status: u16) -> Value {
     let was = response.status();
     let body: Value = response.json().await.unwrap();

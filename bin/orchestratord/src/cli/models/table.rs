@@ -228,10 +228,10 @@ mod tests {
     fn columns_stand_under_each_other() {
         let models = [
             model(
-                json!({ "profiles": ["haiku"], "quantization": "Q4_1", "parameter_count": 134_515_008, "used_by": ["default", "b"] }),
+                &json!({ "profiles": ["haiku"], "quantization": "Q4_1", "parameter_count": 134_515_008, "used_by": ["default", "b"] }),
             ),
             model(
-                json!({ "stored": false, "spoilt_since": "2026-01-02T03:04:05Z", "in_use": true }),
+                &json!({ "stored": false, "spoilt_since": "2026-01-02T03:04:05Z", "in_use": true }),
             ),
         ];
         assert_eq!(
