@@ -27,8 +27,12 @@ pub enum ErrorCode {
     PoolUnavailable,
     /// No model has this name.
     ModelNotFound,
+    /// The model could not be brought here, or is spoilt.
+    ModelUnavailable,
     /// No task has this id (any more).
     TaskNotFound,
+    /// No pull has this id (any more).
+    PullNotFound,
     /// The engine gave no token in time.
     DecodeTimeout,
     /// The engine went away in mid-stream.
@@ -53,7 +57,9 @@ impl ErrorCode {
             Self::PoolUnready => "POOL_UNREADY",
             Self::PoolUnavailable => "POOL_UNAVAILABLE",
             Self::ModelNotFound => "MODEL_NOT_FOUND",
+            Self::ModelUnavailable => "MODEL_UNAVAILABLE",
             Self::TaskNotFound => "TASK_NOT_FOUND",
+            Self::PullNotFound => "PULL_NOT_FOUND",
             Self::DecodeTimeout => "DECODE_TIMEOUT",
             Self::WorkerReset => "WORKER_RESET",
             Self::Cancelled => "CANCELLED",
@@ -94,7 +100,9 @@ mod tests {
             ErrorCode::PoolUnready,
             ErrorCode::PoolUnavailable,
             ErrorCode::ModelNotFound,
+            ErrorCode::ModelUnavailable,
             ErrorCode::TaskNotFound,
+            ErrorCode::PullNotFound,
             ErrorCode::DecodeTimeout,
             ErrorCode::WorkerReset,
             ErrorCode::Cancelled,

@@ -97,7 +97,10 @@ impl Server {
         for pool in &self.pools {
             let left = processes_named_for(pool);
             assert!(left.is_empty(), "{pool} has left processes: {left:?}");
-            remove_traces(&cache.join("run").join(format!("llamacpp-{pool}.log")), pool);
+            remove_traces(
+                &cache.join("run").join(format!("llamacpp-{pool}.log")),
+                pool,
+            );
         }
     }
 }

@@ -84,7 +84,11 @@ impl Drop for Shelf {
 async fn file(State(shelved): State<Arc<Shelved>>, headers: HeaderMap) -> Response<Body> {
     let whole = shelved.bytes.len();
     let range = headers.get(header::RANGE).and_then(|range| {
-        let (first, last) = range.to_str().ok()?.strip_prefix("bytes=")?.split_once('-')?;
+        let (first, last) = range
+            .to_str()
+            .ok()?
+            .strip_prefix("bytes=")?
+            .split_once('-')?;
         let last = last.parse().unwrap_or(whole - 1).min(whole - 1);
         Some((first.parse::<usize>().ok()?, last))
     });
@@ -97,7 +101,10 @@ async fn file(State(shelved): State<Arc<Shelved>>, headers: HeaderMap) -> Respon
             .expect("a plain answer");
     }
     let earlier = shelved.asked.answers.fetch_add(1, Ordering::Relaxed);
-    shelved.asked.parts.fetch_add(u64::from(range.is_some()), Ordering::Relaxed);
+    shelved
+        .asked
+        .parts
+        .fetch_add(u64::from(range.is_some()), Ordering::Relaxed);
     let wanted = shelved.bytes.slice(first..=last);
     let length = wanted.len();
     let broken = shelved.break_after.filter(|_| earlier == 0);
@@ -106,9 +113,10 @@ async fn file(State(shelved): State<Arc<Shelved>>, headers: HeaderMap) -> Respon
         .header(header::ETAG, "\"one\"")
         .header(header::CONTENT_LENGTH, length);
     let answer = match range {
-        Some(_) => answer
-            .status(StatusCode::PARTIAL_CONTENT)
-            .header(header::CONTENT_RANGE, format!("bytes {first}-{last}/{whole}")),
+        Some(_) => answer.status(StatusCode::PARTIAL_CONTENT).header(
+            header::CONTENT_RANGE,
+            format!("bytes {first}-{last}/{whole}"),
+        ),
         None => answer,
     };
     answer

@@ -97,7 +97,11 @@ fn chat(model: &str) -> CreateChatCompletionRequest {
 }
 
 async fn streamed(client: &Client<OpenAIConfig>, request: CreateChatCompletionRequest) -> String {
-    let mut chunks = client.chat().create_stream(request).await.expect("a stream");
+    let mut chunks = client
+        .chat()
+        .create_stream(request)
+        .await
+        .expect("a stream");
     let mut text = String::new();
     while let Some(chunk) = chunks.next().await {
         for choice in chunk.expect("a chunk").choices {

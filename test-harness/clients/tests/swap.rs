@@ -157,7 +157,10 @@ fn budget(memory: &Value) -> String {
         panic!("no figures in {memory:#}");
     };
     println!("one model takes {figures:?} bytes: estimated, measured, promised");
-    assert!(most < 2 * least, "the figures lie too far apart: {memory:#}");
+    assert!(
+        most < 2 * least,
+        "the figures lie too far apart: {memory:#}"
+    );
     format!("{}B", u64::midpoint(most, 2 * least))
 }
 
@@ -200,8 +203,15 @@ async fn interleave(server: &Server, models: &[Model; 2], http: &Client) {
     // shorter, and of these there are no more than dwells.
     let dwells = (took.as_secs_f64() / DWELL.as_secs_f64()).ceil() as u64;
     let bound = (REQUESTS / CLIENTS) as u64 + 2 * dwells + 1;
-    assert!((2..=bound).contains(&loads), "{loads} loads, at most {bound}");
-    assert_eq!(swaps + 1, loads, "each load but the first took another's place");
+    assert!(
+        (2..=bound).contains(&loads),
+        "{loads} loads, at most {bound}"
+    );
+    assert_eq!(
+        swaps + 1,
+        loads,
+        "each load but the first took another's place"
+    );
 }
 
 /// One client's share, one request after another, at random over both models.
@@ -219,7 +229,10 @@ async fn one_client(
         let body = request(&model.pool, PROMPTS[prompt], turn % 2 == 0);
         let answer = ask(http, server.url(), &body).await;
         assert_eq!(answer.text, model.answers[prompt], "{body}");
-        let task = server.api().json(&format!("/v2/tasks/{}", answer.task)).await;
+        let task = server
+            .api()
+            .json(&format!("/v2/tasks/{}", answer.task))
+            .await;
         let seen: BTreeMap<&str, &Value> = BTreeMap::from([
             ("pool", &task["pool_id"]),
             ("status", &task["status"]),

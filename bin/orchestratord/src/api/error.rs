@@ -53,13 +53,15 @@ pub(super) fn status_of(code: ErrorCode) -> StatusCode {
     match code {
         ErrorCode::InvalidParams | ErrorCode::ContextLengthExceeded => StatusCode::BAD_REQUEST,
         ErrorCode::Unauthorized => StatusCode::UNAUTHORIZED,
-        ErrorCode::PoolNotFound | ErrorCode::ModelNotFound | ErrorCode::TaskNotFound => {
-            StatusCode::NOT_FOUND
-        }
+        ErrorCode::PoolNotFound
+        | ErrorCode::ModelNotFound
+        | ErrorCode::TaskNotFound
+        | ErrorCode::PullNotFound => StatusCode::NOT_FOUND,
         ErrorCode::QueueFull | ErrorCode::AdmissionReject => StatusCode::TOO_MANY_REQUESTS,
-        ErrorCode::PoolUnready | ErrorCode::PoolUnavailable | ErrorCode::DeadlineUnmet => {
-            StatusCode::SERVICE_UNAVAILABLE
-        }
+        ErrorCode::PoolUnready
+        | ErrorCode::PoolUnavailable
+        | ErrorCode::ModelUnavailable
+        | ErrorCode::DeadlineUnmet => StatusCode::SERVICE_UNAVAILABLE,
         ErrorCode::DecodeTimeout => StatusCode::GATEWAY_TIMEOUT,
         ErrorCode::WorkerReset => StatusCode::BAD_GATEWAY,
         ErrorCode::Cancelled => client_closed_request(),

@@ -307,7 +307,7 @@ pub async fn events(
     Ok((EVENT_STREAM, body).into_response())
 }
 
-fn last_event_id(headers: &HeaderMap) -> Result<u64, ApiError> {
+pub(super) fn last_event_id(headers: &HeaderMap) -> Result<u64, ApiError> {
     let Some(value) = headers.get("last-event-id") else {
         return Ok(0);
     };

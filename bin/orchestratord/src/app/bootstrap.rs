@@ -22,6 +22,7 @@ use provision_kit::progress::Reporter;
 #[cfg(feature = "provisioning")]
 use provision_kit::progress::Silent;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
@@ -38,6 +39,7 @@ use super::shutdown::Shutdown;
 use super::state::AppState;
 use crate::api::repeats::Repeats;
 use crate::services::pool::Leaving;
+use crate::services::pulls::{Fetch, Pulls};
 use crate::services::residency::Residency;
 use crate::services::tasks::{Retention, TaskRegistry};
 use crate::telemetry_recorder;
@@ -48,6 +50,9 @@ pub(super) const STOP_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long open connections may take to notice that their streams ended.
 const CONNECTION_LIMIT: Duration = Duration::from_secs(5);
+
+/// How many models may be read whole at a time: it is the disk's work.
+const VERIFYING_AT_ONCE: usize = 2;
 
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
 
@@ -251,7 +256,6 @@ pub fn check_directories(config: &Config) -> Result<(), StartError> {
 /// Starts every pool's owner and supervisor, and the reloader, which owns them.
 pub fn start(plan: Plan) -> Result<App, StartError> {
     let config = plan.loaded.config.clone();
-    #[cfg(feature = "provisioning")]
     let dirs = directories(&config)?;
     let host = AdapterHost::new(HostSettings {
         first_token_timeout: Duration::from_secs(config.tasks.first_token_seconds),
@@ -260,6 +264,21 @@ pub fn start(plan: Plan) -> Result<App, StartError> {
     });
     let residency = Residency::start(config.memory.rules(), budget(config.memory.clone()));
     let (reloads, commands) = reload::channel();
+    let stop = CancellationToken::new();
+    let background = TaskTracker::new();
+    #[cfg(feature = "provisioning")]
+    let models = Arc::new(model_provisioner(&config.models, &dirs, Arc::new(Silent))?);
+    #[cfg(feature = "provisioning")]
+    let fetch: Arc<dyn Fetch> = models.clone();
+    #[cfg(not(feature = "provisioning"))]
+    let fetch: Arc<dyn Fetch> = Arc::new(crate::services::pulls::NoModels);
+    let pulls = Pulls::start(
+        fetch,
+        dirs.1.root().join("pulls.json"),
+        Arc::clone(&plan.reporter),
+        &background,
+        stop.clone(),
+    );
     let state = Arc::new(AppState {
         tasks: TaskRegistry::new(Retention {
             keep_for: Duration::from_secs(config.tasks.keep_seconds),
@@ -276,15 +295,15 @@ pub fn start(plan: Plan) -> Result<App, StartError> {
         started: Instant::now(),
         started_at: SystemTime::now(),
         repeats: Repeats::default(),
+        pulls,
+        verifying: Arc::new(Semaphore::new(VERIFYING_AT_ONCE)),
         #[cfg(feature = "provisioning")]
-        models: Arc::new(model_provisioner(&config.models, &dirs, Arc::new(Silent))?),
+        models,
         #[cfg(feature = "provisioning")]
         model_settings: config.models.clone(),
         pools: Current::new(BTreeMap::new()),
         reloads,
     });
-    let stop = CancellationToken::new();
-    let background = TaskTracker::new();
     background.spawn(sweep(Arc::clone(&state), stop.clone()));
     let launcher = Launcher {
         #[cfg(feature = "provisioning")]
@@ -348,8 +367,12 @@ impl App {
     }
 }
 
-/// Serves until somebody asks for the end, then shuts everything down.
+/// Serves until somebody asks for the end, then shuts everything down. Pulls
+/// that an earlier daemon did not finish go on.
 pub async fn serve(app: App, listener: TcpListener, shutdown: Shutdown) -> Result<(), StartError> {
+    if let Err(failure) = app.state.pulls.go_on().await {
+        tracing::warn!(failure = failure.message, "interrupted pulls do not go on");
+    }
     let closing = CancellationToken::new();
     let server = {
         let (router, limits) = (router(Arc::clone(&app.state)), app.state.limits.clone());

@@ -25,8 +25,8 @@ use crate::api::openai::errors::{AnthropicError, OpenAiError};
 use crate::api::pools::requests;
 use crate::api::streams::{self, StreamCounts};
 use crate::api::{
-    admin, auth, catalog, correlation, health, memory, meta, metrics, ollama, openai,
-    panics, pools, tasks,
+    admin, auth, catalog, correlation, health, memory, meta, metrics, ollama, openai, panics,
+    pools, tasks,
 };
 
 #[derive(OpenApi)]
@@ -38,7 +38,7 @@ use crate::api::{
     tags(
         (name = "tasks", description = "Submit, read and cancel tasks"),
         (name = "pools", description = "What serves, and how it is"),
-        (name = "catalog", description = "Models on this machine"),
+        (name = "catalog", description = "Models on this machine and on their way to it"),
         (name = "admin", description = "Change the configuration while it runs"),
         (name = "clients", description = "For clients of OpenAI's and Anthropic's APIs"),
         (name = "ollama", description = "For clients of Ollama's API"),
@@ -57,6 +57,7 @@ fn described_routes(streams: Arc<StreamCounts>) -> OpenApiRouter<Arc<AppState>> 
         .routes(routes!(ollama::calls::generate))
         .routes(routes!(ollama::embed::embed))
         .routes(routes!(ollama::embed::embeddings))
+        .routes(routes!(catalog::pulls::events))
         .route_layer(from_fn_with_state(streams, streams::bounded));
     OpenApiRouter::with_openapi(Description::openapi())
         .routes(routes!(health::health))
@@ -76,7 +77,11 @@ fn described_routes(streams: Arc<StreamCounts>) -> OpenApiRouter<Arc<AppState>> 
         .routes(routes!(requests::reload))
         .routes(routes!(memory::show))
         .routes(routes!(meta::capabilities))
-        .routes(routes!(catalog::models))
+        .routes(routes!(catalog::models::list))
+        .routes(routes!(catalog::models::show, catalog::models::remove))
+        .routes(routes!(catalog::verify::verify))
+        .routes(routes!(catalog::pulls::begin, catalog::pulls::list))
+        .routes(routes!(catalog::pulls::show, catalog::pulls::cancel))
         .routes(routes!(admin::reload, admin::show))
         .routes(routes!(openai::models::list))
         .routes(routes!(openai::models::show))
@@ -103,7 +108,8 @@ fn complete(mut description: OpenApiDescription) -> OpenApiDescription {
             continue;
         }
         let error_schema = Dialect::of(path).error_schema();
-        for operation in [&mut item.get, &mut item.post].into_iter().flatten() {
+        let operations = [&mut item.get, &mut item.post, &mut item.delete];
+        for operation in operations.into_iter().flatten() {
             let takes_body = operation.request_body.is_some();
             operation.security = Some(vec![
                 SecurityRequirement::default(),

@@ -8,6 +8,7 @@ use std::time::{Instant, SystemTime};
 use adapter_host::AdapterHost;
 use llama_orch_types::{ErrorCode, PoolId, TaskId};
 use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::sync::Semaphore;
 
 use super::config::{Limits, Token};
 use super::current::Current;
@@ -17,6 +18,7 @@ use crate::api::repeats::Repeats;
 use crate::services::event_log::Failure;
 use crate::services::failure::shortened;
 use crate::services::pool::PoolHandle;
+use crate::services::pulls::Pulls;
 use crate::services::residency::Residency;
 use crate::services::tasks::{TaskRecord, TaskRegistry};
 
@@ -41,6 +43,10 @@ pub struct AppState {
     pub started_at: SystemTime,
     /// What the log was told of errors.
     pub repeats: Repeats,
+    /// The way to whoever fetches models ahead of their use.
+    pub pulls: Pulls,
+    /// Places for reading whole models again.
+    pub verifying: Arc<Semaphore>,
     #[cfg(feature = "provisioning")]
     pub models: Arc<provisioners_model_provisioner::ModelProvisioner>,
     /// `models` of the configuration.

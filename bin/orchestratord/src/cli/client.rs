@@ -1,6 +1,8 @@
 //! The way from a command to a daemon that runs: where it is, with which token
 //! it is asked, and what its answers mean.
 
+mod stream;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -42,6 +44,8 @@ pub(super) enum ClientError {
         #[source]
         source: reqwest::Error,
     },
+    #[error("the daemon at {url} says nothing any more")]
+    Silent { url: String },
     #[error("the daemon at {url} wants another token")]
     Refused { url: String },
     #[error("the daemon at {url} answered with {status} and not as this version does")]
@@ -58,7 +62,7 @@ impl Hinted for ClientError {
                 "run this where the daemon was started, give it the same --config or --runtime-dir, or name it with --url"
                     .to_owned(),
             ),
-            Self::Ask { .. } => Some("see whether it runs, or name it with --url".to_owned()),
+            Self::Ask { .. } | Self::Silent { .. } => Some("see whether it runs, or name it with --url".to_owned()),
             Self::Refused { .. } => Some(format!(
                 "set {} to the token that is in force, or send the daemon SIGHUP",
                 env::TOKEN
@@ -120,19 +124,8 @@ impl Daemon {
         let tokens = self.tokens.iter().map(Some);
         let none = self.tokens.is_empty().then_some(None);
         for token in tokens.chain(none) {
-            let mut request = self
-                .client
-                .request(method.clone(), format!("{}{path}", self.url));
-            if let Some(token) = token {
-                request = request.bearer_auth(token);
-            }
-            if let Some(body) = body {
-                request = request.json(body);
-            }
-            let failed = |source| ClientError::Ask {
-                url: self.url.clone(),
-                source,
-            };
+            let request = self.request(method.clone(), path, token, body);
+            let failed = |source| self.failed(source);
             let response = request.send().await.map_err(failed)?;
             let status = response.status();
             if status == StatusCode::UNAUTHORIZED {
@@ -154,6 +147,45 @@ impl Daemon {
             url: self.url.clone(),
         })
     }
+}
+
+impl Daemon {
+    pub(super) fn url(&self) -> &str {
+        &self.url
+    }
+
+    fn request(
+        &self,
+        method: Method,
+        path: &str,
+        token: Option<&String>,
+        body: Option<&impl Serialize>,
+    ) -> reqwest::RequestBuilder {
+        let mut request = self.client.request(method, format!("{}{path}", self.url));
+        if let Some(token) = token {
+            request = request.bearer_auth(token);
+        }
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        request
+    }
+
+    fn failed(&self, source: reqwest::Error) -> ClientError {
+        ClientError::Ask {
+            url: self.url.clone(),
+            source,
+        }
+    }
+}
+
+/// The user's text as one part of a path: it names no other route.
+pub(super) fn encoded(text: &str) -> String {
+    let byte = |byte: u8| match byte {
+        b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => char::from(byte).to_string(),
+        _ => format!("%{byte:02X}"),
+    };
+    text.bytes().map(byte).collect()
 }
 
 /// Where the daemon listens that uses the configured runtime directory.

@@ -10,7 +10,7 @@ use clap::{Args, Subcommand};
 use llama_orch_types::Hinted;
 use reqwest::Method;
 
-use super::client::{ClientError, Daemon, NO_BODY};
+use super::client::{ClientError, Daemon, NO_BODY, encoded};
 use super::{Context, report};
 use crate::api::pools::requests::{DrainRequest, UnloadRequest};
 use crate::api::pools::{PoolView, PoolsView};
@@ -183,17 +183,8 @@ async fn ask(
     daemon.ask(Method::POST, &path, body).await
 }
 
-/// What names a pool is the user's text; what is no pool's name is encoded, so that
-/// it names no other route.
 fn path_of(pool: &str) -> String {
-    let encoded: String = pool
-        .bytes()
-        .map(|byte| match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => char::from(byte).to_string(),
-            _ => format!("%{byte:02X}"),
-        })
-        .collect();
-    format!("/v2/pools/{encoded}")
+    format!("/v2/pools/{}", encoded(pool))
 }
 
 fn print_json(value: &impl serde::Serialize) {

@@ -130,7 +130,13 @@ fn render_event(out: &mut Vec<u8>, id: u64, event: &TaskEvent, view: View) {
 }
 
 /// One event. JSON holds no raw line break, so its data is always one line.
-fn frame<T: Serialize>(out: &mut Vec<u8>, id: u64, name: &str, data: &T, fallback: bool) {
+pub(super) fn frame<T: Serialize>(
+    out: &mut Vec<u8>,
+    id: u64,
+    name: &str,
+    data: &T,
+    fallback: bool,
+) {
     #[derive(Serialize)]
     struct Marked<'a, T> {
         #[serde(flatten)]
