@@ -4,6 +4,7 @@
 //! from their versions and from Python's, and used by all later runs. Nothing
 //! of the system's Python is changed or needed but `python3` and its pip.
 
+use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -36,12 +37,12 @@ pub async fn packages() -> PathBuf {
 
 async fn provide() -> PathBuf {
     // Compiled packages fit one version of Python only.
-    let key = Sha256::digest(format!("{REQUIREMENTS}\n{}", python_version()));
-    let key: String = key
-        .iter()
-        .take(8)
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let digest = Sha256::digest(format!("{REQUIREMENTS}\n{}", python_version()));
+    let mut key = String::new();
+    for byte in digest.iter().take(8) {
+        // Writing to a String cannot fail.
+        let _ = write!(key, "{byte:02x}");
+    }
     let place = directory().join(format!("python-{key}"));
     let lock = place.with_extension("lock");
     let _lock = FileLock::acquire(&lock, INSTALL_LIMIT, |_| {})

@@ -166,12 +166,12 @@ impl<'a> Cursor<'a> {
     /// Where a value of a kind lies.
     fn value(&mut self, kind: u32) -> Result<Range<usize>, Malformed> {
         let start = self.at;
-        match kind {
-            0 | 1 | 7 => drop(self.take(1)?),
-            2 | 3 => drop(self.take(2)?),
-            4..=6 => drop(self.take(4)?),
-            10..=12 => drop(self.take(8)?),
-            TEXT => drop(self.text()?),
+        let width = match kind {
+            0 | 1 | 7 => 1,
+            2 | 3 => 2,
+            4..=6 => 4,
+            10..=12 => 8,
+            TEXT => self.length()?,
             LIST => {
                 let kind = self.u32()?;
                 if kind == LIST {
@@ -180,9 +180,11 @@ impl<'a> Cursor<'a> {
                 for _ in 0..self.u64()? {
                     self.value(kind)?;
                 }
+                0
             }
             _ => return Err(Malformed("an unknown kind of value")),
-        }
+        };
+        self.take(width)?;
         Ok(start..self.at)
     }
 }
