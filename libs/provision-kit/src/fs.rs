@@ -5,6 +5,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -214,6 +215,29 @@ pub fn sha256_file(path: &Path) -> Result<(Digest, u64), FsError> {
     let mut hasher = Sha256::new();
     let size = hash_into(&mut file, &mut hasher).map_err(FsError::at("read", path))?;
     Ok((finish(hasher), size))
+}
+
+/// The same, telling `watch` after each piece how many bytes were read so far.
+/// `None` if it wants no more.
+pub fn sha256_file_watched(
+    path: &Path,
+    mut watch: impl FnMut(u64) -> ControlFlow<()>,
+) -> Result<Option<(Digest, u64)>, FsError> {
+    const PIECE: u64 = 4 * 1024 * 1024;
+    let mut file = File::open(path).map_err(FsError::at("open", path))?;
+    let mut hasher = Sha256::new();
+    let mut size = 0;
+    loop {
+        let piece = hash_into(&mut (&mut file).take(PIECE), &mut hasher);
+        let piece = piece.map_err(FsError::at("read", path))?;
+        size += piece;
+        if watch(size).is_break() {
+            return Ok(None);
+        }
+        if piece < PIECE {
+            return Ok(Some((finish(hasher), size)));
+        }
+    }
 }
 
 /// Feeds everything that is left in `reader` to the hasher.

@@ -27,12 +27,18 @@ pub enum ErrorCode {
     PoolUnavailable,
     /// No model has this name.
     ModelNotFound,
+    /// The model could not be brought here, or is spoilt.
+    ModelUnavailable,
     /// No task has this id (any more).
     TaskNotFound,
+    /// No pull has this id (any more).
+    PullNotFound,
     /// The engine gave no token in time.
     DecodeTimeout,
     /// The engine went away in mid-stream.
     WorkerReset,
+    /// Somebody cancelled the task that the answer was to come from.
+    Cancelled,
     /// The bearer token is missing or wrong.
     Unauthorized,
     /// A fault of ours.
@@ -51,9 +57,12 @@ impl ErrorCode {
             Self::PoolUnready => "POOL_UNREADY",
             Self::PoolUnavailable => "POOL_UNAVAILABLE",
             Self::ModelNotFound => "MODEL_NOT_FOUND",
+            Self::ModelUnavailable => "MODEL_UNAVAILABLE",
             Self::TaskNotFound => "TASK_NOT_FOUND",
+            Self::PullNotFound => "PULL_NOT_FOUND",
             Self::DecodeTimeout => "DECODE_TIMEOUT",
             Self::WorkerReset => "WORKER_RESET",
+            Self::Cancelled => "CANCELLED",
             Self::Unauthorized => "UNAUTHORIZED",
             Self::Internal => "INTERNAL",
         }
@@ -91,9 +100,12 @@ mod tests {
             ErrorCode::PoolUnready,
             ErrorCode::PoolUnavailable,
             ErrorCode::ModelNotFound,
+            ErrorCode::ModelUnavailable,
             ErrorCode::TaskNotFound,
+            ErrorCode::PullNotFound,
             ErrorCode::DecodeTimeout,
             ErrorCode::WorkerReset,
+            ErrorCode::Cancelled,
             ErrorCode::Unauthorized,
             ErrorCode::Internal,
         ] {

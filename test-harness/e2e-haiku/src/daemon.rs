@@ -202,6 +202,11 @@ impl Daemon {
             .unwrap_or_else(|error| panic!("{}: {error}: {text}", path.display()))
     }
 
+    /// A file in the daemon's own directory, which goes with it.
+    pub fn own_file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
     /// Where the engine's log is, which `stop` removes.
     pub fn engine_log(&self) -> PathBuf {
         let handoff = self.handoff();
@@ -332,7 +337,7 @@ fn terminate(child: &mut Child) {
 
 /// Logs and the pool's lock stay in the machine's cache when a pool stops; no
 /// later run uses their names again. Rotated logs have a suffix.
-fn remove_traces(log: &Path, pool: &str) {
+pub fn remove_traces(log: &Path, pool: &str) {
     let (Some(dir), Some(name)) = (log.parent(), log.file_name().and_then(|name| name.to_str()))
     else {
         return;

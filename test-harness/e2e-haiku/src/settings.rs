@@ -33,6 +33,8 @@ pub struct Settings {
     pub build: Build,
     /// The pool's settings beyond the ones that all tests share.
     pub pool: Value,
+    /// Further pools, and what else the configuration holds.
+    pub more: Value,
     /// Environment variables beyond this process's own.
     pub variables: Vec<(&'static str, String)>,
     /// Where the daemon's standard error is kept; in its directory, which goes
@@ -47,6 +49,7 @@ impl Settings {
             name,
             build: Build::Default,
             pool: json!({}),
+            more: json!({}),
             variables: vec![("REQUIRE_REAL_LLAMA", "1".to_owned())],
             log: None,
         }
@@ -72,11 +75,11 @@ impl Settings {
         if let (Some(pool), Some(more)) = (pool.as_object_mut(), self.pool.as_object()) {
             pool.extend(more.clone());
         }
-        json!({
-            "listen": "127.0.0.1:0",
-            "runtime_dir": runtime,
-            "pools": { self.pool_id(): pool },
-        })
+        let mut config = self.more.clone();
+        config["listen"] = json!("127.0.0.1:0");
+        config["runtime_dir"] = json!(runtime);
+        config["pools"][self.pool_id()] = pool;
+        config
     }
 
     /// The daemon's command line and environment, with `dir` as its directory.

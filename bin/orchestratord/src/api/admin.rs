@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::error::{ApiError, ErrorBody};
-use super::pools::parse;
+use super::pools::requests::parse;
 use crate::app::reload::ReloadReport;
 use crate::app::state::AppState;
 

@@ -1,34 +1,31 @@
-//! `/v2/pools`: what there is, and how it is.
+//! `/v2/pools`: what there is, and how it is. What can be asked of a pool is in
+//! [`requests`].
+
+pub mod requests;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use axum::Json;
-use axum::body::Bytes;
-use axum::extract::rejection::{BytesRejection, PathRejection};
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::http::header::RETRY_AFTER;
 use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
-use llama_orch_types::ErrorCode;
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::error::{ApiError, ErrorBody};
 use super::tasks::Preparation;
-#[cfg(feature = "provisioning")]
-use crate::app::config::Unfit;
+use crate::app::config::LoadPolicy;
 use crate::app::state::AppState;
 use crate::services::event_log::Failure;
-use crate::services::pool::{Phase, PoolHandle, ReloadRequest, ReloadView, Restarts, Transition};
+use crate::services::pool::{Phase, PoolHandle, PoolSnapshot, ReloadView, Restarts, Transition};
+use crate::services::residency::{MemoryView, PoolMemory};
 
 /// Log lines that a view shows.
 const LOG_LINES: usize = 20;
-
-/// A day.
-const MAX_DEADLINE_MS: u64 = 86_400_000;
 
 /// A pool as it is now.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
@@ -37,6 +34,17 @@ pub struct PoolView {
     pub engine: String,
     /// The model as the configuration names it.
     pub model: String,
+    /// Further names by which clients may ask for it.
+    #[serde(default)]
+    pub aliases: Vec<String>,
+    /// When the engine is loaded: `eager` or `on_demand`.
+    #[schema(value_type = String)]
+    pub load: LoadPolicy,
+    /// Whether it stays loaded whatever else wants its memory.
+    pub pin: bool,
+    /// After so long without a task the engine is unloaded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub idle_ttl_seconds: Option<u64>,
     /// The engine's further flags: the configuration's, or those of the last
     /// reload.
     pub flags: Vec<String>,
@@ -46,6 +54,17 @@ pub struct PoolView {
     pub queue: QueueView,
     /// Tasks in the engine.
     pub running: u64,
+    /// How long no task has run or waited, in milliseconds; left out while one does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle_ms: Option<u64>,
+    /// How long until the engine is unloaded, unless a task comes, in milliseconds;
+    /// left out where `idle_ttl_seconds` does not count down.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unloads_in_ms: Option<u64>,
+    /// The running mean of what loading took in this pool, in milliseconds: from the
+    /// engine's start until it was ready. Left out until the first load.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mean_load_ms: Option<u64>,
     pub slots: u32,
     /// The running mean of what tasks take in the engine, in milliseconds.
     pub mean_service_ms: u64,
@@ -79,6 +98,9 @@ pub struct PoolView {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error_at: Option<String>,
     pub preparation: Preparation,
+    /// What its engine needs of memory, once it has asked for some.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<PoolMemory>,
 }
 
 /// One change of a pool's state.
@@ -102,21 +124,20 @@ impl TransitionView {
     }
 }
 
+fn millis(duration: Duration) -> u64 {
+    duration.as_millis() as u64
+}
+
+/// Zero for a moment that has passed.
+fn millis_until(moment: Instant) -> u64 {
+    millis(moment.saturating_duration_since(Instant::now()))
+}
+
 /// A time for clients, to the millisecond.
 pub(crate) fn rfc3339(time: SystemTime) -> String {
     // Fails only where the clock is thousands of years off.
     let time = Timestamp::try_from(time).unwrap_or_default();
     format!("{time:.3}")
-}
-
-/// How a pool is to be drained.
-#[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct DrainRequest {
-    /// How long admitted tasks may go on, in milliseconds (0 to 86400000).
-    /// Default: `drain_seconds` of the configuration.
-    #[schema(maximum = 86_400_000)]
-    pub deadline_ms: Option<u64>,
 }
 
 /// What waits in a pool.
@@ -149,10 +170,12 @@ pub struct PoolsView {
     pub pools: Vec<PoolView>,
 }
 
-/// Whether a pool takes tasks to its engine.
+/// Whether a pool serves.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub struct PoolHealth {
     pub pool_id: String,
+    /// Whether its engine takes tasks at once. An `unloaded` pool serves without
+    /// that: its first task has an engine loaded.
     pub ready: bool,
     pub state: Phase,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -190,6 +213,10 @@ impl PoolView {
             pool_id: settings.id.to_string(),
             engine: settings.engine.to_string(),
             model: settings.model.clone(),
+            aliases: settings.config.aliases.clone(),
+            load: settings.config.load,
+            pin: settings.config.pin,
+            idle_ttl_seconds: settings.config.idle_ttl_seconds,
             flags: settings.config.flags.clone(),
             state: snapshot.phase,
             in_state_ms: snapshot.since.elapsed().as_millis() as u64,
@@ -199,15 +226,15 @@ impl PoolView {
                 capacity: settings.queue_capacity as u64,
             },
             running: snapshot.running as u64,
+            idle_ms: snapshot.idle_since.map(|since| millis(since.elapsed())),
+            unloads_in_ms: snapshot.unloads_at.map(millis_until),
+            mean_load_ms: snapshot.loads.measured_mean().map(millis),
             slots: snapshot.slots,
             mean_service_ms: snapshot.times.mean().as_millis() as u64,
             measured_tasks: snapshot.times.measured(),
             engine_exits: snapshot.engine_exits,
             restarts: snapshot.restarts,
-            next_try_ms: snapshot.next_try.map(|next| {
-                let left = next.saturating_duration_since(Instant::now());
-                left.as_millis() as u64
-            }),
+            next_try_ms: snapshot.next_try.map(millis_until),
             transitions: snapshot
                 .transitions
                 .iter()
@@ -219,15 +246,29 @@ impl PoolView {
             last_error: snapshot.last_error,
             last_error_at: snapshot.last_error_at.map(rfc3339),
             preparation: Preparation::of(pool),
+            memory: None,
         }
+    }
+
+    /// With what is known of its memory.
+    #[must_use]
+    pub fn with_memory(mut self, memory: &MemoryView) -> Self {
+        let own = memory
+            .pools
+            .iter()
+            .find(|(id, _)| id.as_str() == self.pool_id);
+        self.memory = own.map(|(_, memory)| *memory);
+        self
     }
 }
 
 /// All pools.
 #[utoipa::path(get, path = "/v2/pools", tag = "pools", responses((status = 200, body = PoolsView)))]
 pub async fn list(State(state): State<Arc<AppState>>) -> Json<PoolsView> {
+    let (memory, pools) = (state.residency.view(), state.pools.get());
+    let view = |pool| PoolView::brief(pool).with_memory(&memory);
     Json(PoolsView {
-        pools: state.pools.get().values().map(PoolView::brief).collect(),
+        pools: pools.values().map(view).collect(),
     })
 }
 
@@ -242,10 +283,12 @@ pub async fn show(
     path: Result<Path<String>, PathRejection>,
 ) -> Result<Json<PoolView>, ApiError> {
     let Path(id) = path?;
-    Ok(Json(PoolView::of(&state.pool(&id)?)))
+    let view = PoolView::of(&state.pool(&id)?);
+    Ok(Json(view.with_memory(&state.residency.view())))
 }
 
-/// Whether a pool is ready: 200 if it is, 503 with the same body if not.
+/// Whether a pool serves: 200 if it is ready, or unloaded and so would be by its
+/// first task; 503 with the same body if not.
 #[utoipa::path(
     get, path = "/v2/pools/{id}/health", tag = "pools",
     params(("id" = String, Path)),
@@ -259,6 +302,7 @@ pub async fn health(
     let pool = state.pool(&id)?;
     let snapshot = pool.snapshot();
     let ready = snapshot.phase == Phase::Ready && snapshot.distrust.is_none();
+    let serves = ready || loads_on_demand(&snapshot);
     let body = Json(PoolHealth {
         pool_id: id,
         ready,
@@ -267,7 +311,7 @@ pub async fn health(
         last_error_at: snapshot.last_error_at.map(rfc3339),
         preparation: Preparation::of(&pool),
     });
-    Ok(if ready {
+    Ok(if serves {
         body.into_response()
     } else {
         let after = pool.board().remaining().as_secs().clamp(1, 600);
@@ -280,114 +324,7 @@ pub async fn health(
     })
 }
 
-/// Let a pool finish what it has admitted, and stop its engine. New tasks are
-/// refused from now on, until the pool is resumed. Tasks that are not over in
-/// time end with one retriable error. Answers at once; `state` shows how far
-/// it is.
-#[utoipa::path(
-    post, path = "/v2/pools/{id}/drain", tag = "pools",
-    params(("id" = String, Path)), request_body = Option<DrainRequest>,
-    responses(
-        (status = 202, body = PoolView), (status = 400, body = ErrorBody),
-        (status = 404, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
-)]
-pub async fn drain(
-    State(state): State<Arc<AppState>>,
-    path: Result<Path<String>, PathRejection>,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<(StatusCode, Json<PoolView>), ApiError> {
-    let Path(id) = path?;
-    let pool = state.pool(&id)?;
-    let request: DrainRequest = parse(&body?)?;
-    let deadline = match request.deadline_ms {
-        Some(ms) if ms > MAX_DEADLINE_MS => {
-            let message = format!("`deadline_ms` must be at most {MAX_DEADLINE_MS}");
-            return Err(ApiError::invalid(message));
-        }
-        Some(ms) => Duration::from_millis(ms),
-        None => pool.settings().drain,
-    };
-    pool.drain_pool(deadline).await?;
-    Ok((StatusCode::ACCEPTED, Json(PoolView::of(&pool))))
-}
-
-/// Take tasks again: ends a drain, and starts the engine of a pool that is
-/// stopped, has failed or waits for its next try. A pool that is ready or on
-/// its way stays as it is.
-#[utoipa::path(
-    post, path = "/v2/pools/{id}/resume", tag = "pools",
-    params(("id" = String, Path)),
-    responses((status = 202, body = PoolView), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody))
-)]
-pub async fn resume(
-    State(state): State<Arc<AppState>>,
-    path: Result<Path<String>, PathRejection>,
-) -> Result<(StatusCode, Json<PoolView>), ApiError> {
-    let Path(id) = path?;
-    let pool = state.pool(&id)?;
-    pool.resume().await?;
-    Ok((StatusCode::ACCEPTED, Json(PoolView::of(&pool))))
-}
-
-/// Replace a pool's engine by one with another model or other flags, or by a
-/// new one of the same. Where memory allows, the new engine is started beside
-/// the old one and takes over once it has completed a task; if it cannot, the
-/// old one stays. No admitted task is lost. Answers at once; `reload` shows how
-/// far it is. 409 while another reload is under way or the pool is drained.
-#[utoipa::path(
-    post, path = "/v2/pools/{id}/reload", tag = "pools",
-    params(("id" = String, Path)), request_body = Option<ReloadRequest>,
-    responses(
-        (status = 202, body = PoolView), (status = 400, body = ErrorBody), (status = 404, body = ErrorBody),
-        (status = 409, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
-)]
-pub async fn reload(
-    State(state): State<Arc<AppState>>,
-    path: Result<Path<String>, PathRejection>,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<(StatusCode, Json<PoolView>), ApiError> {
-    let Path(id) = path?;
-    let pool = state.pool(&id)?;
-    let request: ReloadRequest = parse(&body?)?;
-    #[cfg(feature = "provisioning")]
-    request
-        .applied_to(&pool.settings().config)
-        .check_launch(&pool.settings().id, &state.model_settings)
-        .map_err(unfit)?;
-    pool.reload(request).await.map_err(conflict)?;
-    Ok((StatusCode::ACCEPTED, Json(PoolView::of(&pool))))
-}
-
-/// What no engine can be started with is refused before one is.
-#[cfg(feature = "provisioning")]
-fn unfit(unfit: Unfit) -> ApiError {
-    let message = format!("`{}`: {}", unfit.key, unfit.problem);
-    Failure::new(ErrorCode::InvalidParams, message)
-        .with_hint(unfit.hint)
-        .into()
-}
-
-/// A reload is refused for the pool's state, not for how often it is asked.
-fn conflict(failure: Failure) -> ApiError {
-    let refused = failure.code == ErrorCode::AdmissionReject;
-    let error = ApiError::from(failure);
-    if refused {
-        error.with_status(StatusCode::CONFLICT)
-    } else {
-        error
-    }
-}
-
-/// A body of JSON; none at all stands for the defaults.
-pub(super) fn parse<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, ApiError> {
-    match body.trim_ascii_start().first() {
-        None => return Ok(T::default()),
-        Some(b'{') => {}
-        // A list would otherwise be taken for the fields in their order.
-        Some(_) => return Err(ApiError::invalid("a JSON object is expected")),
-    }
-    serde_json::from_slice(body)
-        .map_err(|error| ApiError::invalid(format!("the body cannot be read: {error}")))
+/// Whether the pool has no engine, or soon none, and loads one for the next task.
+pub(super) fn loads_on_demand(snapshot: &PoolSnapshot) -> bool {
+    snapshot.phase == Phase::Unloaded || snapshot.unloading
 }

@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use adapter_host::{AdapterHost, HostSettings};
 use llama_orch_types::Hinted;
@@ -22,6 +22,7 @@ use provision_kit::progress::Reporter;
 #[cfg(feature = "provisioning")]
 use provision_kit::progress::Silent;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
@@ -38,6 +39,8 @@ use super::shutdown::Shutdown;
 use super::state::AppState;
 use crate::api::repeats::Repeats;
 use crate::services::pool::Leaving;
+use crate::services::pulls::{Fetch, Pulls};
+use crate::services::residency::Residency;
 use crate::services::tasks::{Retention, TaskRegistry};
 use crate::telemetry_recorder;
 
@@ -47,6 +50,9 @@ pub(super) const STOP_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long open connections may take to notice that their streams ended.
 const CONNECTION_LIMIT: Duration = Duration::from_secs(5);
+
+/// How many models may be read whole at a time: it is the disk's work.
+const VERIFYING_AT_ONCE: usize = 2;
 
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
 
@@ -250,14 +256,29 @@ pub fn check_directories(config: &Config) -> Result<(), StartError> {
 /// Starts every pool's owner and supervisor, and the reloader, which owns them.
 pub fn start(plan: Plan) -> Result<App, StartError> {
     let config = plan.loaded.config.clone();
-    #[cfg(feature = "provisioning")]
     let dirs = directories(&config)?;
     let host = AdapterHost::new(HostSettings {
         first_token_timeout: Duration::from_secs(config.tasks.first_token_seconds),
         next_token_timeout: Duration::from_secs(config.tasks.next_token_seconds),
         ..HostSettings::default()
     });
+    let residency = Residency::start(config.memory.rules(), budget(config.memory.clone()));
     let (reloads, commands) = reload::channel();
+    let stop = CancellationToken::new();
+    let background = TaskTracker::new();
+    #[cfg(feature = "provisioning")]
+    let models = Arc::new(model_provisioner(&config.models, &dirs, Arc::new(Silent))?);
+    #[cfg(feature = "provisioning")]
+    let fetch: Arc<dyn Fetch> = models.clone();
+    #[cfg(not(feature = "provisioning"))]
+    let fetch: Arc<dyn Fetch> = Arc::new(crate::services::pulls::NoModels);
+    let pulls = Pulls::start(
+        fetch,
+        dirs.1.root().join("pulls.json"),
+        Arc::clone(&plan.reporter),
+        &background,
+        stop.clone(),
+    );
     let state = Arc::new(AppState {
         tasks: TaskRegistry::new(Retention {
             keep_for: Duration::from_secs(config.tasks.keep_seconds),
@@ -265,22 +286,24 @@ pub fn start(plan: Plan) -> Result<App, StartError> {
             bytes: usize::try_from(config.tasks.keep_bytes).unwrap_or(usize::MAX),
         }),
         host: host.clone(),
+        residency: residency.clone(),
         metrics: telemetry_recorder(),
         token: Current::new(plan.token.clone()),
         max_body_bytes: usize::try_from(config.tasks.max_body_bytes).unwrap_or(usize::MAX),
         limits: config.limits.clone(),
         real_only: plan.real_only,
         started: Instant::now(),
+        started_at: SystemTime::now(),
         repeats: Repeats::default(),
+        pulls,
+        verifying: Arc::new(Semaphore::new(VERIFYING_AT_ONCE)),
         #[cfg(feature = "provisioning")]
-        models: Arc::new(model_provisioner(&config.models, &dirs, Arc::new(Silent))?),
+        models,
         #[cfg(feature = "provisioning")]
         model_settings: config.models.clone(),
         pools: Current::new(BTreeMap::new()),
         reloads,
     });
-    let stop = CancellationToken::new();
-    let background = TaskTracker::new();
     background.spawn(sweep(Arc::clone(&state), stop.clone()));
     let launcher = Launcher {
         #[cfg(feature = "provisioning")]
@@ -288,6 +311,8 @@ pub fn start(plan: Plan) -> Result<App, StartError> {
         #[cfg(feature = "provisioning")]
         dirs,
         host,
+        #[cfg(feature = "provisioning")]
+        residency,
         reporter: Arc::clone(&plan.reporter),
         supervisors: background.clone(),
         stop: stop.clone(),
@@ -299,6 +324,15 @@ pub fn start(plan: Plan) -> Result<App, StartError> {
         background,
         stop,
     })
+}
+
+#[cfg(feature = "provisioning")]
+use crate::provisioning::machine::budget;
+
+/// A build that starts no engines promises no memory.
+#[cfg(not(feature = "provisioning"))]
+async fn budget(_: super::config::MemoryConfig) -> crate::services::residency::Budget {
+    crate::services::residency::Budget::default()
 }
 
 impl App {
@@ -333,8 +367,12 @@ impl App {
     }
 }
 
-/// Serves until somebody asks for the end, then shuts everything down.
+/// Serves until somebody asks for the end, then shuts everything down. Pulls
+/// that an earlier daemon did not finish go on.
 pub async fn serve(app: App, listener: TcpListener, shutdown: Shutdown) -> Result<(), StartError> {
+    if let Err(failure) = app.state.pulls.go_on().await {
+        tracing::warn!(failure = failure.message, "interrupted pulls do not go on");
+    }
     let closing = CancellationToken::new();
     let server = {
         let (router, limits) = (router(Arc::clone(&app.state)), app.state.limits.clone());

@@ -19,6 +19,8 @@ use super::bootstrap::StartError;
 use super::config::PoolConfig;
 use crate::services::pool::{Leaving, PoolHandle, PoolSettings};
 use crate::services::preparation::PreparationBoard;
+#[cfg(feature = "provisioning")]
+use crate::services::residency::Residency;
 
 /// What every pool is started with.
 #[derive(Debug)]
@@ -28,6 +30,8 @@ pub(super) struct Launcher {
     #[cfg(feature = "provisioning")]
     pub(super) dirs: (CacheDirs, RuntimeDirs),
     pub(super) host: AdapterHost,
+    #[cfg(feature = "provisioning")]
+    pub(super) residency: Residency,
     pub(super) reporter: Arc<dyn Reporter>,
     /// Every supervisor, so that the daemon's end can wait for them.
     pub(super) supervisors: TaskTracker,
@@ -106,8 +110,10 @@ impl Launcher {
         {
             // The pool's own board takes the progress, so that it shows where it belongs.
             let models = model_provisioner(&self.models, &self.dirs, handle.board().clone())?;
-            let supervisor =
-                crate::provisioning::Supervisor::new(handle, host, models, &self.dirs, stop);
+            let residency = self.residency.clone();
+            let supervisor = crate::provisioning::Supervisor::new(
+                handle, host, models, &self.dirs, residency, stop,
+            );
             Ok(self.supervisors.spawn(supervisor.run()))
         }
         #[cfg(not(feature = "provisioning"))]

@@ -18,9 +18,16 @@ use utoipa_axum::routes;
 
 use super::config::Limits;
 use super::state::AppState;
+use crate::api::dialect::Dialect;
 use crate::api::error::ApiError;
+use crate::api::ollama::errors::OllamaError;
+use crate::api::openai::errors::{AnthropicError, OpenAiError};
+use crate::api::pools::requests;
 use crate::api::streams::{self, StreamCounts};
-use crate::api::{admin, auth, catalog, correlation, health, meta, metrics, panics, pools, tasks};
+use crate::api::{
+    admin, auth, catalog, correlation, health, memory, meta, metrics, ollama, openai, panics,
+    pools, tasks,
+};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -31,17 +38,26 @@ use crate::api::{admin, auth, catalog, correlation, health, meta, metrics, panic
     tags(
         (name = "tasks", description = "Submit, read and cancel tasks"),
         (name = "pools", description = "What serves, and how it is"),
-        (name = "catalog", description = "Models on this machine"),
+        (name = "catalog", description = "Models on this machine and on their way to it"),
         (name = "admin", description = "Change the configuration while it runs"),
+        (name = "clients", description = "For clients of OpenAI's and Anthropic's APIs"),
+        (name = "ollama", description = "For clients of Ollama's API"),
         (name = "meta", description = "What answers here"),
         (name = "health", description = "For supervisors and monitoring"),
-    )
+    ),
+    components(schemas(OpenAiError, AnthropicError, OllamaError))
 )]
 struct Description;
 
 fn described_routes(streams: Arc<StreamCounts>) -> OpenApiRouter<Arc<AppState>> {
     let streaming = OpenApiRouter::new()
         .routes(routes!(tasks::events))
+        .merge(openai::call_routes().into())
+        .routes(routes!(ollama::calls::chat))
+        .routes(routes!(ollama::calls::generate))
+        .routes(routes!(ollama::embed::embed))
+        .routes(routes!(ollama::embed::embeddings))
+        .routes(routes!(catalog::pulls::events))
         .route_layer(from_fn_with_state(streams, streams::bounded));
     OpenApiRouter::with_openapi(Description::openapi())
         .routes(routes!(health::health))
@@ -53,12 +69,29 @@ fn described_routes(streams: Arc<StreamCounts>) -> OpenApiRouter<Arc<AppState>> 
         .routes(routes!(pools::list))
         .routes(routes!(pools::show))
         .routes(routes!(pools::health))
-        .routes(routes!(pools::drain))
-        .routes(routes!(pools::resume))
-        .routes(routes!(pools::reload))
+        .routes(routes!(requests::start))
+        .routes(routes!(requests::stop))
+        .routes(routes!(requests::unload))
+        .routes(routes!(requests::drain))
+        .routes(routes!(requests::resume))
+        .routes(routes!(requests::reload))
+        .routes(routes!(memory::show))
         .routes(routes!(meta::capabilities))
-        .routes(routes!(catalog::models))
+        .routes(routes!(catalog::models::list))
+        .routes(routes!(catalog::models::show, catalog::models::remove))
+        .routes(routes!(catalog::verify::verify))
+        .routes(routes!(catalog::pulls::begin, catalog::pulls::list))
+        .routes(routes!(catalog::pulls::show, catalog::pulls::cancel))
         .routes(routes!(admin::reload, admin::show))
+        .routes(routes!(openai::models::list))
+        .routes(routes!(openai::models::show))
+        .routes(routes!(ollama::routes::root))
+        .routes(routes!(ollama::routes::version))
+        .routes(routes!(ollama::routes::pull))
+        .routes(routes!(ollama::models::tags))
+        .routes(routes!(ollama::models::show))
+        .routes(routes!(ollama::models::ps))
+        .merge(ollama::routes::not_offered().into())
 }
 
 /// Adds what holds for many routes: the token, and what may be answered before
@@ -69,11 +102,14 @@ fn complete(mut description: OpenApiDescription) -> OpenApiDescription {
         .components
         .get_or_insert_default()
         .add_security_scheme("token", token);
+    openai::describe(&mut description);
     for (path, item) in &mut description.paths.paths {
         if path == "/health" {
             continue;
         }
-        for operation in [&mut item.get, &mut item.post].into_iter().flatten() {
+        let error_schema = Dialect::of(path).error_schema();
+        let operations = [&mut item.get, &mut item.post, &mut item.delete];
+        for operation in operations.into_iter().flatten() {
             let takes_body = operation.request_body.is_some();
             operation.security = Some(vec![
                 SecurityRequirement::default(),
@@ -92,7 +128,7 @@ fn complete(mut description: OpenApiDescription) -> OpenApiDescription {
             ];
             let body_errors = of_a_body.into_iter().filter(|_| takes_body);
             for (status, why) in early.into_iter().chain(body_errors) {
-                let content = Content::new(Some(Ref::from_schema_name("ErrorBody")));
+                let content = Content::new(Some(Ref::from_schema_name(error_schema)));
                 let answer = ResponseBuilder::new()
                     .description(why)
                     .content("application/json", content);
@@ -174,8 +210,29 @@ mod tests {
             paths["/health"]["get"]["security"].is_null(),
             "it needs no token"
         );
+        // Errors have the shape of the API that is asked.
+        for (route, shape) in [
+            ("/v1/chat/completions", "OpenAiError"),
+            ("/rerank", "OpenAiError"),
+            ("/v1/messages", "AnthropicError"),
+        ] {
+            let responses = &paths[route]["post"]["responses"];
+            for status in ["400", "401", "403", "404", "408", "413", "429", "503"] {
+                let body = &responses[status]["content"]["application/json"]["schema"];
+                let reference = format!("#/components/schemas/{shape}");
+                assert_eq!(body["$ref"], reference, "{route} {status}");
+            }
+            assert!(description["components"]["schemas"][shape].is_object());
+            let required = &paths[route]["post"]["requestBody"]["required"];
+            assert_eq!(*required, true, "{route}");
+        }
+        let chat = &paths["/v1/chat/completions"]["post"]["responses"]["200"]["content"];
+        assert!(chat["text/event-stream"].is_object() && chat["application/json"].is_object());
+        let models = &paths["/v1/models"]["get"]["responses"];
+        let body = &models["401"]["content"]["application/json"]["schema"]["$ref"];
+        assert_eq!(*body, "#/components/schemas/OpenAiError");
         // Bodies that may be left out are not called required.
-        for route in ["drain", "reload"] {
+        for route in ["drain", "stop", "unload", "reload"] {
             let body = &paths[format!("/v2/pools/{{id}}/{route}")]["post"]["requestBody"];
             assert!(body.is_object() && body["required"] != true, "{body}");
         }

@@ -1,7 +1,10 @@
 //! The command line: parse, set up logs, run one command, report errors.
 
+mod client;
 mod config;
 mod doctor;
+mod models;
+mod pools;
 mod reload;
 mod report;
 mod run;
@@ -42,6 +45,8 @@ Examples:
   orchestratord --config orchestratord.yaml      serve what a file says
   orchestratord run \"Write a haiku about rain\"   one answer on the terminal
   orchestratord reload --dry-run                 what a changed file would do to a daemon
+  orchestratord models pull haiku                fetch a model before anybody needs it
+  orchestratord pools list                       what a daemon's pools do
   orchestratord doctor                           what this machine has and lacks
   orchestratord config schema                    every setting, as JSON schema
 
@@ -93,6 +98,13 @@ enum Command {
     /// change go on as they are. Ends with 1 if the file is wrong, in which
     /// case nothing changes, or if a pool failed or was rolled back.
     Reload(reload::ReloadArgs),
+    /// See which models are on this machine; fetch, check and remove them.
+    ///
+    /// Goes through the daemon that runs here, if one does, else works on the
+    /// store itself.
+    Models(models::ModelsArgs),
+    /// See what a running daemon's pools do; load, stop and unload them.
+    Pools(pools::PoolsArgs),
     /// Say what this machine has and lacks.
     Doctor(Listen),
     /// Check or describe the configuration.
@@ -139,8 +151,10 @@ pub(crate) fn main() -> ExitCode {
         Command::Serve(_) => "info,hf_hub=off",
         // The answer is what counts: only progress beside it. What goes wrong
         // is said once, at the end.
-        Command::Run(_) => "warn,orchestratord=off,orchestratord::ui=info,hf_hub=off",
-        Command::Reload(_) | Command::Doctor(_) | Command::Config(_) => "error",
+        Command::Run(_) | Command::Models(_) => {
+            "warn,orchestratord=off,orchestratord::ui=info,hf_hub=off"
+        }
+        Command::Reload(_) | Command::Pools(_) | Command::Doctor(_) | Command::Config(_) => "error",
     };
     let level = cli.common.log_level.as_deref().unwrap_or(default_level);
     logging::set_up(cli.common.log_format, level, &bars);
@@ -167,6 +181,8 @@ async fn dispatch(command: Command, context: Context) -> ExitCode {
         Command::Serve(_) => serve::serve(context).await,
         Command::Run(args) => run::run(context, args).await,
         Command::Reload(args) => reload::reload(&context, &args).await,
+        Command::Models(args) => models::models(&context, &args).await,
+        Command::Pools(args) => pools::pools(&context, &args).await,
         Command::Doctor(_) => doctor::doctor(&context).await,
         Command::Config(command) => config::config(&context, &command),
     }

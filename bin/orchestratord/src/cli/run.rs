@@ -16,7 +16,7 @@ use super::{Context, report};
 use crate::api::submission::submit_to;
 use crate::api::task_request::TaskRequest;
 use crate::app::bootstrap::{self, App, Plan, StartError};
-use crate::app::config::{Config, PoolConfig, SetupError};
+use crate::app::config::{Config, LoadPolicy, PoolConfig, SetupError};
 use crate::app::shutdown::{Shutdown, Signals};
 use crate::services::admission::Client;
 use crate::services::event_log::{Cursor, End, Failure, TaskEvent};
@@ -98,7 +98,10 @@ fn start(context: &Context, args: &RunArgs) -> Result<(App, Shutdown), StartErro
     let source = context.source.clone();
     let mut loaded = source.load().map_err(StartError::Setup)?;
     // A pool of its own, so that a daemon on this machine is not disturbed.
-    let pool = choose_pool(&loaded.config, args).map_err(StartError::Setup)?;
+    let mut pool = choose_pool(&loaded.config, args).map_err(StartError::Setup)?;
+    // Its one task is known.
+    pool.load = LoadPolicy::Eager;
+    pool.idle_ttl_seconds = None;
     let (cache, _) = bootstrap::directories(&loaded.config)?;
     loaded.config.pools = BTreeMap::from([(own_pool_id(&cache), pool)]);
     let reporter = progress_reporter(context.log_format, &context.bars);

@@ -69,6 +69,14 @@ fn lock_runtime_dir(config: &Config) -> Result<FileLock, StartError> {
 
 /// The line that somebody at a terminal waits for.
 async fn say_when_ready(pool: PoolHandle, address: SocketAddr) {
+    if pool.snapshot().phase == Phase::Unloaded {
+        let settings = pool.settings();
+        tracing::info!(
+            "on demand: http://{address} serves {} in pool {}, loaded by the first task",
+            settings.model,
+            settings.id
+        );
+    }
     if pool
         .wait_for(|snapshot| snapshot.phase == Phase::Ready)
         .await

@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::liveness;
+use super::memory::Place;
 use super::{Parts, ProvisionError};
 use crate::app::config::PoolConfig;
 use crate::services::event_log::Failure;
@@ -25,6 +26,8 @@ const RETIRE_MARGIN: Duration = Duration::from_mins(1);
 #[derive(Debug)]
 pub(super) struct Kept {
     pub(super) engine: RunningEngine,
+    /// Behind the engine, and so given back when that is gone.
+    place: Place,
     pub(super) config: Arc<PoolConfig>,
     /// One for all reports: by it the pool knows the engine again.
     context: Arc<ProvisionedContext>,
@@ -33,10 +36,11 @@ pub(super) struct Kept {
 }
 
 impl Kept {
-    pub(super) fn new(engine: RunningEngine, config: Arc<PoolConfig>) -> Self {
+    pub(super) fn new(engine: RunningEngine, place: Place, config: Arc<PoolConfig>) -> Self {
         let context = Arc::new(engine.context().clone());
         Self {
             engine,
+            place,
             config,
             context,
             watch: None,
@@ -149,9 +153,9 @@ impl Keeper {
             _ = parts.interrupted(&mut self.orders, order) => return,
             started = parts.bring_up(order, &config, lock, prove) => started,
         };
-        let bound = started.and_then(|engine| {
-            parts.bind(engine.context())?;
-            Ok(Kept::new(engine, config))
+        let bound = started.and_then(|kept| {
+            parts.bind(kept.engine.context())?;
+            Ok(kept)
         });
         match bound {
             Ok(kept) => {
@@ -217,6 +221,7 @@ impl Keeper {
         // Ended with the keeper, since the set is.
         self.retiring.spawn(async move {
             parts.retire(old.engine, before).await;
+            drop(old.place);
             parts.pool.report(order, Change::Retired).await;
         });
     }
@@ -232,6 +237,7 @@ impl Keeper {
             Ended::Exit(exit) => (RestartCause::Crash, crashed(&context, &exit)),
             Ended::Hung(reason) => (RestartCause::Hang, end_hung(kept.engine, &reason).await),
         };
+        drop(kept.place);
         self.last_exit = Some(exit);
         let change = self.gone();
         self.report(change).await;
@@ -250,6 +256,7 @@ impl Keeper {
         if let Some(kept) = self.kept.take() {
             self.parts.unbind(kept.engine.context());
             kept.engine.stop().await;
+            drop(kept.place);
         }
     }
 
@@ -296,8 +303,10 @@ impl Parts {
 
     /// Waits until the engine ends or can no longer be relied on.
     async fn watch(&self, kept: &mut Kept) -> Ended {
+        let meter = kept.engine.meter();
         tokio::select! {
             exit = kept.engine.wait_exit() => Ended::Exit(exit),
+            never = self.measure(meter, &kept.place) => match never {},
             reason = self.distrusted() => Ended::Hung(reason),
             reason = liveness::watch(&self.pool, &self.host, &mut kept.watch) => Ended::Hung(reason),
         }

@@ -4,7 +4,8 @@
 //! ```text
 //! model ─┐
 //!        ├─► start ─► health 200 ─► ProvisionedContext ─► bind ─► Ready
-//! engine ┘                                                   │
+//! engine ┘▲                                                  │
+//!         └ memory is free for it                            │
 //!                                          watch: exit, distrust, liveness, orders
 //! ```
 //!
@@ -15,6 +16,9 @@
 
 mod keeper;
 mod liveness;
+pub(crate) mod machine;
+mod memory;
+mod needs;
 mod provide;
 mod room;
 #[cfg(test)]
@@ -36,6 +40,8 @@ use tokio_util::sync::CancellationToken;
 use self::keeper::Keeper;
 use crate::services::event_log::Failure;
 use crate::services::pool::{Change, PoolHandle};
+use crate::services::residency::plan::Never;
+use crate::services::residency::{Refused, Residency};
 
 /// How long an engine may take to end after it was asked to.
 const STOP_GRACE: Duration = Duration::from_secs(5);
@@ -53,6 +59,7 @@ struct Parts {
     host: AdapterHost,
     models: ModelProvisioner,
     engines: EngineProvisioner,
+    residency: Residency,
     stop: CancellationToken,
 }
 
@@ -62,6 +69,8 @@ enum ProvisionError {
     Model(#[source] ModelError),
     #[error("the engine could not be provided")]
     Engine(#[source] EngineError),
+    #[error("there is no memory for the engine")]
+    Memory(#[source] Refused),
     #[error("the engine could not be started")]
     Start(#[source] EngineError),
     #[error("the engine could not be bound")]
@@ -79,6 +88,7 @@ impl ProvisionError {
                 (Some(hint.to_owned()), false)
             }
             Self::Engine(error) | Self::Start(error) => (error.hint(), error.retriable()),
+            Self::Memory(refused) => memory_hint(refused),
             Self::Bind(_) => (None, false),
             Self::Unproved(_) => (None, true),
         };
@@ -98,6 +108,19 @@ impl ProvisionError {
     }
 }
 
+/// What helps where there is no memory, and whether another try may.
+fn memory_hint(refused: &Refused) -> (Option<String>, bool) {
+    let hint = match refused {
+        Refused::Never(Never::TooLarge { .. }) => {
+            "raise the limit under `memory`, or leave it out; or lower the pool's `ctx` or `slots`, or choose a smaller model"
+        }
+        Refused::Never(Never::Pinned(_)) => "take `pin` from one of them, or unload it",
+        Refused::Never(Never::NoRoom(_)) | Refused::Over => return (None, true),
+    };
+    let retriable = !matches!(refused, Refused::Never(Never::TooLarge { .. }));
+    (Some(hint.to_owned()), retriable)
+}
+
 /// Whether the engine says that it does not take an argument, which it says of the
 /// same one every time.
 fn refuses_argument(log: &[String]) -> bool {
@@ -114,6 +137,7 @@ impl Supervisor {
         host: AdapterHost,
         models: ModelProvisioner,
         (cache, runtime): &(CacheDirs, RuntimeDirs),
+        residency: Residency,
         stop: CancellationToken,
     ) -> Self {
         // The pool's own board, so that progress shows where it belongs.
@@ -124,6 +148,7 @@ impl Supervisor {
             host,
             models,
             engines,
+            residency,
             stop,
         };
         Self {

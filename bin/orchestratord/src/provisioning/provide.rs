@@ -6,9 +6,11 @@ use std::time::{Duration, Instant};
 
 use llama_orch_types::{ModelMetadata, ProvisionedContext, ReplicaId};
 use metrics::histogram;
-use provisioners_engine_provisioner::{EngineInstallation, LaunchSpec, PoolLock, RunningEngine};
+use provisioners_engine_provisioner::{EngineInstallation, LaunchSpec, PoolLock};
 
 use super::keeper::{Beside, Kept};
+use super::machine::Machine;
+use super::memory::Estimate;
 use super::room::{self, Running};
 use super::{Parts, ProvisionError, STOP_GRACE};
 use crate::app::config::{PoolConfig, shown_model};
@@ -19,19 +21,23 @@ use crate::services::telemetry;
 const PROOF_LIMIT: Duration = Duration::from_mins(1);
 
 impl Parts {
-    /// Provides and starts an engine, and lets it prove itself if it must.
+    /// Provides an engine, waits until there is memory for it, starts it, and lets
+    /// it prove itself if it must.
     pub(super) async fn bring_up(
         &self,
         order: u64,
-        config: &PoolConfig,
+        config: &Arc<PoolConfig>,
         lock: Option<PoolLock>,
         prove: bool,
-    ) -> Result<RunningEngine, ProvisionError> {
+    ) -> Result<Kept, ProvisionError> {
         let begun = Instant::now();
         self.pool.report(order, Change::Provisioning).await;
         let (model, installation) = Box::pin(self.provide(Some(order), config)).await?;
-        self.pool.report(order, Change::Starting).await;
         let spec = self.launch_spec(config, model);
+        let estimate = Estimate::of(&installation, &spec).await;
+        // Before the engine, and so given back after it.
+        let place = Box::pin(self.place(order, config, estimate)).await?;
+        self.pool.report(order, Change::Starting).await;
         let started = match lock {
             Some(lock) => self.engines.start_after(&installation, spec, lock).await,
             None => self.engines.start(&installation, spec).await,
@@ -51,7 +57,7 @@ impl Parts {
             model = shown_model(&config.model), ctx = context.ctx, slots = context.slots, url = context.url,
             took_ms = begun.elapsed().as_millis() as u64, "pool ready"
         );
-        Ok(engine)
+        Ok(Kept::new(engine, place, Arc::clone(config)))
     }
 
     /// Provides another engine and, where there is room, starts it beside the
@@ -64,13 +70,20 @@ impl Parts {
     ) -> Result<Beside, ProvisionError> {
         let (model, installation) = Box::pin(self.provide(None, config)).await?;
         let spec = self.launch_spec(config, model);
-        let uses_gpu = room::uses_gpu(&installation, &spec);
-        let machine = room::Machine::look(uses_gpu).await;
-        let need = room::need(&spec, running);
-        if let Err(why) = room::enough(need, &machine) {
-            tracing::info!(pool = %self.pool.id(), why, "the old engine has to go first");
-            return Ok(Beside::NoRoom(why));
-        }
+        let estimate = Estimate::of(&installation, &spec).await;
+        let machine = Machine::look(estimate.on_gpu).await;
+        let need = room::need(estimate.needs, spec.model.digest, running);
+        let place = match room::enough(need, &machine) {
+            Ok(()) => self.place_beside(estimate).await,
+            Err(why) => Err(why),
+        };
+        let place = match place {
+            Ok(place) => place,
+            Err(why) => {
+                tracing::info!(pool = %self.pool.id(), why, "the old engine has to go first");
+                return Ok(Beside::NoRoom(why));
+            }
+        };
         let engine = self
             .engines
             .start_beside(&installation, spec, lock)
@@ -80,7 +93,7 @@ impl Parts {
             .prove(engine.context(), PROOF_LIMIT)
             .await
             .map_err(ProvisionError::Unproved)?;
-        let kept = Kept::new(engine, Arc::clone(config));
+        let kept = Kept::new(engine, place, Arc::clone(config));
         Ok(Beside::Ready(Box::new(kept)))
     }
 

@@ -16,6 +16,7 @@ use super::Supervisor;
 use crate::app::config::PoolConfig;
 use crate::services::pool::{Phase, PoolHandle, PoolSettings, PoolSnapshot};
 use crate::services::preparation::PreparationBoard;
+use crate::services::residency::{Budget, Residency, Rules};
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
@@ -63,7 +64,9 @@ async fn a_supervisor_that_breaks_fails_its_pool_and_another_one_follows() {
         Arc::new(Silent),
     );
     let stop = CancellationToken::new();
-    let supervisor = Supervisor::new(pool.clone(), host, models.unwrap(), &dirs, stop.clone());
+    let residency = Residency::start(Rules::default(), std::future::ready(Budget::default()));
+    let models = models.unwrap();
+    let supervisor = Supervisor::new(pool.clone(), host, models, &dirs, residency, stop.clone());
     let supervisor = tokio::spawn(supervisor.run());
 
     let broken = until(&pool, |snapshot| snapshot.phase == Phase::Failed).await;

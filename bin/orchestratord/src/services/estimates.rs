@@ -46,6 +46,11 @@ impl ServiceTimes {
             .map_or(FIRST_GUESS, Duration::from_secs_f64)
     }
 
+    /// The running mean, once something was measured.
+    pub fn measured_mean(&self) -> Option<Duration> {
+        self.mean_seconds.map(Duration::from_secs_f64)
+    }
+
     /// How many tasks the mean rests on.
     pub fn measured(&self) -> u64 {
         self.measured
@@ -71,6 +76,29 @@ impl ServiceTimes {
     pub fn retry_after(&self, outlook: Outlook) -> Duration {
         let slots = outlook.slots.max(1) as f64;
         (outlook.preparation + self.mean().mul_f64(1.0 / slots)).clamp(RETRY_RANGE.0, RETRY_RANGE.1)
+    }
+}
+
+/// Where the loading of an engine stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loading {
+    /// It begins after so long.
+    After(Duration),
+    /// It goes on for so long.
+    Begun(Duration),
+}
+
+impl Loading {
+    /// How long until the engine is ready, by the mean of the pool's loads so far.
+    /// Before the first, `guess`, which is for all that is left.
+    pub fn until_ready(self, measured: Option<Duration>, guess: Duration) -> Duration {
+        match (self, measured) {
+            (Self::After(wait), Some(mean)) => wait + mean,
+            (Self::After(wait), None) => guess.max(wait),
+            // One that takes longer than they did is as likely to take as long again.
+            (Self::Begun(elapsed), Some(mean)) => mean.abs_diff(elapsed).max(mean / 10),
+            (Self::Begun(_), None) => guess,
+        }
     }
 }
 
@@ -111,6 +139,31 @@ mod tests {
         assert_eq!(remaining(50, 100, minute), Some(minute));
         assert_eq!(remaining(0, 100, minute), None);
         assert_eq!(remaining(100, 100, minute), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn a_load_is_judged_by_those_before_it() {
+        let seconds = Duration::from_secs;
+        let guess = seconds(5);
+        let mean = Some(seconds(20));
+        assert_eq!(
+            Loading::After(seconds(3)).until_ready(mean, guess),
+            seconds(23)
+        );
+        assert_eq!(Loading::After(seconds(3)).until_ready(None, guess), guess);
+        assert_eq!(
+            Loading::After(seconds(9)).until_ready(None, guess),
+            seconds(9)
+        );
+        let begun = |elapsed| Loading::Begun(seconds(elapsed)).until_ready(mean, guess);
+        assert_eq!(begun(5), seconds(15));
+        assert_eq!(
+            begun(20),
+            seconds(2),
+            "never said to be over while it is not"
+        );
+        assert_eq!(begun(60), seconds(40));
+        assert_eq!(Loading::Begun(seconds(60)).until_ready(None, guess), guess);
     }
 
     proptest! {

@@ -164,6 +164,42 @@ impl Failure {
         .in_pool(pool)
     }
 
+    /// For a reader who waits for an answer that somebody cancelled.
+    pub fn cancelled() -> Self {
+        Self::new(ErrorCode::Cancelled, "the task was cancelled")
+    }
+
+    /// For what is asked about models.
+    #[cfg(feature = "provisioning")]
+    pub fn from_models(error: &provisioners_model_provisioner::ModelError) -> Self {
+        use provisioners_model_provisioner::ModelError;
+        let code = match error {
+            ModelError::UnknownProfile { .. } | ModelError::NotHere { .. } => {
+                ErrorCode::ModelNotFound
+            }
+            ModelError::Reference(_)
+            | ModelError::Profile(_)
+            | ModelError::DigestRequired { .. }
+            | ModelError::Ambiguous { .. } => ErrorCode::InvalidParams,
+            ModelError::InUse { .. } => ErrorCode::AdmissionReject,
+            _ => ErrorCode::ModelUnavailable,
+        };
+        Self {
+            hint: error.hint(),
+            retriable: error.retriable(),
+            ..Self::new(code, one_line(error))
+        }
+    }
+
+    #[cfg(not(feature = "provisioning"))]
+    pub fn no_models_in_this_build() -> Self {
+        Self::new(
+            ErrorCode::ModelUnavailable,
+            "this build of orchestratord keeps no models",
+        )
+        .with_hint("use a build with the feature `provisioning`, which is on by default")
+    }
+
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(ErrorCode::Internal, message).with_hint(
             "this is a fault of orchestratord; its log tells more under the correlation id",

@@ -87,6 +87,13 @@ impl PreparationBoard {
         left.max().unwrap_or(GUESS)
     }
 
+    /// As [`Self::remaining`], but nothing where no step is under way.
+    pub fn known_remaining(&self) -> Duration {
+        let running = self.lock();
+        let left = running.values().map(|step| step.left().unwrap_or(GUESS));
+        left.max().unwrap_or_default()
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<StepId, Running>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }

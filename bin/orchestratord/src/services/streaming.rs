@@ -100,7 +100,7 @@ pub fn render_sse_for_task<P: Send + 'static>(
 
 /// A comment that keeps the connection open. Clients pass over it; people see
 /// what is waited for.
-fn comment(status: Option<String>) -> Bytes {
+pub(crate) fn comment(status: Option<String>) -> Bytes {
     let text = status.unwrap_or_else(|| "keep-alive".to_owned());
     let line = text.split(['\r', '\n']).collect::<Vec<_>>().join(" ");
     Bytes::from(format!(": {line}\n\n"))
@@ -130,7 +130,13 @@ fn render_event(out: &mut Vec<u8>, id: u64, event: &TaskEvent, view: View) {
 }
 
 /// One event. JSON holds no raw line break, so its data is always one line.
-fn frame<T: Serialize>(out: &mut Vec<u8>, id: u64, name: &str, data: &T, fallback: bool) {
+pub(super) fn frame<T: Serialize>(
+    out: &mut Vec<u8>,
+    id: u64,
+    name: &str,
+    data: &T,
+    fallback: bool,
+) {
     #[derive(Serialize)]
     struct Marked<'a, T> {
         #[serde(flatten)]

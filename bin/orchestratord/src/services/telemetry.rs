@@ -19,7 +19,15 @@ pub const SERVICE_TIME: &str = "orchestratord_service_time_seconds";
 pub const CANCEL_FREED: &str = "orchestratord_cancel_to_free_seconds";
 pub const CONNECTIONS: &str = "orchestratord_connections";
 pub const TURNED_AWAY: &str = "orchestratord_connections_turned_away_total";
+pub const LOADS: &str = "orchestratord_pool_loads_total";
+pub const UNLOADS: &str = "orchestratord_pool_unloads_total";
+pub const LOAD_TIME: &str = "orchestratord_pool_load_seconds";
 pub const READY_AFTER: &str = "orchestratord_pool_ready_after_seconds";
+pub const MEMORY_SWAPS: &str = "orchestratord_memory_swaps_total";
+pub const MEMORY_WAIT: &str = "orchestratord_memory_wait_seconds";
+pub const MEMORY_PROMISED: &str = "orchestratord_memory_promised_bytes";
+pub const MEMORY_MEASURED: &str = "orchestratord_memory_measured_bytes";
+pub const MEMORY_BUDGET: &str = "orchestratord_memory_budget_bytes";
 
 /// Bucket bounds in seconds: from a cached first token to a long build.
 pub const BUCKETS: &[f64] = &[
@@ -58,6 +66,30 @@ pub fn describe() {
         TURNED_AWAY,
         "Connections turned away, since `limits.connections` were open"
     );
+    describe_counter!(
+        MEMORY_SWAPS,
+        "Pools that were unloaded to make room for others, by pool"
+    );
+    describe_histogram!(
+        MEMORY_WAIT,
+        Unit::Seconds,
+        "How long an engine's start waited for memory, by pool"
+    );
+    describe_gauge!(
+        MEMORY_PROMISED,
+        Unit::Bytes,
+        "Memory promised to engines, by kind (ram, vram)"
+    );
+    describe_gauge!(
+        MEMORY_MEASURED,
+        Unit::Bytes,
+        "Memory that engines were measured to use, by kind"
+    );
+    describe_gauge!(
+        MEMORY_BUDGET,
+        Unit::Bytes,
+        "What all engines may take together, by kind"
+    );
     describe_histogram!(
         QUEUE_WAIT,
         Unit::Seconds,
@@ -77,6 +109,19 @@ pub fn describe() {
         CANCEL_FREED,
         Unit::Seconds,
         "From a cancel until the engine's slot was seen free"
+    );
+    describe_counter!(
+        LOADS,
+        "Engines that got ready, by pool and cause (begin, task, asked, restart, reload)"
+    );
+    describe_counter!(
+        UNLOADS,
+        "Engines that were ended to free their memory, by pool and cause (idle_ttl, memory, asked)"
+    );
+    describe_histogram!(
+        LOAD_TIME,
+        Unit::Seconds,
+        "From the engine's start until it was ready"
     );
     describe_histogram!(
         READY_AFTER,

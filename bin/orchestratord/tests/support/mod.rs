@@ -214,6 +214,10 @@ impl Daemon {
 
     /// A command beside the daemon, with its configuration file as it is.
     pub(crate) fn beside(&self, args: &[&str]) -> std::process::Output {
+        self.command_beside(args).output().unwrap()
+    }
+
+    pub(crate) fn command_beside(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_orchestratord"));
         command
             .args(args)
@@ -223,7 +227,7 @@ impl Daemon {
             .env_remove("ORCHD_TOKEN")
             .env_remove("RUST_LOG")
             .stdin(Stdio::null());
-        command.output().unwrap()
+        command
     }
 
     pub(crate) fn runtime_dir(&self) -> PathBuf {
@@ -330,8 +334,13 @@ impl Daemon {
         query: &str,
         last_id: Option<u64>,
     ) -> EventReader {
-        let url = format!("{}/v2/tasks/{task}/events{query}", self.url);
-        let mut request = self.client.get(url);
+        self.open_stream(&format!("/v2/tasks/{task}/events{query}"), last_id)
+            .await
+    }
+
+    /// Any stream of events.
+    pub(crate) async fn open_stream(&self, path: &str, last_id: Option<u64>) -> EventReader {
+        let mut request = self.client.get(format!("{}{path}", self.url));
         if let Some(id) = last_id {
             request = request.header("Last-Event-ID", id);
         }
@@ -342,6 +351,22 @@ impl Daemon {
             body: Box::pin(response.bytes_stream()),
             buffer: String::new(),
         }
+    }
+
+    /// Ends the daemon as a fault would, and starts another in its place.
+    pub(crate) fn killed_and_started_again(mut self) -> Self {
+        self.signal(nix::sys::signal::Signal::SIGKILL);
+        self.wait();
+        // It names the process that is gone.
+        let _ = std::fs::remove_file(self.runtime_dir().join("orchestratord.json"));
+        let empty = Setup {
+            dir: tempfile::tempdir().unwrap(),
+            pool: Value::Null,
+            top: Value::Null,
+            env: Vec::new(),
+            descriptors: None,
+        };
+        std::mem::replace(&mut self.setup, empty).start()
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -475,7 +500,7 @@ pub(crate) fn exists(path: &Path) -> bool {
 
 /// The smallest file that is a model: a header with its architecture and
 /// context length, and no tensors.
-fn tiny_gguf() -> Vec<u8> {
+pub(crate) fn tiny_gguf() -> Vec<u8> {
     const STRING: u32 = 8;
     const UINT32: u32 = 4;
     let mut out = b"GGUF".to_vec();

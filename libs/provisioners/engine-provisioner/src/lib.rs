@@ -36,4 +36,4 @@ pub use provide::plan::{Plan, PlannedMode};
 pub use provide::{EngineInstallation, EngineProvisioner};
 pub use run::argv::{FlagError, render_argv};
 pub use run::spec::{LaunchSpec, Profile, Purpose};
-pub use run::{EngineExit, LogLines, PoolLock, RunningEngine, StopReport, handoff_path};
+pub use run::{EngineExit, LogLines, Meter, PoolLock, RunningEngine, StopReport, handoff_path};

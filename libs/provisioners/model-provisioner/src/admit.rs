@@ -3,6 +3,7 @@
 //! Everything here blocks; the provisioner calls it off the runtime.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -10,7 +11,7 @@ use jiff::Timestamp;
 use llama_orch_types::Digest;
 use provision_kit::chain::one_line;
 use provision_kit::download::Fetched;
-use provision_kit::fs::{remove_file_if_there, sha256_file};
+use provision_kit::fs::{remove_file_if_there, sha256_file, sha256_file_watched};
 
 use crate::config::VerifyPolicy;
 use crate::error::ModelError;
@@ -46,8 +47,13 @@ impl Hashed {
         }
         let (digest, _) = sha256_file(path)?;
         check_unchanged(path, stamp)?;
-        known().insert(path.to_owned(), (stamp, digest));
+        self.keep(path, stamp, digest);
         Ok(digest)
+    }
+
+    fn keep(&self, path: &Path, stamp: FileStamp, digest: Digest) {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        known.insert(path.to_owned(), (stamp, digest));
     }
 }
 
@@ -116,7 +122,7 @@ impl Gate {
         let stamp = FileStamp::of(&path)?;
         let known = self.store.record(Place::Stored(digest));
         if let Some(record) = known.as_ref()
-            && record.stamp == stamp
+            && record.is_as_verified(stamp)
         {
             return Ok(Some(self.used_again(claim, record.clone())));
         }
@@ -153,7 +159,7 @@ impl Gate {
         let stamp = FileStamp::of(path)?;
         let known = self.store.record(Place::Elsewhere(path));
         if let Some(record) = known.as_ref()
-            && record.stamp == stamp
+            && record.is_as_verified(stamp)
         {
             self.check_digest(claim, path, record.digest)?;
             return Ok(self.used_again(claim, record.clone()));
@@ -171,6 +177,39 @@ impl Gate {
             tracing::warn!(path = %path.display(), before = %before.digest, now = %digest, "the model file has changed");
         }
         Ok(self.record(claim, path.to_owned(), stamp, digest, facts))
+    }
+
+    /// Hashes all of a recorded file, whatever is known about it, and writes
+    /// down what came of it. `None` if `watch` wants no more.
+    pub(crate) fn look_again(
+        &self,
+        record: &ModelRecord,
+        watch: impl FnMut(u64) -> ControlFlow<()>,
+    ) -> Result<Option<(ModelRecord, Digest, u64)>, ModelError> {
+        let stamp = FileStamp::of(&record.path)?;
+        let Some((actual, size)) = sha256_file_watched(&record.path, watch)? else {
+            return Ok(None);
+        };
+        check_unchanged(&record.path, stamp)?;
+        self.hashed.keep(&record.path, stamp, actual);
+        let now = Timestamp::now();
+        // It may have been used while it was read.
+        let place = if self.store.is_stored(record) {
+            Place::Stored(record.digest)
+        } else {
+            Place::Elsewhere(&record.path)
+        };
+        let current = self.store.record(place);
+        let current = current.filter(|current| current.digest == record.digest);
+        let mut seen = current.unwrap_or_else(|| record.clone());
+        if actual == record.digest {
+            seen.stamp = stamp;
+            seen.verified_at = now;
+            seen.spoilt_since = None;
+        } else {
+            seen.spoilt_since.get_or_insert(now);
+        }
+        Ok(Some((self.save(seen), actual, size)))
     }
 
     fn used_again(&self, claim: &Claim, mut record: ModelRecord) -> ModelRecord {
@@ -197,6 +236,7 @@ impl Gate {
             source: claim.source.clone(),
             verified_at: now,
             last_used: now,
+            spoilt_since: None,
             facts,
         })
     }

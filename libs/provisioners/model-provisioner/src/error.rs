@@ -76,6 +76,15 @@ pub enum ModelError {
     },
     #[error("the model {id} is being removed by another process")]
     BeingRemoved { id: String },
+    #[error("no model on this machine is called `{name}`")]
+    NotHere { name: String, known: Vec<String> },
+    #[error("`{name}` may be any of {} models", candidates.len())]
+    Ambiguous {
+        name: String,
+        candidates: Vec<String>,
+    },
+    #[error("the model {id} is in use, here or by another program")]
+    InUse { id: String },
     #[error(transparent)]
     File(#[from] FsError),
     #[error(transparent)]
@@ -104,7 +113,7 @@ impl ModelError {
             }
             Self::Lock(error) => error.retriable(),
             Self::File(error) => error.retriable(),
-            Self::BeingRemoved { .. } | Self::ChangedMeanwhile { .. } => true,
+            Self::InUse { .. } | Self::BeingRemoved { .. } | Self::ChangedMeanwhile { .. } => true,
             Self::Changed { repair, .. } => repair.as_ref().is_some_and(|error| error.retriable()),
             _ => false,
         }
@@ -149,6 +158,15 @@ impl Hinted for ModelError {
                     .to_owned()
             }
             Self::Signature { .. } => "use a model whose signature the configured verifier accepts".to_owned(),
+            Self::NotHere { name, known } => match nearest(name, known.iter().map(String::as_str)) {
+                Some(near) => format!("did you mean `{near}`?"),
+                None if known.is_empty() => "there are no models here yet; `orchestratord models pull haiku` fetches one".to_owned(),
+                None => "the list of models has every name; a digest may be shortened to its first digits".to_owned(),
+            },
+            Self::Ambiguous { candidates, .. } => format!("say which one: {}", candidates.join(", ")),
+            Self::InUse { .. } => {
+                "an engine keeps its model until its pool is stopped or removed; try again then".to_owned()
+            }
             Self::BeingRemoved { .. } => "try again in a moment".to_owned(),
             Self::File(error) => return error.hint(),
             Self::Lock(error) => return error.hint(),

@@ -61,6 +61,18 @@ impl Leases {
         }
     }
 
+    /// Holds the model until the returned file is dropped. `None` if it is just
+    /// being removed.
+    pub(crate) fn hold(&self, digest: Digest) -> Result<Option<File>, FsError> {
+        let path = self.path(digest);
+        let file = open(&path)?;
+        match file.try_lock_shared() {
+            Ok(()) => Ok(Some(file)),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(FsError::at("lock", &path)(error)),
+        }
+    }
+
     /// The exclusive right to remove the model, unless anybody uses it.
     pub(crate) fn take_for_removal(&self, digest: Digest) -> Result<Option<File>, FsError> {
         let path = self.path(digest);

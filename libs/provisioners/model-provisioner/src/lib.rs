@@ -9,6 +9,7 @@
 //! - [`fetch`]: the ways bytes come here, one file each
 //! - [`gguf`]: what a model file says about itself
 //! - [`store`]: files by digest, and records about them
+//! - [`lookup`]: which model a name means
 //! - [`verify`]: the seam for signatures
 //! - [`evict`]: which models go when the store is too full
 //! - [`provenance`]: what was provided, when and from where
@@ -21,6 +22,7 @@ mod eviction;
 pub mod fetch;
 pub mod gguf;
 mod lease;
+pub mod lookup;
 pub mod profile;
 pub mod provenance;
 pub mod provisioner;
@@ -34,5 +36,6 @@ pub use error::ModelError;
 pub use evict::EvictionPlan;
 pub use profile::{Profile, ProfileConfig, Profiles};
 pub use provisioner::ModelProvisioner;
+pub use provisioner::manage::{Condition, Identity, ModelEntry, Removed, Verified};
 pub use reference::ModelRef;
 pub use store::ModelRecord;

@@ -8,6 +8,7 @@
 //!    └─► sources in order ─► part file ─► digest, header, signature ─► rename ─► record
 //! ```
 
+pub(crate) mod manage;
 mod mend;
 
 use std::path::{Path, PathBuf};

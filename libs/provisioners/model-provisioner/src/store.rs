@@ -96,7 +96,18 @@ pub struct ModelRecord {
     pub source: String,
     pub verified_at: Timestamp,
     pub last_used: Timestamp,
+    /// When it was seen that the file is not any more what it was. It is hashed
+    /// before it is used again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spoilt_since: Option<Timestamp>,
     pub facts: GgufFacts,
+}
+
+impl ModelRecord {
+    /// Whether a file that looks like this now is the one that was verified.
+    pub(crate) fn is_as_verified(&self, now: FileStamp) -> bool {
+        self.stamp == now && self.spoilt_since.is_none()
+    }
 }
 
 /// Where a model's file lies.
@@ -230,13 +241,31 @@ impl Store {
     }
 
     /// Removes a model of the store, the file first: a record without a file
-    /// is nothing, a file without a record is found again.
-    pub fn remove(&self, digest: Digest) -> Result<(), SaveError> {
+    /// is nothing, a file without a record is found again. Returns the bytes
+    /// that went.
+    pub fn remove(&self, digest: Digest) -> Result<u64, SaveError> {
         let _lock = FileLock::acquire_blocking(&self.lock, RECORD_LOCK_TIMEOUT)?;
-        remove_file_if_there(&self.path_of(digest))?;
-        remove_file_if_there(&self.chunks_path(digest))?;
-        remove_file_if_there(&self.record_path(Place::Stored(digest)))?;
-        Ok(())
+        let all = [
+            self.path_of(digest),
+            self.chunks_path(digest),
+            self.record_path(Place::Stored(digest)),
+        ];
+        let mut freed = 0;
+        for path in all {
+            // Of a link only the link goes.
+            let size = fs::symlink_metadata(&path).map_or(0, |facts| facts.len());
+            remove_file_if_there(&path)?;
+            freed += size;
+        }
+        Ok(freed)
+    }
+
+    /// Forgets a file that lies elsewhere; the file itself stays.
+    pub fn forget(&self, path: &Path) -> Result<(), SaveError> {
+        let _lock = FileLock::acquire_blocking(&self.lock, RECORD_LOCK_TIMEOUT)?;
+        Ok(remove_file_if_there(
+            &self.record_path(Place::Elsewhere(path)),
+        )?)
     }
 }
 
@@ -282,6 +311,7 @@ mod tests {
             source: reference.to_owned(),
             verified_at: now,
             last_used: now,
+            spoilt_since: None,
             facts: GgufFacts::default(),
         };
         store.save(record).unwrap()
@@ -321,8 +351,8 @@ mod tests {
         assert_eq!(store.list().unwrap().len(), 1);
         store.save_chunks(new.digest, "chunks 1\n").unwrap();
         assert!(store.chunks(new.digest).is_some());
-        store.remove(new.digest).unwrap();
-        store.remove(new.digest).unwrap();
+        assert!(store.remove(new.digest).unwrap() > 3);
+        assert_eq!(store.remove(new.digest).unwrap(), 0);
         assert_eq!(store.chunks(new.digest), None);
         assert!(store.list().unwrap().is_empty());
         assert!(!new.path.exists());

@@ -186,7 +186,7 @@ impl Loaded {
         }
     }
 
-    fn rule(
+    pub(super) fn rule(
         &self,
         keys: &[&str],
         problem: impl Into<String>,
@@ -222,7 +222,13 @@ impl Loaded {
         for (id, pool) in &config.pools {
             self.check_pool(id, pool, real_only)?;
         }
-        Ok(())
+        self.check_aliases()?;
+        config.memory.check(&config.pools).map_err(|misfit| {
+            let keys: Vec<&str> = std::iter::once("memory")
+                .chain(misfit.keys.iter().map(String::as_str))
+                .collect();
+            self.rule(&keys, misfit.problem, misfit.hint)
+        })
     }
 
     fn check_pool(

@@ -409,12 +409,14 @@ fn can_take(old: &PoolConfig, new: &PoolConfig) -> bool {
     old.engine == new.engine
 }
 
-/// Waits until a pool that was started is ready, or is said not to become it.
+/// Waits until a pool that was started is ready, or will be by its first task, or
+/// is said not to become it.
 async fn settled(id: PoolId, start: u64, pool: PoolHandle) -> Settled {
-    let settled = |phase| matches!(phase, Phase::Ready | Phase::Failed | Phase::Stopped);
+    let serves = |phase| matches!(phase, Phase::Ready | Phase::Unloaded);
+    let settled = |phase| serves(phase) || matches!(phase, Phase::Failed | Phase::Stopped);
     let snapshot = pool.wait_for(|snapshot| settled(snapshot.phase)).await;
     let outcome = match snapshot {
-        Some(snapshot) if snapshot.phase == Phase::Ready => Outcome::Ready,
+        Some(snapshot) if serves(snapshot.phase) => Outcome::Ready,
         snapshot => Outcome::Failed(
             snapshot
                 .and_then(|snapshot| snapshot.last_error)

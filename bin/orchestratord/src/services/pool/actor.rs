@@ -15,12 +15,13 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
 use super::lifecycle::{Event, Lifecycle, Phase};
+use super::residence::Residence;
 use super::work::Running;
 use super::{
     Command, Leaving, LogTail, Order, PoolSettings, PoolSnapshot, ReloadView, Submission,
     Transition, Wanted,
 };
-use crate::app::config::PoolConfig;
+use crate::app::config::{LoadPolicy, PoolConfig};
 use crate::services::admission::{AdmissionQueue, Priority};
 use crate::services::dispatch::{Finished, NotFreed};
 use crate::services::estimates::ServiceTimes;
@@ -52,6 +53,7 @@ pub(super) struct Actor {
     pub(super) running: HashMap<TaskId, Running>,
     pub(super) runs: JoinSet<Finished>,
     pub(super) times: ServiceTimes,
+    pub(super) residence: Residence,
     /// Tasks taken to an engine so far.
     pub(super) dispatched: u64,
     pub(super) doubt: u64,
@@ -73,15 +75,21 @@ pub(super) fn spawn(
     board: Arc<PreparationBoard>,
     commands: mpsc::Receiver<Command>,
 ) -> (watch::Receiver<PoolSnapshot>, watch::Receiver<Order>) {
-    let wanted = Wanted::Start {
-        config: Arc::clone(&settings.config),
-        prove: false,
+    let on_demand = settings.config.load == LoadPolicy::OnDemand;
+    let wanted = if on_demand {
+        Wanted::Rest
+    } else {
+        Wanted::Start {
+            config: Arc::clone(&settings.config),
+            prove: false,
+        }
     };
+    let now = Instant::now();
     let (orders, ordered) = watch::channel(Order { serial: 1, wanted });
     let (not_freed, notes) = mpsc::channel(NOTES);
     let actor = Actor {
         queue: AdmissionQueue::new(settings.queue_capacity, settings.batch_ageing),
-        lifecycle: Lifecycle::new(settings.policy(), Instant::now()),
+        lifecycle: Lifecycle::new(settings.policy(), on_demand, now),
         settings,
         host,
         board,
@@ -97,6 +105,7 @@ pub(super) fn spawn(
         running: HashMap::new(),
         runs: JoinSet::new(),
         times: ServiceTimes::default(),
+        residence: Residence::new(now),
         dispatched: 0,
         hold: None,
         distrust: None,
@@ -126,6 +135,7 @@ impl Actor {
             self.publish(&publish);
             let next_deadline = self.queue.next_deadline().map(Into::into);
             let phase_end = self.lifecycle.deadline().map(Into::into);
+            let unloads_at = self.unloads_at().map(Into::into);
             tokio::select! {
                 command = commands.recv() => match command {
                     Some(command) => self.handle(command, &publish),
@@ -140,8 +150,10 @@ impl Actor {
                 () = at(self.hold), if self.hold.is_some() => self.hold = None,
                 () = at(phase_end), if phase_end.is_some() => self.take(Event::TimeUp, "the wait is over"),
                 () = at(self.retire_until), if self.retire_until.is_some() => self.end_retiring(),
+                () = at(unloads_at), if unloads_at.is_some() => self.end_idleness(),
             }
             self.settle_drain();
+            self.settle_residence();
         }
         self.publish(&publish);
         for reply in self.drained {
@@ -206,6 +218,12 @@ impl Actor {
             doubt: self.doubt,
             leaving: self.leaving,
             times: self.times,
+            idle_since: self.residence.idle_since,
+            unloads_at: self.unloads_at(),
+            loaded_since: self.residence.loaded_since,
+            load_took: self.residence.load_took,
+            loads: self.residence.loads,
+            unloading: self.lifecycle.unloading(),
         }
     }
 

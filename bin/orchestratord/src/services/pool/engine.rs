@@ -87,6 +87,7 @@ impl Actor {
                 self.begin_reload(config)
             }
             Request::Apply(config) => self.apply(*config),
+            Request::Unload(how, why) => self.unload(how, why),
         }
     }
 
@@ -174,7 +175,9 @@ impl Actor {
         }
         if let Some(Move { from, to }) = reaction.moved {
             self.note_transition(from, to, cause);
+            self.note_residence(event, from, to);
         }
+        self.note_engine();
         if self.lifecycle.engine() != Engine::Up {
             self.context = None;
             self.distrust = None;
@@ -304,6 +307,9 @@ impl Actor {
             mode: reload.mode,
             model,
             note: match reload.mode {
+                ReloadMode::Restart if reload.state == ReloadState::Done => {
+                    Some("no engine is wanted now; it is tried when one is".to_owned())
+                }
                 ReloadMode::Restart => Some("no engine was running".to_owned()),
                 _ => None,
             },

@@ -23,11 +23,30 @@
 //!          └──── Stopped ── for ever, if the daemon ends
 //! ```
 //!
+//! A pool that is loaded on demand begins without an engine, and any pool can be
+//! brought there to free its memory:
+//!
+//! ```text
+//!                 a task, start               unload: of somebody, for want of
+//!     Unloaded ──────────────► Provisioning    tasks or of memory
+//!        ▲                                          │
+//!        │ the engine is gone                       ▼
+//!        └─────────────────── Stopping ◄──────── Draining
+//!                                no task runs
+//! ```
+//!
+//! Tasks are taken all along. While it drains for that, running ones finish in
+//! their own time and queued ones wait; if some still do when it is Unloaded, it
+//! is started again. A start for which no task waits is given up by an unload; one
+//! for which some do is not, or they might wait for ever. Without an engine an
+//! unload only ends the wait for the next try.
+//!
 //! A reload of a Ready pool starts beside: the pool stays Ready, and either
 //! `Replaced` or `NotReplaced` ends it. Where memory has no room for two
 //! (`NoRoom`) it goes through Draining and Stopping to Provisioning, and if
 //! the new engine then cannot be started, the old configuration is. Without a
-//! running engine the new configuration is simply the one that is tried.
+//! running engine the new configuration is simply the one that is tried; by an
+//! Unloaded pool, and one that is being unloaded, when it is next started.
 
 mod requests;
 mod step;
@@ -61,7 +80,10 @@ pub enum Phase {
     Draining,
     /// The engine is being stopped.
     Stopping,
+    /// Somebody wants no engine: no task is taken.
     Stopped,
+    /// No engine, and tasks are taken: the first one has it loaded.
+    Unloaded,
 }
 
 impl Phase {
@@ -75,6 +97,7 @@ impl Phase {
             Self::Draining => "draining",
             Self::Stopping => "stopping",
             Self::Stopped => "stopped",
+            Self::Unloaded => "unloaded",
         }
     }
 }
@@ -137,6 +160,8 @@ pub enum Drain {
     Operator,
     /// To make room for another engine; the queue is kept for it.
     Reload,
+    /// To free its memory: the queue is kept, and tasks are taken.
+    Unload,
     /// The daemon ends.
     Shutdown,
 }
@@ -224,6 +249,13 @@ pub enum Event {
     },
     Resume,
     Reload,
+    /// Free the engine's memory.
+    Unload {
+        /// Whether tasks wait for an engine.
+        waited_for: bool,
+    },
+    /// A task waits.
+    Wanted,
     /// Finish what runs, until then; for ever.
     Shutdown {
         until: Instant,
@@ -272,6 +304,10 @@ pub enum Refusal {
     ShuttingDown,
     ReloadUnderWay,
     BeingDrained,
+    /// An unload of a pool that takes no tasks.
+    Stopped,
+    /// An unload of a pool that is being loaded for tasks that wait.
+    LoadsForTasks,
 }
 
 /// One step from state to state.
@@ -319,24 +355,33 @@ pub struct Lifecycle {
     loading: bool,
     /// An engine is wanted as soon as the one that stops is gone.
     resume: bool,
+    /// The engine that drains has another configuration than the current one.
+    stale: bool,
     reload: Option<Reload>,
     history: FailureHistory,
     restarts: Restarts,
 }
 
 impl Lifecycle {
-    /// A pool whose first engine has been asked for.
-    pub fn new(policy: Policy, now: Instant) -> Self {
+    /// A pool whose first engine has been asked for, or one that is loaded on
+    /// demand.
+    pub fn new(policy: Policy, on_demand: bool, now: Instant) -> Self {
+        let (phase, engine) = if on_demand {
+            (Phase::Unloaded, Engine::None)
+        } else {
+            (Phase::Provisioning, Engine::Starting)
+        };
         Self {
             policy,
-            phase: Phase::Provisioning,
+            phase,
             since: now,
-            engine: Engine::Starting,
+            engine,
             drain: None,
             until: None,
             overdue: false,
             loading: false,
             resume: false,
+            stale: false,
             reload: None,
             history: FailureHistory::default(),
             restarts: Restarts::default(),
@@ -397,8 +442,13 @@ impl Lifecycle {
         serving && self.engine == Engine::Up
     }
 
-    /// Whether a reload could still be rolled back.
-    fn reload_under_way(&self) -> bool {
+    /// Whether the engine is on its way out to free its memory.
+    pub fn unloading(&self) -> bool {
+        self.drain == Some(Drain::Unload) && matches!(self.phase, Phase::Draining | Phase::Stopping)
+    }
+
+    /// Whether a reload could still be rolled back, or its old engine is not gone.
+    pub fn reload_under_way(&self) -> bool {
         self.reload
             .is_some_and(|reload| reload.mode != ReloadMode::Restart && !reload.state.is_over())
     }

@@ -2,7 +2,8 @@
 //!
 //! Where its engine stands is a state machine of its own ([`lifecycle`], which
 //! has the diagram). Tasks are queued in every phase but `Failed` and in those of
-//! a drain, and go to the engine only in `Ready`, or to finish a drain. In
+//! a drain, and go to the engine only in `Ready`, or to finish a drain. A pool
+//! that is `Unloaded` has no engine until a task comes. In
 //! `Failed` new tasks are refused and queued ones end with the reason; in
 //! `Backoff` and during a reload queued ones are kept.
 //!
@@ -15,6 +16,7 @@ mod engine;
 pub mod lifecycle;
 mod orders;
 mod refusals;
+mod residence;
 pub mod restart;
 #[cfg(test)]
 mod tests;
@@ -34,7 +36,8 @@ use self::lifecycle::Policy;
 pub use self::lifecycle::{Phase, Restarts};
 use self::orders::Request;
 pub use self::orders::{
-    Bound, Change, LogTail, Order, ReloadRequest, ReloadView, Transition, Wanted,
+    Bound, Change, LoadCause, LogTail, Order, ReloadRequest, ReloadView, Transition, Unload,
+    UnloadCause, Wanted,
 };
 use super::admission::Place;
 use super::estimates::ServiceTimes;
@@ -145,6 +148,18 @@ pub struct PoolSnapshot {
     /// Why the pool ends for ever, if it does.
     pub leaving: Option<Leaving>,
     pub times: ServiceTimes,
+    /// Since when no task runs or waits.
+    pub idle_since: Option<Instant>,
+    /// When it is unloaded for want of tasks, unless one comes.
+    pub unloads_at: Option<Instant>,
+    /// Since when the engine that serves is ready.
+    pub loaded_since: Option<Instant>,
+    /// How long the last load took: from the engine's start until it was ready.
+    pub load_took: Option<Duration>,
+    /// All loads so far.
+    pub loads: ServiceTimes,
+    /// The engine is on its way out to free its memory; tasks are taken.
+    pub unloading: bool,
 }
 
 impl PoolSnapshot {
@@ -392,6 +407,17 @@ impl PoolHandle {
     /// is concerned; a configuration that is in force changes nothing.
     pub async fn apply(&self, config: PoolConfig) -> Result<(), Failure> {
         self.request(Request::Apply(Box::new(config))).await
+    }
+
+    /// Frees the memory of the pool's engine; tasks are taken all along, and the
+    /// next one has an engine loaded again. Answers at once; the engine is gone
+    /// when its supervisor lets go of it, and a pool in which tasks wait may by
+    /// then be about to start again. Refused with `ADMISSION_REJECT` where `how`
+    /// wants an idle pool and tasks run or wait, where the pool is pinned and its
+    /// memory is wanted for another, while an engine is loaded for tasks that wait or
+    /// a reload is under way, and for a pool that is drained or stopped.
+    pub async fn unload(&self, how: Unload, why: UnloadCause) -> Result<(), Failure> {
+        self.request(Request::Unload(how, why)).await
     }
 
     async fn request(&self, request: Request) -> Result<(), Failure> {

@@ -104,6 +104,76 @@ pub(super) enum Request {
     Resume,
     Reload(ReloadRequest),
     Apply(Box<PoolConfig>),
+    Unload(Unload, UnloadCause),
+}
+
+/// How a pool's engine is unloaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unload {
+    /// Only if no task runs or waits in the moment in which the pool is asked.
+    IfIdle,
+    /// Running tasks finish, in their own time, and no further one begins; those
+    /// that wait then have the pool started again.
+    Yield,
+}
+
+/// Why a pool's engine is unloaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum UnloadCause {
+    /// No task came for `idle_ttl_seconds`.
+    IdleTtl,
+    /// Its memory is wanted: for whom, for people.
+    Memory(String),
+    /// Somebody asked.
+    Asked,
+}
+
+impl UnloadCause {
+    /// For metrics.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::IdleTtl => "idle_ttl",
+            Self::Memory(_) => "memory",
+            Self::Asked => "asked",
+        }
+    }
+}
+
+impl fmt::Display for UnloadCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::IdleTtl => f.write_str("unload: no task came for `idle_ttl_seconds`"),
+            Self::Memory(whom) => write!(f, "unload: its memory is wanted for {whom}"),
+            Self::Asked => f.write_str("unload was asked for"),
+        }
+    }
+}
+
+/// Why a pool's engine was loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LoadCause {
+    /// The daemon, or the pool, began.
+    Begin,
+    /// A task came.
+    Task,
+    /// Somebody asked.
+    Asked,
+    /// The one before ended by itself, or could not be had.
+    Restart,
+    Reload,
+}
+
+impl LoadCause {
+    /// For metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Begin => "begin",
+            Self::Task => "task",
+            Self::Asked => "asked",
+            Self::Restart => "restart",
+            Self::Reload => "reload",
+        }
+    }
 }
 
 /// What a reload changes; what is not named stays.

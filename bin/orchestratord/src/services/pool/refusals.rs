@@ -30,7 +30,39 @@ impl Actor {
                     .retriable()
                     .in_pool(pool)
             }
+            Refusal::LoadsForTasks => Failure::new(
+                ErrorCode::AdmissionReject,
+                "the pool is being loaded for tasks that wait",
+            )
+            .with_hint("ask again when it is ready")
+            .retriable()
+            .in_pool(pool),
+            Refusal::Stopped => Failure::new(
+                ErrorCode::AdmissionReject,
+                "the pool is stopped, so there is nothing to unload",
+            )
+            .with_hint(format!(
+                "POST /v2/pools/{pool}/start lets it take tasks again"
+            ))
+            .in_pool(pool),
         }
+    }
+
+    /// Why a pool with tasks is not unloaded.
+    pub(super) fn busy(&self) -> Failure {
+        let (running, waiting) = (self.runs.len(), self.queue.len());
+        let message = format!("the pool is busy: {running} tasks run and {waiting} wait");
+        Failure::new(ErrorCode::AdmissionReject, message)
+            .with_hint("ask again when they are over, or with `\"yield\": true`: running tasks finish, those that wait have it loaded again")
+            .retriable()
+            .in_pool(&self.settings.id)
+    }
+
+    /// Why a pool's memory is not to be had for another.
+    pub(super) fn pinned(&self) -> Failure {
+        Failure::new(ErrorCode::AdmissionReject, "the pool is pinned")
+            .with_hint("its setting `pin` keeps it loaded")
+            .in_pool(&self.settings.id)
     }
 
     /// Why no task is taken now, if none is.
@@ -41,7 +73,7 @@ impl Actor {
                 Some(self.leaving())
             }
             // The next engine takes them.
-            (Phase::Draining | Phase::Stopping, Some(Drain::Reload)) => None,
+            (Phase::Draining | Phase::Stopping, Some(Drain::Reload | Drain::Unload)) => None,
             (Phase::Draining | Phase::Stopping | Phase::Stopped, _) => Some(self.drained()),
             _ => None,
         }

@@ -2,6 +2,7 @@
 
 mod calls;
 mod handover;
+mod on_demand;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use worker_adapters_adapter_api::{CancelReport, FinishReason};
 
 use super::actor::Actor;
-use super::lifecycle::{Drain, Phase};
+use super::lifecycle::Drain;
 use super::{Cancelled, Escalation, Submission};
 use crate::services::admission::Entry;
 use crate::services::dispatch::{Finished, NotFreed, Outcome, TaskRun, receipt};
@@ -419,15 +419,11 @@ impl Actor {
     }
 
     pub(super) fn outlook(&self, ahead: usize) -> Outlook {
-        let preparation = match self.phase() {
-            Phase::Ready => Duration::ZERO,
-            _ => self.board.remaining(),
-        };
         Outlook {
             ahead,
             running: self.running_here(),
             slots: self.slots() as usize,
-            preparation,
+            preparation: self.until_ready(),
         }
     }
 

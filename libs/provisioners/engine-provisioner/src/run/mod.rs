@@ -71,6 +71,28 @@ pub struct RunningEngine {
     stop_grace: Duration,
 }
 
+/// Sees what an engine uses. Once that is gone it sees nothing, or, if the number was given out
+/// again, another process: it is of use only as long as the engine is known to run.
+#[derive(Debug, Clone, Copy)]
+pub struct Meter {
+    group: u32,
+}
+
+impl Meter {
+    /// The memory, in bytes, that the engine's processes hold now, files that they have mapped
+    /// included; `None` if that cannot be learnt. Reads all of `/proc`, and so blocks for a moment.
+    pub fn resident_bytes(self) -> Option<u64> {
+        port::members(self.group)
+            .filter_map(port::resident_bytes)
+            .reduce(|sum, one| sum + one)
+    }
+
+    /// The engine's processes. Blocks as long.
+    pub fn pids(self) -> Vec<u32> {
+        port::members(self.group).collect()
+    }
+}
+
 /// How an engine ended by itself.
 #[derive(Debug, Clone)]
 pub struct EngineExit {
@@ -99,12 +121,17 @@ impl RunningEngine {
         self.process.log.lines()
     }
 
+    /// A way to see what the engine uses, for others while it runs.
+    pub fn meter(&self) -> Meter {
+        Meter {
+            group: self.process.group.pid(),
+        }
+    }
+
     /// The memory, in bytes, that the engine's processes hold now, files that they have mapped
     /// included; `None` if that cannot be learnt. Reads all of `/proc`, and so blocks for a moment.
     pub fn resident_bytes(&self) -> Option<u64> {
-        port::members(self.process.group.pid())
-            .filter_map(port::resident_bytes)
-            .reduce(|sum, one| sum + one)
+        self.meter().resident_bytes()
     }
 
     /// The last lines of the engine's log, at most 50.

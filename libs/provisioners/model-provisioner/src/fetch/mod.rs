@@ -50,7 +50,7 @@ pub(crate) enum Obtained {
 }
 
 /// What all fetches share.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Fetcher {
     /// Made when something is downloaded: it fails on a machine without
     /// certificates, which may have all it needs.

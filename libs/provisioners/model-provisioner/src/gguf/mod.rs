@@ -8,6 +8,7 @@
 //! ends with the file.
 
 mod reader;
+mod shape;
 mod types;
 
 use std::collections::BTreeMap;
@@ -18,6 +19,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use reader::{HeaderReader, MAX_HEADER, Scalar};
+pub use shape::Shape;
+use shape::ShapeNumbers;
 
 /// Longest text that is kept, in bytes: chat templates can be long.
 const MAX_TEXT: u64 = 1024 * 1024;
@@ -77,6 +80,16 @@ pub fn read_file(path: &Path) -> Result<GgufFacts, GgufError> {
     read(BufReader::with_capacity(256 * 1024, file), size)
 }
 
+/// Reads what a model's memory depends on; `None` where the file does not say
+/// it as its kind does. Reads the header, and so blocks for some milliseconds.
+pub fn read_shape(path: &Path) -> Result<Option<Shape>, GgufError> {
+    let file = File::open(path).map_err(GgufError::Read)?;
+    let size = file.metadata().map_err(GgufError::Read)?.len();
+    let input = BufReader::with_capacity(256 * 1024, file);
+    let (metadata, tensors) = scan(input, size, MAX_HEADER)?;
+    Ok(metadata.shape(&tensors))
+}
+
 /// Reads a header from the start of `input`, which belongs to a file of
 /// `size` bytes.
 pub fn read(input: impl Read, size: u64) -> Result<GgufFacts, GgufError> {
@@ -84,6 +97,11 @@ pub fn read(input: impl Read, size: u64) -> Result<GgufFacts, GgufError> {
 }
 
 fn read_within(input: impl Read, size: u64, limit: u64) -> Result<GgufFacts, GgufError> {
+    let (metadata, tensors) = scan(input, size, limit)?;
+    Ok(metadata.into_facts(&tensors))
+}
+
+fn scan(input: impl Read, size: u64, limit: u64) -> Result<(Metadata, Tensors), GgufError> {
     let mut reader = HeaderReader::new(input, size, limit);
     check_magic(&mut reader)?;
     let tensors = reader.u64()?;
@@ -95,7 +113,7 @@ fn read_within(input: impl Read, size: u64, limit: u64) -> Result<GgufFacts, Ggu
     let tensors = Tensors::read(&mut reader, tensors)?;
     let alignment = metadata.alignment()?;
     tensors.check_extent(reader.position(), alignment, size)?;
-    Ok(metadata.into_facts(&tensors))
+    Ok((metadata, tensors))
 }
 
 fn check_magic(reader: &mut HeaderReader<impl Read>) -> Result<(), GgufError> {
@@ -126,6 +144,7 @@ struct Metadata {
     /// By architecture, as in `llama.context_length`. Only files of several
     /// architectures hold more than one, and hostile files are capped.
     context_lengths: BTreeMap<String, u64>,
+    shapes: ShapeNumbers,
 }
 
 impl Metadata {
@@ -144,6 +163,7 @@ impl Metadata {
                 {
                     self.context_lengths.insert(architecture.to_owned(), number);
                 }
+                self.shapes.take(key, number);
             }
             _ => {}
         }
@@ -156,6 +176,11 @@ impl Metadata {
             Some(alignment) if alignment.is_power_of_two() && alignment <= 1 << 30 => Ok(alignment),
             Some(_) => Err(GgufError::Malformed("its alignment is no power of two")),
         }
+    }
+
+    fn shape(&self, tensors: &Tensors) -> Option<Shape> {
+        self.shapes
+            .shape(self.architecture.as_deref()?, tensors.embedded)
     }
 
     fn into_facts(self, tensors: &Tensors) -> GgufFacts {
@@ -185,6 +210,8 @@ struct Tensors {
     parameters: u64,
     /// The furthest byte of tensor data, counted from where data begins.
     extent: u64,
+    /// Numbers in the table of the vocabulary's embeddings.
+    embedded: u64,
     /// Bytes by known tensor type.
     bytes_by_type: BTreeMap<&'static str, u64>,
 }
@@ -193,7 +220,7 @@ impl Tensors {
     fn read(reader: &mut HeaderReader<impl Read>, count: u64) -> Result<Self, GgufError> {
         let mut tensors = Self::default();
         for _ in 0..count {
-            reader.key()?;
+            let name = reader.key()?;
             let dimensions = reader.u32()?;
             if dimensions > MAX_DIMENSIONS {
                 return Err(GgufError::Malformed(
@@ -208,6 +235,9 @@ impl Tensors {
             }
             let number = reader.u32()?;
             let offset = reader.u64()?;
+            if name == "token_embd.weight" {
+                tensors.embedded = elements;
+            }
             tensors.add(elements, number, offset)?;
         }
         Ok(tensors)

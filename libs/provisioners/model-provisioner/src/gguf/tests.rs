@@ -28,6 +28,40 @@ fn the_facts_of_a_small_file() {
 }
 
 #[test]
+fn the_shape_is_read_where_the_file_tells_it() {
+    let shape = |file: &Gguf| {
+        let bytes = file.bytes();
+        let (metadata, tensors) = scan(&bytes[..], bytes.len() as u64, MAX_HEADER).unwrap();
+        metadata.shape(&tensors)
+    };
+    let mut file = Gguf::tiny();
+    assert_eq!(shape(&file), None);
+    file.pair("llama.block_count", number(30));
+    file.pair("llama.embedding_length", number(64));
+    file.pair("llama.attention.head_count", number(8));
+    let plain = Shape {
+        layers: 30,
+        embedding: 64,
+        kv_heads: 8,
+        key_length: 8,
+        value_length: 8,
+        vocabulary: 3,
+    };
+    assert_eq!(shape(&file), Some(plain));
+    file.pair("llama.attention.head_count_kv", number(2));
+    file.pair("llama.attention.key_length", number(16));
+    file.pair("clip.attention.value_length", number(99));
+    let grouped = Shape {
+        kv_heads: 2,
+        key_length: 16,
+        ..plain
+    };
+    assert_eq!(shape(&file), Some(grouped));
+    file.pair("llama.block_count", number(0));
+    assert_eq!(shape(&file), None, "nothing is divided by it");
+}
+
+#[test]
 fn what_is_unknown_is_no_reason_to_refuse() {
     let mut file = Gguf::tiny();
     file.pairs.retain(|(key, _)| key != "general.file_type");

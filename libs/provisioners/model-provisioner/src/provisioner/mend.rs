@@ -172,7 +172,7 @@ impl ModelProvisioner {
             // Under another reference, and so another lock, somebody may have mended it.
             match FileStamp::of(&store.path_of(digest)) {
                 Ok(now) if now != spoilt => Ok(()),
-                _ => Ok(store.remove(digest)?),
+                _ => Ok(store.remove(digest).map(drop)?),
             }
         })
         .await;

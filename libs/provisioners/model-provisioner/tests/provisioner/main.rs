@@ -12,6 +12,7 @@ mod cache;
 mod faults;
 #[cfg(feature = "hf")]
 mod hub;
+mod manage;
 mod mend;
 mod pip;
 mod sources;

@@ -1,4 +1,4 @@
-//! What people ask: drain, resume, reload, shut down.
+//! What people and tasks ask: drain, resume, reload, unload, shut down.
 
 use std::time::Instant;
 
@@ -14,7 +14,7 @@ impl Step<'_> {
             Phase::Stopped => {}
             Phase::Stopping => {
                 self.life.resume = false;
-                if self.life.drain == Some(Drain::Reload) {
+                if matches!(self.life.drain, Some(Drain::Reload | Drain::Unload)) {
                     self.effect(Effect::EndQueued);
                 }
                 self.end_reload(ReloadState::Abandoned);
@@ -37,8 +37,10 @@ impl Step<'_> {
         }
         self.life.drain = Some(why);
         self.life.overdue = false;
+        self.life.resume = false;
         self.enter(Phase::Draining, Some(until));
-        if why == Drain::Shutdown || self.life.engine == Engine::None {
+        let none_for_the_queue = self.life.engine == Engine::None || self.life.stale;
+        if why == Drain::Shutdown || none_for_the_queue {
             self.effect(Effect::EndQueued);
         }
     }
@@ -48,7 +50,12 @@ impl Step<'_> {
             return Err(Refusal::ShuttingDown);
         }
         match (self.life.phase, self.life.drain) {
-            (Phase::Draining, Some(Drain::Operator)) => {
+            (Phase::Draining, Some(Drain::Operator | Drain::Unload))
+                if self.life.stale && self.life.engine == Engine::Up =>
+            {
+                self.life.resume = true;
+            }
+            (Phase::Draining, Some(Drain::Operator | Drain::Unload)) => {
                 self.life.drain = None;
                 match (self.life.engine, self.life.loading) {
                     (Engine::Up, _) => self.enter(Phase::Ready, None),
@@ -57,8 +64,8 @@ impl Step<'_> {
                     (Engine::None | Engine::Stopping, _) => self.start(Which::Current),
                 }
             }
-            (Phase::Stopping, Some(Drain::Operator)) => self.life.resume = true,
-            (Phase::Stopped | Phase::Backoff | Phase::Failed, _) => {
+            (Phase::Stopping, Some(Drain::Operator | Drain::Unload)) => self.life.resume = true,
+            (Phase::Stopped | Phase::Unloaded | Phase::Backoff | Phase::Failed, _) => {
                 self.life.history.forget();
                 self.start(Which::Current);
             }
@@ -75,6 +82,10 @@ impl Step<'_> {
         if self.life.reload_under_way() {
             return Err(Refusal::ReloadUnderWay);
         }
+        if self.life.phase == Phase::Unloaded || self.life.unloading() {
+            self.adopt_unloaded();
+            return Ok(());
+        }
         let mut mode = ReloadMode::Restart;
         match self.life.phase {
             Phase::Draining | Phase::Stopping => return Err(Refusal::BeingDrained),
@@ -86,7 +97,8 @@ impl Step<'_> {
             | Phase::Starting
             | Phase::Backoff
             | Phase::Failed
-            | Phase::Stopped => {
+            | Phase::Stopped
+            | Phase::Unloaded => {
                 self.life.history.forget();
                 self.effect(Effect::Adopt);
                 self.start(Which::Current);
@@ -98,6 +110,70 @@ impl Step<'_> {
         };
         self.life.reload = Some(Reload { mode, state });
         Ok(())
+    }
+
+    /// A pool without an engine is given another configuration and gets no engine
+    /// by that: it is tried when the pool is next started.
+    fn adopt_unloaded(&mut self) {
+        self.life.history.forget();
+        self.life.stale = self.life.engine != Engine::None;
+        self.effect(Effect::Adopt);
+        self.life.reload = Some(Reload {
+            mode: ReloadMode::Restart,
+            state: ReloadState::Done,
+        });
+    }
+
+    pub(super) fn unload(&mut self, waited_for: bool) -> Result<(), Refusal> {
+        match self.life.drain {
+            Some(Drain::Shutdown) => return Err(Refusal::ShuttingDown),
+            Some(Drain::Unload) => {
+                self.life.resume = false;
+                return Ok(());
+            }
+            _ => {}
+        }
+        if self.life.reload_under_way() {
+            return Err(Refusal::ReloadUnderWay);
+        }
+        match self.life.phase {
+            Phase::Draining | Phase::Stopping => return Err(Refusal::BeingDrained),
+            Phase::Stopped => return Err(Refusal::Stopped),
+            Phase::Ready => {
+                self.life.drain = Some(Drain::Unload);
+                self.life.overdue = false;
+                self.enter(Phase::Draining, None);
+            }
+            Phase::Provisioning | Phase::Starting if waited_for => {
+                return Err(Refusal::LoadsForTasks);
+            }
+            Phase::Provisioning | Phase::Starting => {
+                // What it was to try is tried when it is next started.
+                self.end_start_of_reload();
+                self.life.drain = Some(Drain::Unload);
+                self.stop_engine();
+            }
+            // There is nothing to free, and the pause is not cut short.
+            Phase::Backoff if waited_for => self.ignore(),
+            Phase::Backoff | Phase::Failed => self.enter(Phase::Unloaded, None),
+            Phase::Unloaded => {}
+        }
+        Ok(())
+    }
+
+    fn end_start_of_reload(&mut self) {
+        if self.reload_is(ReloadState::Starting) {
+            self.set_reload(ReloadState::Done);
+        }
+    }
+
+    /// A task waits for an engine that is not there.
+    pub(super) fn wanted(&mut self) {
+        if self.life.phase == Phase::Unloaded {
+            self.start(Which::Current);
+        } else {
+            self.ignore();
+        }
     }
 
     pub(super) fn shut_down(&mut self, until: Instant) {

@@ -48,6 +48,8 @@ impl<'a> Step<'a> {
             Event::Drain { until } => self.drain(until)?,
             Event::Resume => self.resume()?,
             Event::Reload => self.reload()?,
+            Event::Unload { waited_for } => self.unload(waited_for)?,
+            Event::Wanted => self.wanted(),
             Event::Shutdown { until } => self.shut_down(until),
             Event::TasksOver => self.tasks_over(),
             Event::TimeUp => self.time_up(),
@@ -92,11 +94,12 @@ impl<'a> Step<'a> {
         self.life.loading = false;
         self.life.drain = None;
         self.life.resume = false;
+        self.life.stale = false;
         self.enter(Phase::Provisioning, None);
         self.effect(Effect::Start(which));
     }
 
-    fn set_reload(&mut self, state: ReloadState) {
+    pub(super) fn set_reload(&mut self, state: ReloadState) {
         if let Some(reload) = &mut self.life.reload {
             reload.state = state;
         }
@@ -162,7 +165,7 @@ impl<'a> Step<'a> {
             (Phase::Ready, _) => {}
             (Phase::Draining, Engine::Starting | Engine::Up) => self.came_up(),
             // Nobody asked for it.
-            (Phase::Draining | Phase::Stopped, _) => self.effect(Effect::Rest),
+            (Phase::Draining | Phase::Stopped | Phase::Unloaded, _) => self.effect(Effect::Rest),
             // Its end has been asked for.
             (Phase::Stopping, _) => self.ignore(),
         }
@@ -213,12 +216,29 @@ impl<'a> Step<'a> {
                     self.after_crash(verdict);
                 }
             }
+            Phase::Draining if self.life.drain == Some(Drain::Unload) => {
+                self.crashed_in_unload(cause);
+            }
             Phase::Draining if self.life.engine != Engine::None => {
                 self.count(cause);
                 self.drained_engine_gone();
             }
             Phase::Stopping => self.engine_is_gone(),
             _ => self.ignore(),
+        }
+    }
+
+    /// Its tasks are given back, and the next engine is soon wanted for them: it
+    /// counts as any other crash, but for the pause.
+    fn crashed_in_unload(&mut self, cause: RestartCause) {
+        if self.life.engine == Engine::None {
+            return self.ignore();
+        }
+        self.count(cause);
+        let policy = &self.life.policy.restart;
+        match self.life.history.crashed(policy, self.now, self.random) {
+            Verdict::Restart { .. } => self.drained_engine_gone(),
+            open @ Verdict::Open { .. } => self.after_crash(open),
         }
     }
 
@@ -268,12 +288,17 @@ impl<'a> Step<'a> {
     /// The engine of a pool that drains is gone before its tasks are.
     fn drained_engine_gone(&mut self) {
         self.life.engine = Engine::None;
-        if self.life.drain == Some(Drain::Reload) {
-            self.set_reload(ReloadState::Starting);
-            self.start(Which::Candidate);
-        } else {
-            self.end_reload(ReloadState::Failed);
-            self.effect(Effect::EndQueued);
+        match self.life.drain {
+            Some(Drain::Reload) => {
+                self.set_reload(ReloadState::Starting);
+                self.start(Which::Candidate);
+            }
+            // The queue is kept.
+            Some(Drain::Unload) => {}
+            _ => {
+                self.end_reload(ReloadState::Failed);
+                self.effect(Effect::EndQueued);
+            }
         }
     }
 
@@ -290,6 +315,11 @@ impl<'a> Step<'a> {
                 self.effect(Effect::End);
             }
             _ if self.life.resume => self.start(Which::Current),
+            Some(Drain::Unload) => {
+                self.life.drain = None;
+                self.life.stale = false;
+                self.enter(Phase::Unloaded, None);
+            }
             _ => self.enter(Phase::Stopped, None),
         }
     }
@@ -380,6 +410,10 @@ impl<'a> Step<'a> {
         if self.life.engine == Engine::None {
             return self.engine_is_gone();
         }
+        self.stop_engine();
+    }
+
+    pub(super) fn stop_engine(&mut self) {
         self.life.engine = Engine::Stopping;
         self.enter(Phase::Stopping, Some(self.now + STOP_LIMIT));
         self.effect(Effect::Rest);

@@ -1,5 +1,7 @@
 //! The machine under single events, and under all of them in any order.
 
+mod unload;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -7,12 +9,16 @@ use super::*;
 const SOON: Duration = Duration::from_secs(10);
 
 fn machine() -> (Lifecycle, Instant) {
+    machine_that(false)
+}
+
+fn machine_that(on_demand: bool) -> (Lifecycle, Instant) {
     let now = Instant::now();
     let policy = Policy {
         restart: RestartPolicy::default(),
         drain: SOON,
     };
-    (Lifecycle::new(policy, now), now)
+    (Lifecycle::new(policy, on_demand, now), now)
 }
 
 fn ready() -> (Lifecycle, Instant) {
@@ -253,6 +259,8 @@ fn any_event() -> impl Strategy<Value = Event> {
         1 => Just(Event::NoRoom),
         1 => Just(Event::Retired),
         1 => Just(Event::Drain { until: zero }),
+        2 => any::<bool>().prop_map(|waited_for| Event::Unload { waited_for }),
+        2 => Just(Event::Wanted),
         2 => Just(Event::Resume),
         2 => Just(Event::Reload),
         2 => Just(Event::TasksOver),
@@ -298,7 +306,26 @@ fn check(before: &Lifecycle, event: Event, life: &Lifecycle, reaction: &Reaction
         }
         Phase::Stopping => assert!(life.deadline().is_some(), "its wait is bounded"),
         Phase::Stopped => assert_eq!(life.engine(), Engine::None),
+        Phase::Unloaded => {
+            assert_eq!((life.engine(), life.drain()), (Engine::None, None));
+            assert_eq!(life.deadline(), None, "only a task or a start ends it");
+        }
         Phase::Draining => assert!(life.drain().is_some()),
+    }
+    if life.unloading() {
+        assert!(!life.runs_tasks(), "the queue waits for the next engine");
+    }
+    if before.phase() == Phase::Unloaded && started == 1 {
+        assert!(matches!(event, Event::Wanted | Event::Resume), "{event:?}");
+    }
+    if let Event::Unload { .. } = event {
+        let ended = [Effect::EndQueued, Effect::CancelRunning, Effect::End];
+        assert!(ended.iter().all(|end| !reaction.effects.contains(end)));
+    }
+    // No task is ended by an unload, nor by an engine that ends within one, unless
+    // it was one crash too many.
+    if before.unloading() && tells_the_end(event) && life.phase() != Phase::Failed {
+        assert!(!reaction.effects.contains(&Effect::EndQueued), "{event:?}");
     }
     if reaction.ignored {
         assert!(reaction.effects.is_empty() && reaction.moved.is_none());
@@ -337,10 +364,11 @@ proptest! {
 
     #[test]
     fn no_order_of_events_breaks_an_invariant(
+        on_demand in any::<bool>(),
         events in prop::collection::vec((any_event(), 0u64..400, 0.0f64..1.0), 0..80),
         end in prop::collection::vec(any_event(), 0..20),
     ) {
-        let (mut life, mut now) = machine();
+        let (mut life, mut now) = machine_that(on_demand);
         let mut candidate = false;
         let mut resting = false;
         for (event, seconds, random) in events {

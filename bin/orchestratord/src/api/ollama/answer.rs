@@ -1,0 +1,430 @@
+//! From a task's log to an answer, piece by piece. Pure: no clock, no IO.
+//!
+//! The engine's events are read for text, thoughts, tool calls and log
+//! probabilities. A tool call comes in fragments, and is handed out whole, before
+//! the end.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use llama_orch_types::ErrorCode;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use worker_adapters_adapter_api::FinishReason;
+
+use crate::services::event_log::{End, Failure, TaskEvent};
+
+/// What one event adds to the answer.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Piece {
+    pub(super) text: String,
+    pub(super) thinking: String,
+    pub(super) tool_calls: Vec<ToolCall>,
+    pub(super) logprobs: Vec<Value>,
+}
+
+impl Piece {
+    pub(super) fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Takes on what comes after it.
+    pub(super) fn extend(&mut self, next: Self) {
+        self.text.push_str(&next.text);
+        self.thinking.push_str(&next.thinking);
+        self.tool_calls.extend(next.tool_calls);
+        self.logprobs.extend(next.logprobs);
+    }
+}
+
+/// A whole tool call.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(super) struct ToolCall {
+    #[serde(skip_serializing_if = "String::is_empty")]
+    id: String,
+    function: Function,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+struct Function {
+    index: u64,
+    name: String,
+    arguments: Map<String, Value>,
+}
+
+/// Figures of a finished answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Figures {
+    pub(super) done_reason: &'static str,
+    /// Until the engine had taken the task: loading, and waiting in the queue.
+    pub(super) load: Duration,
+    pub(super) prompt_tokens: u64,
+    pub(super) prompt: Duration,
+    pub(super) tokens: u64,
+    pub(super) decode: Duration,
+}
+
+/// What came of one event.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Step {
+    Nothing,
+    Piece(Piece),
+    /// The answer is complete, with what was held back until now.
+    Done(Piece, Figures),
+    Failed(Box<Failure>),
+}
+
+/// Reads the events of one task in their order.
+#[derive(Debug, Default)]
+pub(super) struct Reading {
+    calls: BTreeMap<u64, Fragments>,
+    load: Duration,
+}
+
+/// A tool call so far.
+#[derive(Debug, Default)]
+struct Fragments {
+    id: String,
+    name: String,
+    arguments: String,
+}
+
+impl Reading {
+    pub(super) fn step(&mut self, event: &TaskEvent) -> Step {
+        match event {
+            TaskEvent::Started(started) => {
+                self.load = Duration::from_millis(started.waited_ms);
+                Step::Nothing
+            }
+            TaskEvent::Chunk(chunk) => self.read(chunk.data.as_bytes()),
+            // Of an engine that does not stream this.
+            TaskEvent::Answer(answer) => self.read(&answer.body),
+            TaskEvent::End(end) if end.finish_reason == FinishReason::Cancelled => {
+                Step::Failed(Box::new(Failure::cancelled()))
+            }
+            TaskEvent::End(end) => self.end(end),
+            TaskEvent::Error(failure) => Step::Failed(failure.clone()),
+            // The words of our own API.
+            TaskEvent::Token(_) | TaskEvent::Metrics(_) => Step::Nothing,
+        }
+    }
+
+    fn read(&mut self, data: &[u8]) -> Step {
+        let event: Event = match serde_json::from_slice(data) {
+            Ok(event) => event,
+            Err(error) => return unreadable(&error.to_string()),
+        };
+        if let Some(error) = event.error {
+            return unreadable(error.message.as_deref().unwrap_or("an error"));
+        }
+        // Only one answer was asked for.
+        let Some(choice) = event.choices.into_iter().next() else {
+            return Step::Nothing;
+        };
+        let delta = choice.delta.unwrap_or_default();
+        for (place, call) in delta.tool_calls.into_iter().flatten().enumerate() {
+            let index = call.index.unwrap_or(place as u64);
+            self.calls.entry(index).or_default().extend(call);
+        }
+        let piece = Piece {
+            text: delta.content.or(choice.text).unwrap_or_default(),
+            thinking: delta.reasoning_content.unwrap_or_default(),
+            tool_calls: Vec::new(),
+            logprobs: choice
+                .logprobs
+                .and_then(|logprobs| logprobs.content)
+                .unwrap_or_default(),
+        };
+        if piece.is_empty() {
+            Step::Nothing
+        } else {
+            Step::Piece(piece)
+        }
+    }
+
+    fn end(&mut self, end: &End) -> Step {
+        let length = end.finish_reason == FinishReason::Length;
+        let mut tool_calls = Vec::new();
+        for (index, fragments) in std::mem::take(&mut self.calls) {
+            match fragments.whole(index) {
+                Ok(call) => tool_calls.push(call),
+                Err(name) => return Step::Failed(Box::new(broken_call(&name, length))),
+            }
+        }
+        let says = end.receipt.as_ref();
+        let says = says.and_then(|receipt| receipt.engine_says.as_ref());
+        let figures = Figures {
+            done_reason: if length { "length" } else { "stop" },
+            load: self.load,
+            prompt_tokens: end.tokens_in.unwrap_or_default(),
+            prompt: millis(says.map_or(0.0, |says| says.prompt_time_ms)),
+            tokens: end.tokens_out,
+            decode: millis(end.decode_time_ms),
+        };
+        let held_back = Piece {
+            tool_calls,
+            ..Piece::default()
+        };
+        Step::Done(held_back, figures)
+    }
+}
+
+/// Nothing for what is no time.
+fn millis(millis: f64) -> Duration {
+    Duration::try_from_secs_f64(millis / 1000.0).unwrap_or_default()
+}
+
+fn unreadable(why: &str) -> Step {
+    let failure = Failure::new(
+        ErrorCode::WorkerReset,
+        format!("the engine's answer cannot be read: {why}"),
+    );
+    Step::Failed(Box::new(failure.retriable()))
+}
+
+fn broken_call(name: &str, length: bool) -> Failure {
+    let failure = Failure::new(
+        ErrorCode::WorkerReset,
+        format!("the model called the tool `{name}` with arguments that are no JSON object"),
+    )
+    .retriable();
+    if length {
+        failure.with_hint("the answer was cut: raise `options.num_predict`, or the pool's `ctx`")
+    } else {
+        failure
+    }
+}
+
+impl Fragments {
+    fn extend(&mut self, delta: CallDelta) {
+        if let Some(id) = delta.id.filter(|id| !id.is_empty()) {
+            self.id = id;
+        }
+        let Some(function) = delta.function else {
+            return;
+        };
+        self.name.push_str(&function.name.unwrap_or_default());
+        match function.arguments {
+            Some(Value::String(text)) => self.arguments.push_str(&text),
+            None | Some(Value::Null) => {}
+            Some(whole) => self.arguments = whole.to_string(),
+        }
+    }
+
+    /// The call, or the name of one whose arguments cannot be read.
+    fn whole(self, index: u64) -> Result<ToolCall, String> {
+        let arguments = match self.arguments.trim() {
+            "" => Map::new(),
+            text => match serde_json::from_str(text) {
+                Ok(arguments) => arguments,
+                Err(_) => return Err(self.name),
+            },
+        };
+        Ok(ToolCall {
+            id: self.id,
+            function: Function {
+                index,
+                name: self.name,
+                arguments,
+            },
+        })
+    }
+}
+
+/// What is read of one of the engine's events, or of a whole answer.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Event {
+    choices: Vec<Choice>,
+    error: Option<EngineError>,
+}
+
+#[derive(Debug, Deserialize)]
+struct EngineError {
+    message: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Choice {
+    /// Of a chat.
+    #[serde(alias = "message")]
+    delta: Option<Delta>,
+    /// Of a completion.
+    text: Option<String>,
+    logprobs: Option<Logprobs>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Logprobs {
+    content: Option<Vec<Value>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Delta {
+    content: Option<String>,
+    #[serde(alias = "reasoning")]
+    reasoning_content: Option<String>,
+    tool_calls: Option<Vec<CallDelta>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct CallDelta {
+    index: Option<u64>,
+    id: Option<String>,
+    function: Option<FunctionDelta>,
+}
+
+#[derive(Debug, Deserialize)]
+struct FunctionDelta {
+    name: Option<String>,
+    arguments: Option<Value>,
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::services::event_log::{Chunk, EngineSays, Receipt, Started, Token};
+    use serde_json::json;
+
+    pub(in super::super) fn chunk(data: &Value) -> TaskEvent {
+        TaskEvent::Chunk(Box::new(Chunk {
+            name: None,
+            data: data.to_string().into(),
+            token: Token {
+                t: String::new(),
+                i: 0,
+            },
+        }))
+    }
+
+    pub(in super::super) fn delta(delta: &Value) -> TaskEvent {
+        chunk(&json!({"choices": [{"index": 0, "delta": delta, "finish_reason": null}]}))
+    }
+
+    pub(in super::super) fn end(finish_reason: FinishReason) -> TaskEvent {
+        TaskEvent::End(Box::new(End {
+            tokens_in: Some(5),
+            tokens_out: 2,
+            decode_time_ms: 12.5,
+            finish_reason,
+            resumed: 0,
+            receipt: Some(Receipt {
+                engine: "llamacpp".to_owned(),
+                engine_version: "b1".to_owned(),
+                engine_digest: None,
+                provisioning_mode: "cache".to_owned(),
+                model: None,
+                model_digest: None,
+                engine_says: Some(EngineSays {
+                    tokens_cached: 0,
+                    prompt_time_ms: 3.0,
+                    effective: Value::Null,
+                }),
+            }),
+        }))
+    }
+
+    pub(in super::super) fn started(waited_ms: u64) -> TaskEvent {
+        TaskEvent::Started(Started {
+            queue_position: 0,
+            predicted_start_ms: 0,
+            waited_ms,
+        })
+    }
+
+    fn last(events: &[TaskEvent]) -> Step {
+        let mut reading = Reading::default();
+        let mut steps: Vec<Step> = events.iter().map(|event| reading.step(event)).collect();
+        steps.pop().unwrap()
+    }
+
+    #[test]
+    fn figures_come_from_the_log() {
+        let done = last(&[
+            started(40),
+            delta(&json!({"content": "a"})),
+            end(FinishReason::Stop),
+        ]);
+        let expected = Figures {
+            done_reason: "stop",
+            load: Duration::from_millis(40),
+            prompt_tokens: 5,
+            prompt: Duration::from_millis(3),
+            tokens: 2,
+            decode: Duration::from_micros(12_500),
+        };
+        assert_eq!(done, Step::Done(Piece::default(), expected));
+    }
+
+    #[test]
+    fn a_tool_call_is_put_together_and_told_before_the_end() {
+        let call = |index: u64, rest: Value| {
+            let mut call = rest;
+            call["index"] = index.into();
+            delta(&json!({"tool_calls": [call]}))
+        };
+        let done = last(&[
+            call(
+                0,
+                json!({"id": "x", "function": {"name": "f", "arguments": ""}}),
+            ),
+            call(1, json!({"id": "y", "function": {"name": "g"}})),
+            call(0, json!({"function": {"arguments": "{\"city\":"}})),
+            call(0, json!({"function": {"arguments": "\"Oslo\"}"}})),
+            end(FinishReason::Stop),
+        ]);
+        let Step::Done(piece, _) = done else {
+            panic!("{done:?}")
+        };
+        let expected = json!([
+            {"id": "x", "function": {"index": 0, "name": "f", "arguments": {"city": "Oslo"}}},
+            {"id": "y", "function": {"index": 1, "name": "g", "arguments": {}}},
+        ]);
+        assert_eq!(serde_json::to_value(piece.tool_calls).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_call_that_was_cut_is_an_error() {
+        let cut = json!({"tool_calls": [{"function": {"name": "f", "arguments": "{\"ci"}}]});
+        let failed = last(&[delta(&cut), end(FinishReason::Length)]);
+        let Step::Failed(failure) = failed else {
+            panic!("{failed:?}")
+        };
+        assert!(failure.message.contains("`f`"), "{failure:?}");
+        assert!(failure.hint.unwrap().contains("num_predict"));
+    }
+
+    #[test]
+    fn thoughts_and_log_probabilities_are_told_apart() {
+        let thought = last(&[delta(&json!({"content": null, "reasoning_content": "hm"}))]);
+        let Step::Piece(piece) = thought else {
+            panic!("{thought:?}")
+        };
+        assert_eq!((piece.thinking.as_str(), piece.text.as_str()), ("hm", ""));
+        let logprobs = json!({"content": [{"token": "a", "logprob": -1.0}]});
+        let text = last(&[chunk(
+            &json!({"choices": [{"text": "a", "logprobs": logprobs}]}),
+        )]);
+        let Step::Piece(piece) = text else {
+            panic!("{text:?}")
+        };
+        assert_eq!(piece.text, "a");
+        assert_eq!(piece.logprobs[0]["token"], "a");
+    }
+
+    #[test]
+    fn what_is_no_answer_is_an_error() {
+        for data in [json!("x"), json!({"error": {"message": "no"}})] {
+            assert!(matches!(last(&[chunk(&data)]), Step::Failed(_)), "{data}");
+        }
+        assert!(matches!(
+            last(&[end(FinishReason::Cancelled)]),
+            Step::Failed(failure) if failure.code == ErrorCode::Cancelled
+        ));
+        let usage = json!({"choices": [], "usage": {"completion_tokens": 2}});
+        assert_eq!(last(&[chunk(&usage)]), Step::Nothing);
+    }
+}
