@@ -21,6 +21,12 @@ async fn checked(response: Response, status: u16, kind: &str, code: &str) -> Val
     assert!(!error["message"].as_str().unwrap().is_empty());
     let id = headers["x-correlation-id"].to_str().unwrap();
     assert_eq!(error["correlation_id"], id);
+    let name = if anthropic {
+        "request-id"
+    } else {
+        "x-request-id"
+    };
+    assert_eq!(headers[name], id, "where the SDK looks for it");
     let again = headers["x-should-retry"].to_str().unwrap();
     assert_eq!(error["retriable"].to_string(), again);
     if anthropic {
@@ -176,10 +182,6 @@ async fn a_full_queue_says_when_to_come_back() {
             assert_eq!(headers["x-should-retry"], "true");
         }
     }
-    let request = daemon.client.post(format!("{}{CHAT}", daemon.url));
-    let request = request.header("X-Deadline-Ms", "1").json(&chat(1));
-    let refused = request.send().await.unwrap();
-    assert!([429, 503].contains(&refused.status().as_u16()));
 }
 
 #[tokio::test]
@@ -220,5 +222,47 @@ async fn a_pool_that_has_failed_is_said_to_be_unavailable() {
     ] {
         let refused = daemon.post(path, streamed(chat(1))).await;
         checked(refused, 503, kind, "pool_unavailable").await;
+    }
+}
+
+#[tokio::test]
+async fn a_task_that_would_start_too_late_is_refused() {
+    let daemon = Setup::new(&Script::endless(5)).ready().await;
+    daemon
+        .submit(json!({ "prompt": "a", "max_tokens": 4000 }))
+        .await;
+    until_running(&daemon, 1).await;
+    for (path, kind) in [
+        (CHAT, "service_unavailable_error"),
+        (MESSAGES, "overloaded_error"),
+    ] {
+        let request = daemon.client.post(format!("{}{path}", daemon.url));
+        let request = request.header("X-Deadline-Ms", "20").json(&chat(1));
+        let refused = request.send().await.unwrap();
+        checked(refused, 503, kind, "deadline_unmet").await;
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_does_not_come_is_said_in_the_clients_shape() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    let daemon = Setup::new(&Script::default())
+        .top("limits", json!({ "body_stall_seconds": 1 }))
+        .start();
+    let address = daemon.url.trim_start_matches("http://");
+    for (path, shape) in [(CHAT, "{\"error\":{"), (MESSAGES, "{\"type\":\"error\",")] {
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        let head =
+            format!("POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{{");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        let read = stream.read_to_string(&mut answer);
+        let read = tokio::time::timeout(crate::support::DEADLINE, read).await;
+        read.expect("there was no answer").unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with("HTTP/1.1 408 "), "{head}");
+        assert!(body.starts_with(shape), "{body}");
+        assert!(body.contains("\"timeout_error\""), "{body}");
     }
 }
