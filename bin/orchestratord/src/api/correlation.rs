@@ -80,6 +80,7 @@ pub async fn correlate(
         .extensions_mut()
         .insert(CorrelationId(Arc::clone(&id)));
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let dialect = Dialect::of(&path);
     let mut response = next.run(request).await;
     if let Some(mut error) = response.extensions_mut().remove::<ApiError>() {
         let failure = &mut error.failure;
@@ -88,7 +89,6 @@ pub async fn correlate(
             .hint
             .take()
             .map(|hint| without_token(&hint, token).into_owned());
-        let dialect = Dialect::of(&path);
         let method = without_token(method.as_str(), token);
         let path = without_token(&path, token);
         log_error(&state.repeats, &method, &path, &id, &error);
@@ -97,6 +97,9 @@ pub async fn correlate(
     }
     // Checked above to be visible ASCII, or made by us.
     if let Ok(value) = HeaderValue::from_str(&id) {
+        if let Some(name) = dialect.id_header() {
+            response.headers_mut().insert(name, value.clone());
+        }
         response.headers_mut().insert(CORRELATION_ID, value);
     }
     response

@@ -56,6 +56,19 @@ impl Dialect {
         }
     }
 
+    /// Under which name its libraries look for an answer's id, which is the
+    /// correlation id.
+    pub fn id_header(self) -> Option<HeaderName> {
+        let name = if self == Self::OpenAi {
+            "x-request-id"
+        } else if self == Self::Anthropic {
+            "request-id"
+        } else {
+            return None;
+        };
+        Some(HeaderName::from_static(name))
+    }
+
     /// JSON; the failure holds the correlation id already.
     pub fn error_body(self, status: StatusCode, failure: &Failure) -> Vec<u8> {
         let written = match self {

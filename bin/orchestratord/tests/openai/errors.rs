@@ -21,6 +21,12 @@ async fn checked(response: Response, status: u16, kind: &str, code: &str) -> Val
     assert!(!error["message"].as_str().unwrap().is_empty());
     let id = headers["x-correlation-id"].to_str().unwrap();
     assert_eq!(error["correlation_id"], id);
+    let name = if anthropic {
+        "request-id"
+    } else {
+        "x-request-id"
+    };
+    assert_eq!(headers[name], id, "where the SDK looks for it");
     let again = headers["x-should-retry"].to_str().unwrap();
     assert_eq!(error["retriable"].to_string(), again);
     if anthropic {

@@ -74,7 +74,7 @@ pub struct ModelMeta {
     pub ftype: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub architecture: Option<String>,
-    pub sha256: String,
+    pub digest: String,
 }
 
 impl ModelEntry {
@@ -104,7 +104,7 @@ impl ModelEntry {
                 n_ctx_train: model.ctx_max,
                 ftype: model.quantization.clone(),
                 architecture: model.architecture.clone(),
-                sha256: model.digest.to_string(),
+                digest: model.digest.to_string(),
             }),
         }
     }
