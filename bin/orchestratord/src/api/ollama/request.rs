@@ -124,9 +124,10 @@ fn not_known(key: &str) -> Failure {
         "`{}` is not known here",
         crate::services::failure::shortened(key)
     ));
-    match options::is_option(key) {
-        true => failure.with_hint(format!("it belongs into `options`: {{\"{key}\": …}}")),
-        false => failure.with_hint("leave it out"),
+    if options::is_option(key) {
+        failure.with_hint(format!("it belongs into `options`: {{\"{key}\": …}}"))
+    } else {
+        failure.with_hint("leave it out")
     }
 }
 
