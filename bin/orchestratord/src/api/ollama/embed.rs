@@ -189,7 +189,9 @@ fn shortened(mut vector: Vec<f64>, dimensions: Option<usize>) -> Vec<f64> {
         .sum::<f64>()
         .sqrt();
     if length > 0.0 {
-        vector.iter_mut().for_each(|number| *number /= length);
+        for number in &mut vector {
+            *number /= length;
+        }
     }
     vector
 }
@@ -224,7 +226,7 @@ impl Embedding {
             return Ok((None, self.without_texts(&pool).await?));
         }
         let ctx = context_of(&state, &pool).await;
-        let call = call(&pool.settings().model, self.texts, self.options, ctx)?;
+        let call = call(&pool.settings().model, &self.texts, self.options, ctx)?;
         Asked::read(&call.body, state.limits.max_prompt_bytes)?;
         let called = submit(state, &pool, call, wishes, correlation, &headers).await?;
         if self.keep_alive == KeepAlive::Unload {
@@ -270,7 +272,7 @@ async fn waited(record: &TaskRecord) -> Duration {
 
 fn call(
     model: &str,
-    texts: Vec<String>,
+    texts: &[String],
     options: Option<Map<String, Value>>,
     ctx: u32,
 ) -> Result<EngineCall, Failure> {

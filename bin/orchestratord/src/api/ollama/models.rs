@@ -234,13 +234,16 @@ pub async fn ps(State(state): State<Arc<AppState>>) -> Result<Json<Value>, ApiEr
             Some(left) => now.checked_add(left),
             None => now.checked_add(FOREVER),
         };
-        Some(json!({
+        let mut model = json!({
             "name": name, "model": name, "size": facts.size, "digest": facts.digest,
             "details": Details::of(&facts), "context_length": context.ctx,
             // Fails only where the clock is thousands of years off.
             "expires_at": written(expires_at.unwrap_or(now)),
-            "size_vram": in_vram(&snapshot, &facts),
-        }))
+        });
+        if let Some(bytes) = in_vram(&snapshot) {
+            model["size_vram"] = bytes.into();
+        }
+        Some(model)
     };
     let models: Vec<Value> = known(&state)
         .await?
@@ -261,13 +264,8 @@ fn expires_in(snapshot: &PoolSnapshot, now: Instant) -> Option<Duration> {
 }
 
 /// Bytes on a GPU; absent where that is not known. With `gpu_layers: 0` it is none.
-fn in_vram(snapshot: &PoolSnapshot, facts: &Facts) -> Option<u64> {
-    match snapshot.settings.config.gpu_layers {
-        Some(0) => Some(0),
-        // All of them, by the engine's own count.
-        Some(layers) if layers >= 999 => Some(facts.size),
-        _ => None,
-    }
+fn in_vram(snapshot: &PoolSnapshot) -> Option<u64> {
+    (snapshot.settings.config.gpu_layers == Some(0)).then_some(0)
 }
 
 /// Body of `POST /api/show`.

@@ -124,13 +124,11 @@ fn refused(name: &str) -> Failure {
     }
     let known = PASSED.iter().map(|(name, ..)| *name).chain(READ);
     let failure = failure("is not known");
-    match provision_kit::config::nearest(name, known.clone()) {
-        Some(nearest) => failure.with_hint(format!("did you mean `{nearest}`?")),
-        None => {
-            let known: Vec<&str> = known.collect();
-            failure.with_hint(format!("the options are: {}", known.join(", ")))
-        }
+    if let Some(nearest) = provision_kit::config::nearest(name, known.clone()) {
+        return failure.with_hint(format!("did you mean `{nearest}`?"));
     }
+    let known: Vec<&str> = known.collect();
+    failure.with_hint(format!("the options are: {}", known.join(", ")))
 }
 
 fn check_ctx(wanted: i64, ctx: u32) -> Result<(), Failure> {

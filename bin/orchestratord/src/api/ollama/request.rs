@@ -124,9 +124,10 @@ fn not_known(key: &str) -> Failure {
         "`{}` is not known here",
         crate::services::failure::shortened(key)
     ));
-    match options::is_option(key) {
-        true => failure.with_hint(format!("it belongs into `options`: {{\"{key}\": …}}")),
-        false => failure.with_hint("leave it out"),
+    if options::is_option(key) {
+        failure.with_hint(format!("it belongs into `options`: {{\"{key}\": …}}"))
+    } else {
+        failure.with_hint("leave it out")
     }
 }
 
@@ -243,13 +244,13 @@ impl GenerateRequest {
 mod tests {
     use super::*;
 
-    fn chat(request: Value) -> Result<Value, Failure> {
+    fn chat(request: &Value) -> Result<Value, Failure> {
         let request: ChatRequest = parse(request.to_string().as_bytes())?;
         request.check()?;
         asked(request.wanted("the-model", 4096)?)
     }
 
-    fn generate(request: Value) -> Result<(CallApi, Value), Failure> {
+    fn generate(request: &Value) -> Result<(CallApi, Value), Failure> {
         let request: GenerateRequest = parse(request.to_string().as_bytes())?;
         request.check()?;
         match request.wanted("the-model", 4096)? {
@@ -272,7 +273,7 @@ mod tests {
     #[test]
     fn a_chat_is_asked_for_in_the_engines_words() {
         let tool = json!({"type": "function", "function": {"name": "f", "parameters": {}}});
-        let asked = chat(json!({
+        let asked = chat(&json!({
             "model": "haiku", "stream": false, "keep_alive": "5m", "think": false,
             "messages": [{"role": "user", "content": "hi"}], "tools": [tool],
             "options": {"temperature": 0, "num_predict": 3}, "format": "json",
@@ -291,12 +292,12 @@ mod tests {
     #[test]
     fn what_is_not_known_is_refused_and_told_where_it_belongs() {
         let message = json!([{"role": "user", "content": "hi"}]);
-        let failure = chat(json!({"model": "m", "messages": message, "temperature": 1}));
+        let failure = chat(&json!({"model": "m", "messages": message, "temperature": 1}));
         let failure = failure.unwrap_err();
         assert!(failure.message.contains("`temperature`"), "{failure:?}");
         assert!(failure.hint.unwrap().contains("`options`"));
-        assert!(chat(json!({"messages": message})).is_err(), "no model");
-        assert!(chat(json!({"model": "m", "messages": message, "x": null})).is_ok());
+        assert!(chat(&json!({"messages": message})).is_err(), "no model");
+        assert!(chat(&json!({"model": "m", "messages": message, "x": null})).is_ok());
         assert!(parse::<ChatRequest>(b"[]").is_err());
         assert!(parse::<ChatRequest>(b"{\"model\": 1}").is_err());
     }
@@ -304,7 +305,7 @@ mod tests {
     #[test]
     fn a_prompt_is_a_message_or_goes_as_it_is() {
         let (api, body) =
-            generate(json!({"model": "m", "prompt": "p", "system": "s", "suffix": ""})).unwrap();
+            generate(&json!({"model": "m", "prompt": "p", "system": "s", "suffix": ""})).unwrap();
         assert_eq!(api, CallApi::ChatCompletions);
         let expected = json!([
             {"role": "system", "content": "s"}, {"role": "user", "content": "p"},
@@ -313,7 +314,7 @@ mod tests {
         let schema = json!({"type": "object"});
         let raw =
             json!({"model": "m", "prompt": "p", "raw": true, "format": schema, "logprobs": true});
-        let (api, body) = generate(raw).unwrap();
+        let (api, body) = generate(&raw).unwrap();
         assert_eq!(api, CallApi::Completions);
         assert_eq!(
             (&body["prompt"], &body["json_schema"]),
@@ -332,12 +333,12 @@ mod tests {
         ] {
             let mut request = json!({"model": "m", "prompt": "p"});
             request[key] = value;
-            let failure = generate(request).unwrap_err();
+            let failure = generate(&request).unwrap_err();
             assert!(failure.message.contains(key), "{failure:?}");
             assert!(failure.hint.unwrap().contains(hint), "{key}");
         }
         assert!(
-            generate(json!({"model": "m", "prompt": "p", "raw": true, "system": "s"})).is_err()
+            generate(&json!({"model": "m", "prompt": "p", "raw": true, "system": "s"})).is_err()
         );
     }
 

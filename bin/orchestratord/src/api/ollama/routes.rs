@@ -81,7 +81,7 @@ pub async fn pull(
     let pool = pool.map_err(|failure| {
         let hint = failure.hint.clone().unwrap_or_default();
         failure.with_hint(format!(
-            "{hint} A model is added by a pool in the configuration; `orchestratord models pull <reference>` fetches one"
+            "{hint}; a model is added by a pool in the configuration; `orchestratord models pull <reference>` fetches one"
         ))
     })?;
     if !models::is_here(&state, &pool).await? {
