@@ -113,6 +113,15 @@ pub enum Engine {
     Stopping,
 }
 
+/// What an engine was started with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Configured {
+    /// The current configuration.
+    AsNow,
+    /// One that another was adopted after, while it drained.
+    AsBefore,
+}
+
 /// Why an engine that was ready has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -355,8 +364,7 @@ pub struct Lifecycle {
     loading: bool,
     /// An engine is wanted as soon as the one that stops is gone.
     resume: bool,
-    /// The engine that drains has another configuration than the current one.
-    stale: bool,
+    configured: Configured,
     reload: Option<Reload>,
     history: FailureHistory,
     restarts: Restarts,
@@ -381,7 +389,7 @@ impl Lifecycle {
             overdue: false,
             loading: false,
             resume: false,
-            stale: false,
+            configured: Configured::AsNow,
             reload: None,
             history: FailureHistory::default(),
             restarts: Restarts::default(),
