@@ -1,17 +1,19 @@
 //! The one owner of who holds memory and who waits for it.
 
+mod show;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use llama_orch_types::PoolId;
-use metrics::{counter, gauge, histogram};
+use metrics::{counter, histogram};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::plan::{Activity, Decision, Plan, Tenant, View, Wait, Waiter, plan};
-use super::view::{LeaseView, MemoryView, PoolMemory, WaiterView};
+use super::view::{MemoryView, PoolMemory};
 use super::{Budget, Claim, Lease, Needs, Refused, Resident, Rules, Seen, Unloading};
 use crate::services::telemetry;
 
@@ -299,67 +301,6 @@ impl Actor {
         if let Some(held) = self.held.get_mut(&pool) {
             held.asking = false;
             held.asked_again_at = Some(Instant::now() + ASK_AGAIN);
-        }
-    }
-
-    fn publish(&self) {
-        let view = self.show();
-        let by_kind = [
-            ("ram", view.promised.ram, view.measured.ram, view.budget.ram),
-            (
-                "vram",
-                view.promised.vram,
-                view.measured.vram,
-                view.budget.vram,
-            ),
-        ];
-        for (kind, promised, measured, budget) in by_kind {
-            gauge!(telemetry::MEMORY_PROMISED, "kind" => kind).set(promised as f64);
-            gauge!(telemetry::MEMORY_MEASURED, "kind" => kind).set(measured as f64);
-            if let Some(budget) = budget {
-                gauge!(telemetry::MEMORY_BUDGET, "kind" => kind).set(budget.bytes as f64);
-            }
-        }
-        self.view.send_replace(view);
-    }
-
-    fn show(&self) -> MemoryView {
-        let mut pools = self.pools.clone();
-        let mut measured = Needs::default();
-        let mut loaded = Vec::new();
-        for (pool, held) in &self.held {
-            let promised = held.promised();
-            for promise in &held.promises {
-                measured = measured.plus(*promise.measured.borrow());
-            }
-            pools.entry(pool.clone()).or_default().promised = Some(promised);
-            loaded.push(LeaseView {
-                pool_id: pool.clone(),
-                promised,
-                engines: held.promises.len(),
-            });
-        }
-        let sum = |sum: Needs, lease: &LeaseView| sum.plus(lease.promised);
-        MemoryView {
-            budget: self.budget,
-            promised: loaded.iter().fold(Needs::default(), sum),
-            measured,
-            swaps: self.swaps,
-            loaded,
-            waiting: self.line.iter().map(Waiting::show).collect(),
-            pools,
-        }
-    }
-}
-
-impl Waiting {
-    fn show(&self) -> WaiterView {
-        let reason = self.command.waits.borrow();
-        WaiterView {
-            pool_id: self.command.claim.resident.pool(),
-            needs: self.needs,
-            waited_ms: self.since.elapsed().as_millis() as u64,
-            reason: reason.as_ref().map(Wait::to_string).unwrap_or_default(),
         }
     }
 }

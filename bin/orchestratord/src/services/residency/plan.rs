@@ -13,12 +13,15 @@
 //!   took. With tasks it is asked, once its dwell is over, to finish what runs
 //!   and to make way.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod ledger;
+
+use std::collections::BTreeSet;
 use std::fmt;
 use std::time::{Duration, Instant};
 
 use llama_orch_types::PoolId;
 
+use self::ledger::Ledger;
 use super::{Budget, Group, Needs};
 
 /// Bounds of the dwell that is measured by a pool's own load.
@@ -205,69 +208,6 @@ pub fn dwell(min_dwell: Option<Duration>, load_took: Duration) -> Duration {
             .saturating_mul(2)
             .clamp(SHORTEST_DWELL, LONGEST_DWELL)
     })
-}
-
-/// Memory and seats in groups that are taken.
-#[derive(Debug, Clone, Default)]
-struct Ledger {
-    used: Needs,
-    /// Pools, and how often each is counted: a pool takes one seat.
-    pools: BTreeMap<PoolId, usize>,
-}
-
-impl Ledger {
-    fn of<'a>(tenants: impl Iterator<Item = &'a Tenant>) -> Self {
-        let mut ledger = Self::default();
-        for tenant in tenants {
-            ledger.add(&tenant.pool, tenant.needs);
-        }
-        ledger
-    }
-
-    fn add(&mut self, pool: &PoolId, needs: Needs) {
-        self.used = self.used.plus(needs);
-        *self.pools.entry(pool.clone()).or_default() += 1;
-    }
-
-    fn remove(&mut self, tenant: &Tenant) {
-        self.used = self.used.minus(tenant.needs);
-        if let Some(count) = self.pools.get_mut(&tenant.pool) {
-            *count -= 1;
-            if *count == 0 {
-                self.pools.remove(&tenant.pool);
-            }
-        }
-    }
-
-    /// The groups that have no seat for the pool.
-    fn full<'a>(
-        &'a self,
-        groups: &'a [Group],
-        pool: &'a PoolId,
-    ) -> impl Iterator<Item = &'a Group> {
-        groups.iter().filter(move |group| {
-            let others = group
-                .pools
-                .iter()
-                .filter(|other| *other != pool && self.pools.contains_key(*other));
-            group.pools.contains(pool) && others.count() >= group.at_most
-        })
-    }
-
-    fn fits(&self, view: &View<'_>, pool: &PoolId, needs: Needs) -> bool {
-        view.budget.holds(self.used.plus(needs)) && self.full(view.groups, pool).next().is_none()
-    }
-
-    /// Whether one tenant less makes it easier for the waiter.
-    fn helps(&self, view: &View<'_>, waiter: &PoolId, needs: Needs, tenant: &Tenant) -> bool {
-        let short = view.budget.short(self.used.plus(needs));
-        let gives = tenant.needs;
-        (short.ram > 0 && gives.ram > 0)
-            || (short.vram > 0 && gives.vram > 0)
-            || self
-                .full(view.groups, waiter)
-                .any(|group| group.pools.contains(&tenant.pool))
-    }
 }
 
 struct Planner<'a> {
