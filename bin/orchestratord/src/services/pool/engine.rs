@@ -67,6 +67,7 @@ impl Actor {
                     &format!("reload, the old engine first: {why}"),
                 );
             }
+            Change::Capacity(slots) => self.capacity = Some(slots),
             Change::Retired => {
                 self.retire_until = None;
                 self.take(Event::Retired, "the old engine is gone");
@@ -177,6 +178,7 @@ impl Actor {
         }
         if self.lifecycle.engine() != Engine::Up {
             self.context = None;
+            self.capacity = None;
             self.distrust = None;
         }
         for effect in reaction.effects {
@@ -264,6 +266,7 @@ impl Actor {
             self.adopt(config);
         }
         self.context = Some(bound.context);
+        self.capacity = None;
         self.engine_log = bound.log;
         self.engines += 1;
         self.hold = None;
