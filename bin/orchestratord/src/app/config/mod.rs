@@ -9,6 +9,7 @@ pub mod difference;
 mod limits;
 mod loaded;
 mod memory;
+mod names;
 mod read;
 mod remote;
 mod source;
