@@ -49,7 +49,9 @@ impl OpenaiAdapter {
         match self.client.get("/v1/models").await {
             Ok(_) => Ok(()),
             // A server that lists no models may still be well.
-            Err(WorkerError::NotOffered { .. }) => self.client.get("/health").await.map(drop),
+            Err(WorkerError::NotOffered { .. } | WorkerError::InvalidParams { .. }) => {
+                self.client.get("/health").await.map(drop)
+            }
             Err(error) => Err(error),
         }
     }
@@ -116,7 +118,9 @@ impl WorkerAdapter for OpenaiAdapter {
         let endpoint = &self.client.endpoint;
         let answer = match self.client.get("/v1/models").await {
             Ok(body) => serde_json::from_slice(&body).unwrap_or_default(),
-            Err(WorkerError::NotOffered { .. }) => ModelsAnswer::default(),
+            Err(WorkerError::NotOffered { .. } | WorkerError::InvalidParams { .. }) => {
+                ModelsAnswer::default()
+            }
             Err(error) => return Err(error),
         };
         let (version, ctx) = answer.about(&endpoint.model);

@@ -23,7 +23,9 @@ async fn a_call_arrives_as_it_was_but_for_the_model_and_the_count() {
     let (events, failure) = rest(stream).await;
     assert!(failure.is_none());
     assert_eq!(text(&events), "ab");
-    let chunks = events.iter().filter(|event| matches!(event, TokenEvent::Chunk(_)));
+    let chunks = events
+        .iter()
+        .filter(|event| matches!(event, TokenEvent::Chunk(_)));
     assert_eq!(chunks.count(), 2, "the count was not asked for");
     let Some(TokenEvent::End(end)) = events.last() else {
         panic!("no end");
@@ -81,7 +83,10 @@ async fn the_list_of_models_tells_name_and_context() {
     let server = Server::start(move |_| Reply::ok(models)).await;
     let adapter = OpenaiAdapter::new(endpoint(&server.url), waits()).unwrap();
     let props = adapter.props().await.unwrap();
-    assert_eq!((props.version.as_str(), props.ctx, props.slots), ("vllm", 8192, 2));
+    assert_eq!(
+        (props.version.as_str(), props.ctx, props.slots),
+        ("vllm", 8192, 2)
+    );
 }
 
 #[tokio::test]
@@ -133,9 +138,7 @@ async fn a_redirect_is_not_followed() {
 
 #[tokio::test]
 async fn a_prompt_is_continued_by_the_other_route() {
-    let events = vec![
-        r#"{"choices":[{"text":"on","index":0,"finish_reason":"stop"}]}"#.to_owned(),
-    ];
+    let events = vec![r#"{"choices":[{"text":"on","index":0,"finish_reason":"stop"}]}"#.to_owned()];
     // Some servers end without a last word.
     let server = Server::answering(Reply::Stream(String::new(), events, After::End)).await;
     let replicas = replicas(&[&server]).await;

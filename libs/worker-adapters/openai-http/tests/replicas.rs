@@ -9,12 +9,10 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Instant;
 
 use support::{
-    After, DEADLINE, Reply, Server, answer, chat, chunks, endpoint, first_event, healthy,
-    replicas, rest, text, waits,
+    After, DEADLINE, Reply, Server, answer, chat, chunks, endpoint, first_event, healthy, replicas,
+    rest, text, waits,
 };
-use worker_adapters_adapter_api::{
-    EngineHealth, TimeoutPhase, WorkerAdapter, WorkerError,
-};
+use worker_adapters_adapter_api::{EngineHealth, TimeoutPhase, WorkerAdapter, WorkerError};
 use worker_adapters_openai_http::{Endpoint, Replicas};
 
 /// One that fails every task so, and one that answers: the first is asked first.
@@ -28,10 +26,18 @@ async fn who_breaks_off_before_the_first_token_is_replaced_unseen() {
     for reply in [
         Reply::Stream(String::new(), vec![], After::Cut),
         Reply::Stream(String::new(), vec![], After::End),
-        Reply::Stream(String::new(), vec![r#"{"error":{"message":"boom"}}"#.to_owned()], After::End),
+        Reply::Stream(
+            String::new(),
+            vec![r#"{"error":{"message":"boom"}}"#.to_owned()],
+            After::End,
+        ),
         Reply::Status(500, String::new(), "{}".to_owned()),
         Reply::Status(502, String::new(), String::new()),
-        Reply::Status(307, "location: http://127.0.0.1:1/\r\n".to_owned(), String::new()),
+        Reply::Status(
+            307,
+            "location: http://127.0.0.1:1/\r\n".to_owned(),
+            String::new(),
+        ),
     ] {
         let (bad, good) = beside_a_good_one(reply.clone()).await;
         let replicas = replicas(&[&bad, &good]).await;
@@ -45,13 +51,21 @@ async fn who_breaks_off_before_the_first_token_is_replaced_unseen() {
 async fn who_is_gone_is_taken_out_and_comes_back() {
     let (mut gone, good) = beside_a_good_one(Reply::Nothing).await;
     let replicas = replicas(&[&gone, &good]).await;
-    assert_eq!((healthy(&replicas), replicas.capacity()), (vec![true, true], 4));
+    assert_eq!(
+        (healthy(&replicas), replicas.capacity()),
+        (vec![true, true], 4)
+    );
     gone.stop().await;
     assert_eq!(answer(&replicas, chat()).await, "good");
-    assert_eq!((healthy(&replicas), replicas.capacity()), (vec![false, true], 2));
+    assert_eq!(
+        (healthy(&replicas), replicas.capacity()),
+        (vec![false, true], 2)
+    );
     let told = replicas.replicas()[0].last_error.clone().unwrap();
     assert!(told.contains("could not be reached"), "{told}");
-    tokio::time::timeout(DEADLINE, replicas.changed()).await.unwrap();
+    tokio::time::timeout(DEADLINE, replicas.changed())
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
@@ -66,7 +80,11 @@ async fn a_hung_one_is_left_for_another_and_has_to_prove_itself() {
 
 #[tokio::test]
 async fn nothing_is_begun_anew_after_the_first_token() {
-    for (after, timeout) in [(After::Cut, false), (After::End, false), (After::Hang, true)] {
+    for (after, timeout) in [
+        (After::Cut, false),
+        (After::End, false),
+        (After::Hang, true),
+    ] {
         let (bad, good) =
             beside_a_good_one(Reply::Stream(String::new(), chunks(&["half"]), after)).await;
         let replicas = replicas(&[&bad, &good]).await;
@@ -89,7 +107,11 @@ async fn nothing_is_begun_anew_after_the_first_token() {
 async fn a_denied_token_is_told_by_its_file_and_never_shown() {
     let server = Server::start(|request| {
         if request.head.contains("authorization: bearer hunter2") {
-            Reply::Status(401, String::new(), r#"{"error":{"message":"bad key hunter2"}}"#.to_owned())
+            Reply::Status(
+                401,
+                String::new(),
+                r#"{"error":{"message":"bad key hunter2"}}"#.to_owned(),
+            )
         } else {
             Reply::Status(400, String::new(), String::new())
         }
@@ -129,7 +151,10 @@ async fn a_busy_server_is_waited_for_and_a_free_one_preferred() {
     assert!(begun.elapsed().as_millis() >= 1000, "as long as it said");
     assert_eq!(healthy(&only), [true], "who is busy is well");
 
-    let (busy, free) = (busy_once().await, Server::answering(Reply::chat(&["free"])).await);
+    let (busy, free) = (
+        busy_once().await,
+        Server::answering(Reply::chat(&["free"])).await,
+    );
     let both = replicas(&[&busy, &free]).await;
     assert_eq!(answer(&both, chat()).await, "free");
 }
@@ -144,7 +169,9 @@ async fn a_refused_task_is_refused_everywhere() {
     .await;
     let replicas = replicas(&[&bad, &good]).await;
     let refused = replicas.submit(chat()).await.err().unwrap();
-    assert!(matches!(refused, WorkerError::InvalidParams { message } if message == "no such thing"));
+    assert!(
+        matches!(refused, WorkerError::InvalidParams { message } if message == "no such thing")
+    );
     assert!(good.tasks().is_empty());
     assert_eq!(healthy(&replicas), [true, true]);
 }
@@ -174,7 +201,11 @@ async fn tasks_go_where_the_smallest_part_is_in_use() {
         streams.push(stream);
     }
     assert_eq!((small.tasks().len(), large.tasks().len()), (1, 3));
-    let running: Vec<u32> = replicas.replicas().iter().map(|status| status.running).collect();
+    let running: Vec<u32> = replicas
+        .replicas()
+        .iter()
+        .map(|status| status.running)
+        .collect();
     assert_eq!(running, [1, 3]);
     drop(streams);
     assert_eq!(replicas.running(), 0);

@@ -56,16 +56,16 @@ impl Reply {
     /// A chat's chunks with these pieces, the count, and the end.
     pub(crate) fn chat(pieces: &[&str]) -> Self {
         let mut events = chunks(pieces);
-        events.push(
-            r#"{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}"#.to_owned(),
-        );
+        events
+            .push(r#"{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}"#.to_owned());
         events.push("[DONE]".to_owned());
         Self::Stream(String::new(), events, After::End)
     }
 }
 
 pub(crate) fn chunks(pieces: &[&str]) -> Vec<String> {
-    let chunk = |piece: &&str| format!(r#"{{"choices":[{{"index":0,"delta":{{"content":"{piece}"}}}}]}}"#);
+    let chunk =
+        |piece: &&str| format!(r#"{{"choices":[{{"index":0,"delta":{{"content":"{piece}"}}}}]}}"#);
     pieces.iter().map(chunk).collect()
 }
 
@@ -113,7 +113,9 @@ impl Server {
     /// The requests that were no checks.
     pub(crate) fn tasks(&self) -> Vec<Request> {
         let requests = self.requests.lock().unwrap();
-        let tasks = requests.iter().filter(|request| request.line.starts_with("POST"));
+        let tasks = requests
+            .iter()
+            .filter(|request| request.line.starts_with("POST"));
         tasks.cloned().collect()
     }
 
