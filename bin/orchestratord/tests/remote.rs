@@ -3,14 +3,12 @@
 
 mod support;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use serde_json::{Value, json};
 use support::{Daemon, Setup, id, shape, text};
 use test_harness_fake_engine::{FakeEngine, Script};
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 /// A daemon whose pool is at these places.
@@ -26,7 +24,7 @@ fn chat() -> Value {
 /// The address of an engine, which can be shut.
 struct Door {
     url: String,
-    open: Arc<AtomicBool>,
+    open: watch::Sender<bool>,
     _serving: JoinSet<()>,
 }
 
@@ -34,22 +32,27 @@ impl Door {
     async fn to(engine: &FakeEngine) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let open = Arc::new(AtomicBool::new(true));
-        let (seen, port) = (Arc::clone(&open), engine.port());
+        let (open, is_open) = watch::channel(true);
+        let port = engine.port();
         let mut serving = JoinSet::new();
         serving.spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((mut client, _)) = listener.accept().await {
-                if !seen.load(Ordering::Relaxed) {
-                    // What is open goes, and what comes is not let in.
-                    connections.shutdown().await;
-                    continue;
+                let mut is_open = is_open.clone();
+                if *is_open.borrow() {
+                    connections.spawn(async move {
+                        let pass = async {
+                            if let Ok(mut engine) = TcpStream::connect(("127.0.0.1", port)).await {
+                                let _ = copy_bidirectional(&mut client, &mut engine).await;
+                            }
+                        };
+                        // What is open goes with the door.
+                        tokio::select! {
+                            () = pass => {}
+                            _ = is_open.wait_for(|open| !open) => {}
+                        }
+                    });
                 }
-                connections.spawn(async move {
-                    if let Ok(mut engine) = TcpStream::connect(("127.0.0.1", port)).await {
-                        let _ = copy_bidirectional(&mut client, &mut engine).await;
-                    }
-                });
             }
         });
         Self {
@@ -60,7 +63,7 @@ impl Door {
     }
 
     fn set_open(&self, open: bool) {
-        self.open.store(open, Ordering::Relaxed);
+        self.open.send_replace(open);
     }
 }
 

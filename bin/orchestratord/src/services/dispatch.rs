@@ -344,6 +344,8 @@ impl TaskRun {
             }
             TokenEvent::Answer(answer) => {
                 self.note_answering();
+                // Handed out: no other engine may answer once more.
+                self.seen.saw(0, Instant::now());
                 TaskEvent::Answer(Box::new(Answer {
                     body: answer.body,
                     token: Token {
