@@ -20,6 +20,8 @@ use crate::replicas::{Choice, Entry, Seat, Shared};
 const TRIES: usize = 3;
 /// How long replicas that say they are busy are waited for.
 const BUSY_AT_MOST: Duration = Duration::from_mins(1);
+/// How often it is seen whether one is free sooner than it said.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// How long one that says it is loading is left alone.
 const LOADING: Duration = Duration::from_secs(1);
 
@@ -109,8 +111,10 @@ impl Way {
             let seat = match self.shared.choose(self.entry.task, &self.tried) {
                 Choice::Take(seat) => seat,
                 Choice::Wait(until) if until <= begun + BUSY_AT_MOST => {
+                    // A check may clear it sooner.
+                    let look = until.min(Instant::now() + LOOK_AGAIN);
                     tokio::select! {
-                        () = sleep_until(until) => continue,
+                        () = sleep_until(look) => continue,
                         () = cancel.cancelled() => return Err(WorkerError::Cancelled),
                     }
                 }

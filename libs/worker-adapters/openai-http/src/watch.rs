@@ -14,6 +14,8 @@ const BAD_CHECKS: u32 = 2;
 const CHECK_EVERY: Duration = Duration::from_secs(5);
 /// Between two good checks of one that is to come back.
 const CONFIRM_EVERY: Duration = Duration::from_secs(1);
+/// How long a suspect is given no task at the most, until it was checked.
+const SUSPECTED: Duration = Duration::from_secs(2);
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LAST_PAUSE: Duration = Duration::from_secs(30);
 /// After so long without going out, it is forgotten that a replica did.
@@ -32,6 +34,7 @@ pub(crate) struct Watch {
     pause: Duration,
     next: Instant,
     rest_until: Option<Instant>,
+    suspected_until: Option<Instant>,
     /// It gave no token in time: it has to generate one before it is relied on.
     doubted: bool,
     error: Option<String>,
@@ -49,6 +52,7 @@ impl Watch {
             pause: FIRST_PAUSE,
             next: now,
             rest_until: None,
+            suspected_until: None,
             doubted: false,
             error: None,
         }
@@ -58,9 +62,11 @@ impl Watch {
         self.up
     }
 
-    /// Until when it is left alone because it said that it is busy.
+    /// Until when it is left alone: it said that it is busy, or is to be checked first.
     pub(crate) fn rests_until(&self, now: Instant) -> Option<Instant> {
-        self.rest_until.filter(|until| *until > now)
+        self.rest_until
+            .max(self.suspected_until)
+            .filter(|until| *until > now)
     }
 
     /// When it is to be checked.
@@ -80,6 +86,7 @@ impl Watch {
 
     /// Takes in a check. Says whether the replica came back or went out.
     pub(crate) fn checked(&mut self, outcome: Result<(), String>, now: Instant) -> bool {
+        self.suspected_until = None;
         match outcome {
             Ok(()) => self.is_well(now),
             Err(why) => {
@@ -126,12 +133,14 @@ impl Watch {
         self.goes_out(why, now)
     }
 
-    /// It broke a task off: it is checked at once, and one failed check is enough.
+    /// It broke a task off: it is checked at once, before another task, and one failed
+    /// check is enough.
     pub(crate) fn suspect(&mut self, why: String, now: Instant) {
         self.error = Some(why);
         if self.up {
             self.bad = self.bad.max(BAD_CHECKS - 1);
             self.next = now;
+            self.suspected_until = Some(now + SUSPECTED);
         }
     }
 
@@ -240,7 +249,12 @@ mod tests {
         watch.checked(Ok(()), now);
         watch.suspect("broke off".to_owned(), now);
         assert!(watch.is_up() && watch.next() == now);
+        assert!(watch.rests_until(now).is_some(), "no task before the check");
         assert!(watch.checked(bad(), now));
+        watch.checked(Ok(()), now);
+        watch.suspect("broke off".to_owned(), now);
+        watch.checked(Ok(()), now);
+        assert!(watch.is_up() && watch.rests_until(now).is_none());
     }
 
     proptest! {
