@@ -168,7 +168,7 @@ impl Reader {
                 event.delta.map(Delta::into_text).unwrap_or_default()
             }
             Some("message_delta") => {
-                let reason = event.delta.and_then(|delta| delta.stop_reason());
+                let reason = event.delta.and_then(Delta::stop_reason);
                 self.finish = Some(finish_of(reason.as_deref().unwrap_or("stop")));
                 String::new()
             }
@@ -261,6 +261,10 @@ fn finish_of(reason: &str) -> FinishReason {
 /// Tokens, in all the words for them.
 #[derive(Debug, Default, Clone, Copy, Deserialize)]
 #[serde(from = "UsageWords")]
+#[allow(
+    clippy::struct_field_names,
+    reason = "the words of everybody else for them"
+)]
 struct Usage {
     tokens_in: u64,
     tokens_cached: u64,
