@@ -144,7 +144,8 @@ async fn serve(mut stream: TcpStream, seen: Arc<Mutex<Vec<Request>>>, answers: A
             );
             for event in events {
                 let event = format!("data: {event}\n\n");
-                answer.push_str(&format!("{:x}\r\n{event}\r\n", event.len()));
+                let length = event.len();
+                answer = format!("{answer}{length:x}\r\n{event}\r\n");
             }
             if let After::End = after {
                 answer.push_str("0\r\n\r\n");
