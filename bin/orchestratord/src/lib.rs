@@ -10,6 +10,7 @@
 //! - [`services`]: queues, tasks, event logs, streams
 //! - [`api`]: the HTTP API, one file for each resource
 //! - [`ui`]: progress and logs as people see them
+//! - [`remote_pool`]: pools whose engine runs elsewhere
 //! - `env_shim`, `mock_pool`: development only, off by default
 
 pub mod api;
@@ -22,6 +23,7 @@ pub mod env_shim;
 pub mod mock_pool;
 #[cfg(feature = "provisioning")]
 pub mod provisioning;
+pub mod remote_pool;
 pub mod services;
 pub mod ui;
 

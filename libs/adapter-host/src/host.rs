@@ -8,8 +8,8 @@ use std::time::Duration;
 use futures::future::join_all;
 use llama_orch_types::{EngineKind, PoolId, ProvisionedContext, ReplicaId, TaskId};
 use worker_adapters_adapter_api::{
-    CancelReport, EngineHealth, EngineProps, EngineTask, TaskInput, TokenStream, WorkerAdapter,
-    WorkerError,
+    CancelReport, EngineHealth, EngineProps, EngineTask, ReplicaStatus, TaskInput, TokenStream,
+    WorkerAdapter, WorkerError,
 };
 use worker_adapters_llamacpp_http::LlamaCppAdapter;
 
@@ -84,6 +84,11 @@ impl AdapterHost {
         }
     }
 
+    /// How long adapters wait, for those who make one themselves.
+    pub fn settings(&self) -> HostSettings {
+        self.settings
+    }
+
     /// Binds an engine, or binds it anew: new tasks go to the new binding, and
     /// running streams stay where they are.
     pub fn bind(&self, context: ProvisionedContext) -> Result<(), HostError> {
@@ -134,15 +139,17 @@ impl AdapterHost {
     /// Starts a task on the pool's least busy engine. The task counts as
     /// running until its stream ends or is dropped.
     pub async fn submit(&self, pool: &PoolId, task: EngineTask) -> Result<TokenStream, HostError> {
-        self.start(self.least_busy(pool)?, task).await
+        self.start(self.least_busy(pool)?, task, "").await
     }
 
     /// The same on this engine and no other: where the pool is bound to another
-    /// by now, as if it were bound to none.
+    /// by now, as if it were bound to none. An engine that has a place for it is told
+    /// the correlation id.
     pub async fn submit_to(
         &self,
         context: &ProvisionedContext,
         task: EngineTask,
+        correlation_id: &str,
     ) -> Result<TokenStream, HostError> {
         let pool = &context.pool_id;
         let bound = self.of_pool(pool)?;
@@ -150,20 +157,21 @@ impl AdapterHost {
             .into_iter()
             .find(|binding| *binding.context == *context)
             .ok_or_else(|| not_bound(pool))?;
-        self.start(binding, task).await
+        self.start(binding, task, correlation_id).await
     }
 
     async fn start(
         &self,
         binding: Arc<Binding>,
         task: EngineTask,
+        correlation_id: &str,
     ) -> Result<TokenStream, HostError> {
         let id = task.id;
         let entry = self
             .running
             .register(id, Arc::clone(&binding))
             .ok_or(HostError::AlreadyRunning { task: id })?;
-        let stream = binding.adapter.submit(task).await?;
+        let stream = binding.adapter.submit_traced(task, correlation_id).await?;
         Ok(entry.track(stream))
     }
 
@@ -181,6 +189,19 @@ impl AdapterHost {
     pub fn adapter_of(&self, pool: &PoolId, task: TaskId) -> Option<Arc<dyn WorkerAdapter>> {
         let binding = self.running.get(pool, task)?;
         Some(Arc::clone(&binding.adapter))
+    }
+
+    /// Which of a pool's replicas a running task is on; `None` where the pool has one
+    /// engine, or the task does not run in it.
+    pub fn replica_of(&self, pool: &PoolId, task: TaskId) -> Option<ReplicaId> {
+        self.running.get(pool, task)?.adapter.replica_of(task)
+    }
+
+    /// The replicas behind the pool's adapter; empty where it has one engine.
+    pub fn replicas(&self, pool: &PoolId) -> Vec<ReplicaStatus> {
+        let bindings = self.of_pool(pool).unwrap_or_default();
+        let replicas = bindings.iter().map(|binding| binding.adapter.replicas());
+        replicas.flatten().collect()
     }
 
     /// Lets every engine of the pool generate one token within `limit`; the first
@@ -282,6 +303,7 @@ impl AdapterHost {
             EngineKind::Mock => Ok(Arc::new(worker_adapters_mock::MockAdapter::new(
                 worker_adapters_mock::MockScript::default(),
             ))),
+            // Bound by whoever holds its tokens, with an adapter of its own.
             #[cfg(feature = "mock-adapter")]
             EngineKind::Openai => Err(HostError::UnsupportedEngine {
                 pool: context.pool_id.clone(),

@@ -307,12 +307,12 @@ async fn a_task_for_one_engine_never_goes_to_its_successor() {
     let host = AdapterHost::default();
     let old = mock_context();
     bind_mock(&host, "r0", MockScript::default());
-    assert!(host.submit_to(&old, task(1)).await.is_ok());
+    assert!(host.submit_to(&old, task(1), "").await.is_ok());
     let new = context(EngineKind::Mock, "r0", "mock:next");
     let adapter = MockAdapter::new(MockScript::default());
     host.bind_adapter(new.clone(), Arc::new(adapter));
-    let refused = host.submit_to(&old, task(1)).await.err().unwrap();
+    let refused = host.submit_to(&old, task(1), "").await.err().unwrap();
     assert!(matches!(refused, HostError::NotBound { .. }));
     assert!(refused.retriable());
-    assert!(host.submit_to(&new, task(1)).await.is_ok());
+    assert!(host.submit_to(&new, task(1), "").await.is_ok());
 }

@@ -15,6 +15,7 @@ use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+use worker_adapters_adapter_api::ReplicaStatus;
 
 use super::error::{ApiError, ErrorBody};
 use super::tasks::Preparation;
@@ -91,6 +92,9 @@ pub struct PoolView {
     pub engine_log: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub replica: Option<ReplicaView>,
+    /// The places where an engine elsewhere runs. Only where one pool is asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub replicas: Vec<RemoteView>,
     /// Why the pool failed or backs off; once it is ready, the last such reason.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_error: Option<Failure>,
@@ -163,6 +167,35 @@ pub struct ReplicaView {
     pub url: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
+}
+
+/// One replica of an engine elsewhere.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct RemoteView {
+    pub replica_id: String,
+    /// Without credentials.
+    pub url: String,
+    /// Whether it is given tasks.
+    pub healthy: bool,
+    /// Tasks on it.
+    pub running: u32,
+    pub slots: u32,
+    /// Why it is given none, or the last such reason.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
+}
+
+impl From<ReplicaStatus> for RemoteView {
+    fn from(status: ReplicaStatus) -> Self {
+        Self {
+            replica_id: status.id.to_string(),
+            url: status.url,
+            healthy: status.healthy,
+            running: status.running,
+            slots: status.slots,
+            last_error: status.last_error,
+        }
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
@@ -243,6 +276,7 @@ impl PoolView {
             reload: snapshot.reload,
             engine_log: snapshot.engine_log.last(LOG_LINES),
             replica,
+            replicas: Vec::new(),
             last_error: snapshot.last_error,
             last_error_at: snapshot.last_error_at.map(rfc3339),
             preparation: Preparation::of(pool),
@@ -283,7 +317,12 @@ pub async fn show(
     path: Result<Path<String>, PathRejection>,
 ) -> Result<Json<PoolView>, ApiError> {
     let Path(id) = path?;
-    let view = PoolView::of(&state.pool(&id)?);
+    let pool = state.pool(&id)?;
+    let replicas = state.host.replicas(pool.id());
+    let view = PoolView {
+        replicas: replicas.into_iter().map(Into::into).collect(),
+        ..PoolView::of(&pool)
+    };
     Ok(Json(view.with_memory(&state.residency.view())))
 }
 

@@ -96,6 +96,10 @@ impl Launcher {
             let shim = crate::env_shim::supervise(target, handle, host, stop);
             return Ok(self.supervisors.spawn(shim));
         }
+        if pool.engine == EngineKind::Openai {
+            let remote = crate::remote_pool::supervise(handle, host, stop);
+            return Ok(self.supervisors.spawn(remote));
+        }
         #[cfg(feature = "mock-adapter")]
         if pool.engine == EngineKind::Mock {
             let mock = crate::mock_pool::supervise(handle, host, pool.slots, stop);

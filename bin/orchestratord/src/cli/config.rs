@@ -52,7 +52,7 @@ fn check(context: &Context) -> Result<(), StartError> {
             "pool {id}: engine {}, model {}, {} slot(s), queue of {}",
             pool.engine,
             shown_model(&pool.model),
-            pool.slots,
+            pool.expected_slots(),
             pool.queue_capacity
         ));
     }

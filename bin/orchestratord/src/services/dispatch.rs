@@ -247,9 +247,11 @@ impl TaskRun {
             }
         }
         self.check_in_time()?;
-        let submit = self
-            .host
-            .submit_to(&self.context, self.submission.task.clone());
+        let submit = self.host.submit_to(
+            &self.context,
+            self.submission.task.clone(),
+            &self.submission.record.correlation_id,
+        );
         let mut submit = std::pin::pin!(submit);
         tokio::select! {
             biased;
@@ -322,9 +324,12 @@ impl TaskRun {
                 tokens_in,
                 tokens_out,
             } => {
-                record.set_answering();
-                // The first engine's count is the prompt's own.
-                let _ = record.tokens_in.set(tokens_in);
+                self.note_answering();
+                if tokens_in > 0 {
+                    // The first engine's count is the prompt's own. Some tell it only
+                    // at the end.
+                    let _ = record.tokens_in.set(tokens_in);
+                }
                 let index = carried.pieces + index;
                 if index == 0 {
                     self.note_first_token();
@@ -333,12 +338,12 @@ impl TaskRun {
                 TaskEvent::Token(Token { t: text, i: index })
             }
             TokenEvent::Chunk(chunk) => {
-                record.set_answering();
+                self.note_answering();
                 self.seen.saw(chunk.tokens_out, Instant::now());
                 TaskEvent::Chunk(Box::new(self.chunk(chunk)))
             }
             TokenEvent::Answer(answer) => {
-                record.set_answering();
+                self.note_answering();
                 // Handed out: no other engine may answer once more.
                 self.seen.saw(0, Instant::now());
                 TaskEvent::Answer(Box::new(Answer {
@@ -378,6 +383,19 @@ impl TaskRun {
         }
     }
 
+    /// Something of the answer is handed out. From now on it is one replica's.
+    fn note_answering(&self) {
+        let record = &self.submission.record;
+        if record.is_answering() {
+            return;
+        }
+        record.set_answering();
+        if let Some(replica) = self.host.replica_of(&self.context.pool_id, record.id) {
+            // It begins once.
+            let _ = record.replica.set(replica);
+        }
+    }
+
     fn note_first_token(&self) {
         histogram!(telemetry::FIRST_TOKEN, "pool" => self.pool_label())
             .record(self.submission.record.created.elapsed());
@@ -391,7 +409,7 @@ impl TaskRun {
             decode_time_ms: carried.decode.as_secs_f64() * 1000.0 + summary.decode_time_ms,
             finish_reason: summary.finish_reason,
             resumed: carried.resets,
-            receipt: Some(receipt(&self.context, Some(summary))),
+            receipt: Some(receipt(&self.context, record, Some(summary))),
         };
         self.close_complete(end)
     }
@@ -405,7 +423,7 @@ impl TaskRun {
             decode_time_ms: carried.decode.as_secs_f64() * 1000.0,
             finish_reason: FinishReason::Length,
             resumed: carried.resets,
-            receipt: Some(receipt(&self.context, None)),
+            receipt: Some(receipt(&self.context, record, None)),
         })
     }
 
@@ -517,13 +535,18 @@ fn started(record: &TaskRecord) -> Started {
 }
 
 /// What answered; with the engine's own words where it came to them.
-pub fn receipt(context: &ProvisionedContext, summary: Option<&EndSummary>) -> Receipt {
+pub fn receipt(
+    context: &ProvisionedContext,
+    record: &TaskRecord,
+    summary: Option<&EndSummary>,
+) -> Receipt {
     let model = context.model.as_ref();
     Receipt {
         engine: context.engine.to_string(),
         engine_version: context.engine_version.clone(),
         engine_digest: context.engine_digest.map(|digest| digest.to_string()),
         provisioning_mode: context.provisioning_mode.to_string(),
+        replica: record.replica.get().map(ToString::to_string),
         model: model.map(|model| model.id.clone()),
         model_digest: model.map(|model| model.digest.to_string()),
         engine_says: summary.map(|summary| EngineSays {

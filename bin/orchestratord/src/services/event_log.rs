@@ -162,6 +162,9 @@ pub struct Receipt {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub engine_digest: Option<String>,
     pub provisioning_mode: String,
+    /// Which of the pool's replicas answered, where it has several places to ask.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replica: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use llama_orch_types::{PoolId, TaskId};
+use llama_orch_types::{PoolId, ReplicaId, TaskId};
 use worker_adapters_adapter_api::FinishReason;
 
 use super::admission::{Client, Priority};
@@ -39,6 +39,8 @@ pub struct TaskRecord {
     pub started: OnceLock<Instant>,
     /// The prompt's length in tokens, once the engine has told.
     pub tokens_in: OnceLock<u64>,
+    /// Which replica began to answer, where a pool has several.
+    pub replica: OnceLock<ReplicaId>,
     /// Whether anything of the answer was handed out.
     answering: AtomicBool,
     /// How often it was gone on with on another engine.
@@ -102,6 +104,7 @@ impl TaskRecord {
             admitted: OnceLock::new(),
             started: OnceLock::new(),
             tokens_in: OnceLock::new(),
+            replica: OnceLock::new(),
             answering: AtomicBool::new(false),
             resumed: AtomicU32::new(0),
             finished: OnceLock::new(),

@@ -22,6 +22,14 @@ pub enum WorkerError {
         #[source]
         source: Source,
     },
+    /// It is there, and takes no task: not now, or not from us.
+    #[error("the engine at {url} takes no task: {reason}")]
+    Unavailable {
+        url: String,
+        reason: String,
+        /// How long it is to be left alone, where it is only busy.
+        retry_after: Option<Duration>,
+    },
     #[error("the engine gave no {phase} within {} ms", .after.as_millis())]
     Timeout {
         phase: TimeoutPhase,
@@ -66,6 +74,7 @@ impl WorkerError {
             Self::Loading { .. } => ErrorCode::PoolUnready,
             // An engine that takes no connection has not begun to decode.
             Self::Unreachable { .. }
+            | Self::Unavailable { .. }
             | Self::Timeout {
                 phase: TimeoutPhase::Connect,
                 ..
@@ -93,6 +102,7 @@ impl WorkerError {
             | Self::Cancelled => false,
             Self::Loading { .. }
             | Self::Unreachable { .. }
+            | Self::Unavailable { .. }
             | Self::Timeout { .. }
             | Self::Reset { .. }
             | Self::Protocol { .. } => true,
@@ -118,6 +128,7 @@ impl Hinted for WorkerError {
             }
             Self::Loading { .. }
             | Self::Unreachable { .. }
+            | Self::Unavailable { .. }
             | Self::Timeout {
                 phase: TimeoutPhase::Connect,
                 ..

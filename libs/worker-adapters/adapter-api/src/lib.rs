@@ -8,10 +8,12 @@
 //! - [`call`]: requests in the engine's own API, passed on
 //! - [`event`]: what comes back, as a stream
 //! - [`error`]: how it fails
+//! - [`replica`]: how one of several engines behind an adapter is
 
 pub mod call;
 pub mod error;
 pub mod event;
+pub mod replica;
 pub mod task;
 
 use std::fmt::Debug;
@@ -20,13 +22,14 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::Stream;
-use llama_orch_types::TaskId;
+use llama_orch_types::{ReplicaId, TaskId};
 
 pub use call::{CallAnswer, CallApi, CallChunk, EngineCall};
 pub use error::{TimeoutPhase, WorkerError};
 pub use event::{
     CancelReport, EndSummary, EngineHealth, EngineProps, FinishReason, MetricsSnapshot, TokenEvent,
 };
+pub use replica::ReplicaStatus;
 pub use task::{ChatMessage, EngineTask, SamplingParams, TaskInput};
 
 /// A task's events. The stream ends after [`TokenEvent::End`] or after the
@@ -50,6 +53,27 @@ pub trait WorkerAdapter: Debug + Send + Sync {
     /// Starts a task. Returns once the engine has taken the request; tokens
     /// and later failures come through the stream.
     async fn submit(&self, task: EngineTask) -> Result<TokenStream, WorkerError>;
+
+    /// The same, telling the engine by which word its client knows the request,
+    /// where it has a place for one.
+    async fn submit_traced(
+        &self,
+        task: EngineTask,
+        _correlation_id: &str,
+    ) -> Result<TokenStream, WorkerError> {
+        self.submit(task).await
+    }
+
+    /// Which of several replicas a running task is on; `None` where there is one.
+    fn replica_of(&self, _task: TaskId) -> Option<ReplicaId> {
+        None
+    }
+
+    /// The replicas that answer here, as they are now; empty where the engine has
+    /// none.
+    fn replicas(&self) -> Vec<ReplicaStatus> {
+        Vec::new()
+    }
 
     /// Ends a task's stream and waits, with a bound, until the engine has
     /// freed the slot. Cancelling a task that is not running is no error. After

@@ -252,27 +252,21 @@ impl Loaded {
                 "use `engine: llamacpp`; the scripted one exists only in builds with the feature mock-adapter",
             ));
         }
+        if pool.engine == EngineKind::Openai && real_only {
+            return Err(self.rule(
+                &at("engine"),
+                "an engine elsewhere is refused while REQUIRE_REAL_LLAMA is set: nobody here knows what answers there",
+                "use `engine: llamacpp`, or unset REQUIRE_REAL_LLAMA",
+            ));
+        }
+        let fits = pool.check_endpoints();
         #[cfg(feature = "provisioning")]
-        self.check_provisioning(id, pool)?;
-        Ok(())
-    }
-}
-
-#[cfg(feature = "provisioning")]
-impl Loaded {
-    fn check_provisioning(&self, id: &PoolId, pool: &PoolConfig) -> Result<(), SetupError> {
-        pool.check_launch(id, &self.config.models).map_err(|unfit| {
-            self.rule(
-                &["pools", id.as_str(), unfit.key],
-                unfit.problem,
-                unfit.hint,
-            )
-        })
+        let fits = fits.and_then(|()| pool.check_launch(id, &self.config.models));
+        fits.map_err(|unfit| self.rule(&at(unfit.key), unfit.problem, unfit.hint))
     }
 }
 
 /// A setting that no engine can be started with.
-#[cfg(feature = "provisioning")]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unfit {
     pub key: &'static str,
@@ -300,6 +294,7 @@ impl PoolConfig {
                 Some("set `slots: 1`, or `profile: throughput`".to_owned()),
             ));
         }
+        self.check_endpoints()?;
         if self.engine != EngineKind::Llamacpp {
             return Ok(());
         }

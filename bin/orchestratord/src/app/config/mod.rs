@@ -34,9 +34,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use self::limits::Limits;
-#[cfg(feature = "provisioning")]
-pub use self::loaded::Unfit;
-pub use self::loaded::{DEFAULT_FILE, Loaded, Place, SetupError};
+pub use self::loaded::{DEFAULT_FILE, Loaded, Place, SetupError, Unfit};
 pub use self::memory::{GroupConfig, LoadPolicy, MemoryConfig, Serves};
 use self::read::{address, engine_kind, ranged, ranged_option};
 pub use self::remote::EndpointConfig;
@@ -318,6 +316,17 @@ fn without_query(_: &str, address: &str) -> String {
 }
 
 impl PoolConfig {
+    /// How many tasks run side by side when everything is well.
+    pub fn expected_slots(&self) -> u32 {
+        match self.engine {
+            EngineKind::Openai => {
+                let slots = self.endpoints.iter().map(|endpoint| endpoint.slots);
+                slots.fold(0, u32::saturating_add)
+            }
+            EngineKind::Llamacpp | EngineKind::Mock => self.slots,
+        }
+    }
+
     /// Whether an engine of this configuration is one of the other: they
     /// differ at most in what concerns the queue and the engine's watchers.
     pub fn same_engine(&self, other: &Self) -> bool {

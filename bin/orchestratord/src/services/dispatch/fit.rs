@@ -1,8 +1,8 @@
 //! Whether a task's prompt and answer fit the engine's context.
 
-use adapter_host::AdapterHost;
+use adapter_host::{AdapterHost, HostError};
 use llama_orch_types::ProvisionedContext;
-use worker_adapters_adapter_api::TaskInput;
+use worker_adapters_adapter_api::{TaskInput, WorkerError};
 
 use super::trouble::Trouble;
 use crate::services::event_log::Failure;
@@ -36,10 +36,16 @@ pub(super) async fn make_fit(
         submission.fits = true;
         return Ok(());
     }
-    let prompt = host
-        .count_tokens(&context.pool_id, &task.input)
-        .await
-        .map_err(|error| Trouble::from(&error))?;
+    let counted = host.count_tokens(&context.pool_id, &task.input).await;
+    let prompt = match counted {
+        Ok(prompt) => prompt,
+        // The engine will say itself that something does not fit.
+        Err(HostError::Worker(WorkerError::NotOffered { .. })) => {
+            submission.fits = true;
+            return Ok(());
+        }
+        Err(error) => return Err(Trouble::from(&error)),
+    };
     let room = context.ctx.saturating_sub(prompt);
     if room == 0 {
         let failure = Failure::context_exceeded(prompt, None, context.ctx);

@@ -44,6 +44,8 @@ pub(super) struct Actor {
     pub(super) candidate: Option<Arc<PoolConfig>>,
     pub(super) reload: Option<ReloadView>,
     pub(super) context: Option<Arc<ProvisionedContext>>,
+    /// How many tasks the engine takes now, where that changes while it runs.
+    pub(super) capacity: Option<u32>,
     pub(super) engine_log: LogTail,
     /// Engines that were ready so far.
     pub(super) engines: u64,
@@ -99,6 +101,7 @@ pub(super) fn spawn(
         candidate: None,
         reload: None,
         context: None,
+        capacity: None,
         engine_log: LogTail::default(),
         engines: 0,
         retire_until: None,

@@ -67,6 +67,7 @@ impl Actor {
                     &format!("reload, the old engine first: {why}"),
                 );
             }
+            Change::Capacity(slots) => self.capacity = Some(slots),
             Change::Retired => {
                 self.retire_until = None;
                 self.take(Event::Retired, "the old engine is gone");
@@ -180,6 +181,7 @@ impl Actor {
         self.note_engine();
         if self.lifecycle.engine() != Engine::Up {
             self.context = None;
+            self.capacity = None;
             self.distrust = None;
         }
         for effect in reaction.effects {
@@ -267,6 +269,7 @@ impl Actor {
             self.adopt(config);
         }
         self.context = Some(bound.context);
+        self.capacity = None;
         self.engine_log = bound.log;
         self.engines += 1;
         self.hold = None;

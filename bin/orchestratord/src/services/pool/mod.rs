@@ -89,7 +89,7 @@ impl PoolSettings {
             id,
             engine: config.engine,
             model: shown_model(&config.model),
-            slots: config.slots,
+            slots: config.expected_slots(),
             queue_capacity: usize::try_from(config.queue_capacity).unwrap_or(usize::MAX),
             batch_ageing: Duration::from_secs(config.batch_ageing_seconds),
             default_max_tokens: config.default_max_tokens,

@@ -73,6 +73,8 @@ pub enum Change {
     NotReplaced(Failure),
     /// There is no room for two engines: why.
     NoRoom(String),
+    /// The engine that is bound takes so many tasks by now: replicas went or came.
+    Capacity(u32),
     /// The engine that was replaced is gone.
     Retired,
 }

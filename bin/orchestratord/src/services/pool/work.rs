@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use llama_orch_types::{ErrorCode, ProvisionedContext, TaskId};
+use llama_orch_types::{EngineKind, ErrorCode, ProvisionedContext, TaskId};
 use metrics::{counter, histogram};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -317,8 +317,11 @@ impl Actor {
         }
         histogram!(telemetry::SERVICE_TIME, "pool" => self.label()).record(finished.took);
         let report = finished.cancelled.unwrap_or(CancelReport::NotRunning);
+        // An engine elsewhere has a queue of its own.
+        let elsewhere = running.context.engine == EngineKind::Openai;
         if let CancelReport::NotSeenFree { .. } | CancelReport::NotShown = report
             && here
+            && !elsewhere
         {
             self.hold_for(BUSY_HOLD);
         }
@@ -341,6 +344,10 @@ impl Actor {
     /// Stops giving tasks to an engine, which its supervisor then ends. One that
     /// has been replaced is ended anyway.
     fn distrust(&mut self, engine: &Arc<ProvisionedContext>, reason: String) {
+        if engine.engine == EngineKind::Openai {
+            // Its adapter knows which replica it was, and takes that one out.
+            return;
+        }
         if self.is_current(engine) && self.distrust.is_none() {
             tracing::warn!(pool = %self.settings.id, reason, "the engine is not trusted any more");
             self.distrust = Some(reason);
@@ -415,6 +422,7 @@ impl Actor {
 
     pub(super) fn slots(&self) -> u32 {
         let bound = self.context.as_ref().map(|context| context.slots);
+        let bound = bound.map(|slots| self.capacity.unwrap_or(slots));
         bound.unwrap_or(self.settings.slots).max(1)
     }
 
@@ -472,7 +480,7 @@ fn end_cancelled(record: &TaskRecord, context: Option<&ProvisionedContext>) {
         decode_time_ms: since_start.unwrap_or_default().as_secs_f64() * 1000.0,
         finish_reason: FinishReason::Cancelled,
         resumed: record.resumed.load(Ordering::Relaxed),
-        receipt: context.map(|context| receipt(context, None)),
+        receipt: context.map(|context| receipt(context, record, None)),
     };
     // A log that is closed keeps its ending.
     let _ = record.log.append(TaskEvent::End(Box::new(end)));

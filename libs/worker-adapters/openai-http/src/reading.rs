@@ -1,0 +1,583 @@
+//! What the events of an answer mean. Pure: texts come in, a task's events come out.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use serde_json::json;
+use serde_json::value::RawValue;
+use worker_adapters_adapter_api::{
+    CallAnswer, CallApi, CallChunk, EndSummary, FinishReason, TokenEvent, WorkerError,
+};
+
+use crate::wire::{ErrorObject, error_event};
+
+/// What ends a stream of chat chunks or completions.
+const DONE: &str = "[DONE]";
+
+/// No token is longer, in bytes.
+const LONGEST_TOKEN: u64 = 4096;
+
+/// Whose words the events are in, and what becomes of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A task of ours, whose answer is text of so many tokens at the most.
+    Native { max_tokens: u32 },
+    /// A call; its events are handed on.
+    Call {
+        api: CallApi,
+        /// The client did not ask for the event that counts the tokens.
+        usage_is_ours: bool,
+    },
+}
+
+/// Reads one answer.
+#[derive(Debug)]
+pub(crate) struct Reader {
+    kind: Kind,
+    pieces: u64,
+    text_bytes: u64,
+    usage: Usage,
+    finish: Option<FinishReason>,
+    model: Option<String>,
+    over: bool,
+}
+
+impl Reader {
+    pub(crate) fn new(kind: Kind) -> Self {
+        Self {
+            kind,
+            pieces: 0,
+            text_bytes: 0,
+            usage: Usage::default(),
+            finish: None,
+            model: None,
+            over: false,
+        }
+    }
+
+    /// Whether the last event has come.
+    pub(crate) fn is_over(&self) -> bool {
+        self.over
+    }
+
+    /// Whether the answer is whole, should the stream end here.
+    pub(crate) fn may_end(&self) -> bool {
+        self.over || self.finish.is_some()
+    }
+
+    /// Whether any of the answer's text has come.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.pieces > 0
+    }
+
+    /// Takes in one event's data.
+    pub(crate) fn take(
+        &mut self,
+        data: &str,
+        out: &mut VecDeque<TokenEvent>,
+    ) -> Result<(), WorkerError> {
+        if data.trim() == DONE {
+            self.over = true;
+            return Ok(());
+        }
+        let event: Event = serde_json::from_str(data).map_err(|error| WorkerError::Protocol {
+            what: format!("an event that cannot be read: {error}"),
+        })?;
+        if let Some(error) = &event.error {
+            return Err(error_event(error));
+        }
+        let only_counts = event.only_counts();
+        let name = self.name_of(&event);
+        let text = self.note(event);
+        if !text.is_empty() {
+            self.pieces += 1;
+            self.text_bytes += text.len() as u64;
+        }
+        match self.kind {
+            Kind::Native { max_tokens } => self.token(text, u64::from(max_tokens), out)?,
+            Kind::Call { usage_is_ours, .. } if usage_is_ours && only_counts => {}
+            Kind::Call { .. } => out.push_back(TokenEvent::Chunk(CallChunk {
+                name,
+                data: data.into(),
+                text,
+                tokens_out: self.tokens_out(),
+            })),
+        }
+        Ok(())
+    }
+
+    /// Where an API's events have names, their data repeats them.
+    fn name_of(&self, event: &Event) -> Option<Box<str>> {
+        match self.kind {
+            Kind::Call {
+                api: CallApi::Responses | CallApi::Messages,
+                ..
+            } => event.r#type.clone().map(Into::into),
+            _ => None,
+        }
+    }
+
+    /// Takes in a whole answer that did not stream.
+    pub(crate) fn take_whole(&mut self, body: Vec<u8>) -> Result<CallAnswer, WorkerError> {
+        if let Err(error) = serde_json::from_slice::<&RawValue>(&body) {
+            return Err(WorkerError::Protocol {
+                what: format!("an answer that is no JSON: {error}"),
+            });
+        }
+        // Answers of which nothing is known here are handed on all the same.
+        let answer: Whole = serde_json::from_slice(&body).unwrap_or_default();
+        self.usage.merge(answer.usage.unwrap_or_default());
+        self.model = answer.model;
+        let reasons = answer.choices.iter().map(|choice| &choice.finish_reason);
+        let reason = reasons.flatten().next().or(answer.stop_reason.as_ref());
+        self.finish = Some(finish_of(reason.map_or("stop", String::as_str)));
+        if answer.status.as_deref() == Some("incomplete") {
+            self.finish = Some(FinishReason::Length);
+        }
+        let choice = answer.choices.into_iter().next();
+        let of_choice = choice.and_then(|choice| choice.message.map(|m| m.content).or(choice.text));
+        let text = of_choice.map_or_else(
+            || {
+                let output = answer.output.into_iter().flat_map(|item| item.content);
+                let parts = output.chain(answer.content);
+                parts.map(|part| part.text.into_string()).collect()
+            },
+            Text::into_string,
+        );
+        self.over = true;
+        Ok(CallAnswer {
+            body: Bytes::from(body),
+            text,
+        })
+    }
+
+    /// Takes note of what an event says of the whole, and gives its text.
+    fn note(&mut self, event: Event) -> String {
+        self.usage.merge(event.usage.unwrap_or_default());
+        if event.model.is_some() {
+            self.model = event.model;
+        }
+        for part in [event.message, event.response].into_iter().flatten() {
+            self.usage.merge(part.usage.unwrap_or_default());
+            self.model = part.model.or(self.model.take());
+        }
+        match event.r#type.as_deref() {
+            Some("response.output_text.delta" | "content_block_delta") => {
+                event.delta.map(Delta::into_text).unwrap_or_default()
+            }
+            Some("message_delta") => {
+                let reason = event.delta.and_then(Delta::stop_reason);
+                self.finish = Some(finish_of(reason.as_deref().unwrap_or("stop")));
+                String::new()
+            }
+            Some("message_stop" | "response.completed" | "response.failed") => {
+                self.finish = self.finish.or(Some(FinishReason::Stop));
+                self.over = true;
+                String::new()
+            }
+            Some("response.incomplete") => {
+                self.finish = Some(FinishReason::Length);
+                self.over = true;
+                String::new()
+            }
+            _ => {
+                let mut text = String::new();
+                for choice in event.choices.unwrap_or_default() {
+                    if let Some(reason) = &choice.finish_reason {
+                        self.finish = Some(finish_of(reason));
+                    }
+                    // Of several answers to one question, readers of text see the first.
+                    if choice.index == 0 {
+                        let piece = choice.delta.map(|delta| delta.content).or(choice.text);
+                        text.push_str(&piece.unwrap_or_default().into_string());
+                    }
+                }
+                text
+            }
+        }
+    }
+
+    fn token(
+        &mut self,
+        text: String,
+        max_tokens: u64,
+        out: &mut VecDeque<TokenEvent>,
+    ) -> Result<(), WorkerError> {
+        if text.is_empty() {
+            return Ok(());
+        }
+        // A server may count what it held back as one piece more.
+        let at_most = max_tokens + 1;
+        if self.pieces > at_most || self.text_bytes > at_most * LONGEST_TOKEN {
+            return Err(WorkerError::Protocol {
+                what: format!("more text than {max_tokens} tokens hold"),
+            });
+        }
+        out.push_back(TokenEvent::Token {
+            text,
+            index: self.pieces - 1,
+            tokens_in: self.usage.tokens_in,
+            tokens_out: self.tokens_out(),
+        });
+        Ok(())
+    }
+
+    /// By the server's count where it has told, else the pieces of text.
+    fn tokens_out(&self) -> u64 {
+        if self.usage.tokens_out > 0 {
+            self.usage.tokens_out
+        } else {
+            self.pieces
+        }
+    }
+
+    /// The end, with the times that were measured here, in milliseconds.
+    pub(crate) fn summary(&self, prompt_time_ms: f64, decode_time_ms: f64) -> EndSummary {
+        let effective = match &self.model {
+            Some(model) => json!({ "model": model }),
+            None => serde_json::Value::Null,
+        };
+        EndSummary {
+            tokens_in: self.usage.tokens_in,
+            tokens_cached: self.usage.tokens_cached,
+            tokens_out: self.tokens_out(),
+            prompt_time_ms,
+            decode_time_ms,
+            finish_reason: self.finish.unwrap_or(FinishReason::Stop),
+            effective,
+        }
+    }
+}
+
+fn finish_of(reason: &str) -> FinishReason {
+    match reason {
+        "length" | "max_tokens" => FinishReason::Length,
+        _ => FinishReason::Stop,
+    }
+}
+
+/// Tokens, in all the words for them.
+#[derive(Debug, Default, Clone, Copy, Deserialize)]
+#[serde(from = "UsageWords")]
+#[allow(
+    clippy::struct_field_names,
+    reason = "the words of everybody else for them"
+)]
+struct Usage {
+    tokens_in: u64,
+    tokens_cached: u64,
+    tokens_out: u64,
+}
+
+impl Usage {
+    /// Counts only grow: an event that does not tell one changes nothing.
+    fn merge(&mut self, other: Self) {
+        self.tokens_in = self.tokens_in.max(other.tokens_in);
+        self.tokens_cached = self.tokens_cached.max(other.tokens_cached);
+        self.tokens_out = self.tokens_out.max(other.tokens_out);
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct UsageWords {
+    prompt_tokens: Option<u64>,
+    input_tokens: Option<u64>,
+    completion_tokens: Option<u64>,
+    output_tokens: Option<u64>,
+    prompt_tokens_details: Option<Details>,
+    input_tokens_details: Option<Details>,
+    cache_read_input_tokens: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Details {
+    cached_tokens: Option<u64>,
+}
+
+impl From<UsageWords> for Usage {
+    fn from(words: UsageWords) -> Self {
+        let details = words.prompt_tokens_details.or(words.input_tokens_details);
+        let cached = details.and_then(|details| details.cached_tokens);
+        Self {
+            tokens_in: words.prompt_tokens.or(words.input_tokens).unwrap_or(0),
+            tokens_cached: cached.or(words.cache_read_input_tokens).unwrap_or(0),
+            tokens_out: words.completion_tokens.or(words.output_tokens).unwrap_or(0),
+        }
+    }
+}
+
+/// One event of any of the APIs, as far as it matters.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Event {
+    r#type: Option<String>,
+    choices: Option<Vec<Choice>>,
+    usage: Option<Usage>,
+    model: Option<String>,
+    error: Option<ErrorObject>,
+    /// Of the responses and the messages APIs.
+    delta: Option<Delta>,
+    message: Option<Part>,
+    response: Option<Part>,
+}
+
+impl Event {
+    /// Whether it is there for the tokens' count alone.
+    fn only_counts(&self) -> bool {
+        self.usage.is_some() && self.choices.as_ref().is_some_and(Vec::is_empty)
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Part {
+    usage: Option<Usage>,
+    model: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Choice {
+    index: u64,
+    delta: Option<Message>,
+    message: Option<Message>,
+    text: Option<Text>,
+    finish_reason: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Message {
+    content: Text,
+}
+
+/// A text, or something else in its place, which counts as none.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Text {
+    Text(String),
+    Other(IgnoredAny),
+}
+
+impl Default for Text {
+    fn default() -> Self {
+        Self::Other(IgnoredAny)
+    }
+}
+
+impl Text {
+    fn into_string(self) -> String {
+        match self {
+            Self::Text(text) => text,
+            Self::Other(_) => String::new(),
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Delta {
+    Text(String),
+    Object {
+        #[serde(default)]
+        text: Option<String>,
+        #[serde(default)]
+        stop_reason: Option<String>,
+    },
+    Other(IgnoredAny),
+}
+
+impl Delta {
+    fn into_text(self) -> String {
+        match self {
+            Self::Text(text) => text,
+            Self::Object { text, .. } => text.unwrap_or_default(),
+            Self::Other(_) => String::new(),
+        }
+    }
+
+    fn stop_reason(self) -> Option<String> {
+        match self {
+            Self::Object { stop_reason, .. } => stop_reason,
+            Self::Text(_) | Self::Other(_) => None,
+        }
+    }
+}
+
+/// A whole answer of any of the APIs, as far as it matters.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Whole {
+    choices: Vec<Choice>,
+    usage: Option<Usage>,
+    model: Option<String>,
+    /// Of the responses API.
+    output: Vec<OutputItem>,
+    status: Option<String>,
+    /// Of the messages API.
+    content: Vec<ContentPart>,
+    stop_reason: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct OutputItem {
+    content: Vec<ContentPart>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct ContentPart {
+    text: Text,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn call(api: CallApi, usage_is_ours: bool) -> Reader {
+        Reader::new(Kind::Call { api, usage_is_ours })
+    }
+
+    fn read(reader: &mut Reader, events: &[&str]) -> Vec<TokenEvent> {
+        let mut out = VecDeque::new();
+        for event in events {
+            reader.take(event, &mut out).unwrap();
+        }
+        out.into()
+    }
+
+    fn texts(events: &[TokenEvent]) -> String {
+        let text = |event: &TokenEvent| match event {
+            TokenEvent::Token { text, .. } => text.clone(),
+            TokenEvent::Chunk(chunk) => chunk.text.clone(),
+            _ => String::new(),
+        };
+        events.iter().map(text).collect()
+    }
+
+    const CHAT: [&str; 5] = [
+        r#"{"id":"c","model":"far","choices":[{"index":0,"delta":{"role":"assistant","content":null}}],"usage":null}"#,
+        r#"{"choices":[{"index":0,"delta":{"content":"Hä"}},{"index":1,"delta":{"content":"no"}}],"usage":null}"#,
+        r#"{"choices":[{"index":0,"delta":{"content":"llo"},"finish_reason":"length"}]}"#,
+        r#"{"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":9,"prompt_tokens_details":{"cached_tokens":2}}}"#,
+        "[DONE]",
+    ];
+
+    #[test]
+    fn a_native_task_gets_tokens_and_the_servers_count() {
+        let mut reader = Reader::new(Kind::Native { max_tokens: 9 });
+        let events = read(&mut reader, &CHAT);
+        assert_eq!(texts(&events), "Hällo");
+        assert_eq!(events.len(), 2);
+        assert!(reader.is_over());
+        let end = reader.summary(1.0, 2.0);
+        assert_eq!(
+            (end.tokens_in, end.tokens_cached, end.tokens_out),
+            (5, 2, 9)
+        );
+        assert_eq!(end.finish_reason, FinishReason::Length);
+        assert_eq!(end.effective["model"], "far");
+    }
+
+    #[test]
+    fn the_count_reaches_only_clients_that_asked() {
+        for (ours, chunks) in [(true, 3), (false, 4)] {
+            let mut reader = call(CallApi::ChatCompletions, ours);
+            let events = read(&mut reader, &CHAT);
+            assert_eq!(events.len(), chunks);
+            assert_eq!(reader.summary(0.0, 0.0).tokens_out, 9);
+        }
+    }
+
+    #[test]
+    fn completions_are_text() {
+        let mut reader = call(CallApi::Completions, true);
+        let events = read(
+            &mut reader,
+            &[r#"{"choices":[{"text":"x","index":0,"finish_reason":null}]}"#],
+        );
+        assert_eq!(texts(&events), "x");
+        assert!(!reader.may_end());
+    }
+
+    #[test]
+    fn named_events_keep_their_names() {
+        let mut reader = call(CallApi::Messages, false);
+        let events = read(
+            &mut reader,
+            &[
+                r#"{"type":"message_start","message":{"model":"m","usage":{"input_tokens":4,"output_tokens":0}}}"#,
+                r#"{"type":"content_block_delta","delta":{"type":"text_delta","text":"hi"}}"#,
+                r#"{"type":"content_block_delta","delta":{"type":"input_json_delta","partial_json":"{"}}"#,
+                r#"{"type":"message_delta","delta":{"stop_reason":"max_tokens"},"usage":{"output_tokens":6}}"#,
+                r#"{"type":"message_stop"}"#,
+            ],
+        );
+        assert_eq!((events.len(), texts(&events)), (5, "hi".to_owned()));
+        assert!(
+            matches!(&events[4], TokenEvent::Chunk(chunk) if chunk.name.as_deref() == Some("message_stop"))
+        );
+        let end = reader.summary(0.0, 0.0);
+        assert_eq!((end.tokens_in, end.tokens_out), (4, 6));
+        assert_eq!(end.finish_reason, FinishReason::Length);
+
+        let mut reader = call(CallApi::Responses, false);
+        let events = read(
+            &mut reader,
+            &[
+                r#"{"type":"response.created","response":{"model":"m","usage":null}}"#,
+                r#"{"type":"response.output_text.delta","delta":"yo"}"#,
+                r#"{"type":"response.completed","response":{"usage":{"input_tokens":1,"output_tokens":2}}}"#,
+            ],
+        );
+        assert_eq!(texts(&events), "yo");
+        assert!(reader.is_over());
+        assert_eq!(reader.summary(0.0, 0.0).tokens_out, 2);
+    }
+
+    #[test]
+    fn whole_answers_of_every_api_give_their_text() {
+        let whole = |body: &str| {
+            let mut reader = call(CallApi::ChatCompletions, false);
+            let answer = reader.take_whole(body.as_bytes().to_vec()).unwrap();
+            assert_eq!(&answer.body[..], body.as_bytes());
+            (answer.text, reader.summary(0.0, 0.0).tokens_out)
+        };
+        let chat = r#"{"choices":[{"message":{"content":"a"}}],"usage":{"completion_tokens":3}}"#;
+        assert_eq!(whole(chat), ("a".to_owned(), 3));
+        assert_eq!(whole(r#"{"choices":[{"text":"b"}]}"#).0, "b");
+        assert_eq!(whole(r#"{"content":[{"type":"text","text":"c"}]}"#).0, "c");
+        assert_eq!(
+            whole(r#"{"output":[{"type":"message","content":[{"text":"d"}]}]}"#).0,
+            "d"
+        );
+        assert_eq!(whole(r#"{"data":[{"embedding":[1.0]}]}"#).0, "");
+        assert_eq!(whole(r#"{"choices":[{"message":{"content":null}}]}"#).0, "");
+        assert_eq!(whole("[1]").0, "");
+        let mut reader = call(CallApi::Embeddings, false);
+        assert!(reader.take_whole(b"<html>".to_vec()).is_err());
+    }
+
+    #[test]
+    fn an_error_event_is_the_servers_failure() {
+        let mut reader = Reader::new(Kind::Native { max_tokens: 1 });
+        let mut out = VecDeque::new();
+        let error = reader.take(r#"{"error":{"message":"boom","code":500}}"#, &mut out);
+        assert!(matches!(error, Err(WorkerError::Reset { reason }) if reason == "boom"));
+        assert!(reader.take("nonsense", &mut out).is_err());
+    }
+
+    #[test]
+    fn a_server_that_never_stops_is_stopped() {
+        let mut reader = Reader::new(Kind::Native { max_tokens: 2 });
+        let mut out = VecDeque::new();
+        let piece = r#"{"choices":[{"text":"x"}]}"#;
+        let taken = (0..10).find_map(|_| reader.take(piece, &mut out).err());
+        assert!(matches!(taken, Some(WorkerError::Protocol { .. })));
+        assert_eq!(out.len(), 3);
+    }
+}
