@@ -33,6 +33,8 @@ pub enum ErrorCode {
     DecodeTimeout,
     /// The engine went away in mid-stream.
     WorkerReset,
+    /// Somebody cancelled the task that the answer was to come from.
+    Cancelled,
     /// The bearer token is missing or wrong.
     Unauthorized,
     /// A fault of ours.
@@ -54,6 +56,7 @@ impl ErrorCode {
             Self::TaskNotFound => "TASK_NOT_FOUND",
             Self::DecodeTimeout => "DECODE_TIMEOUT",
             Self::WorkerReset => "WORKER_RESET",
+            Self::Cancelled => "CANCELLED",
             Self::Unauthorized => "UNAUTHORIZED",
             Self::Internal => "INTERNAL",
         }
@@ -94,6 +97,7 @@ mod tests {
             ErrorCode::TaskNotFound,
             ErrorCode::DecodeTimeout,
             ErrorCode::WorkerReset,
+            ErrorCode::Cancelled,
             ErrorCode::Unauthorized,
             ErrorCode::Internal,
         ] {

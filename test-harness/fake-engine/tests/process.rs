@@ -18,8 +18,12 @@ fn until(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 async fn post(engine: &FakeEngine, body: &Value) -> (u16, String) {
+    post_to(engine, "/completion", body).await
+}
+
+async fn post_to(engine: &FakeEngine, path: &str, body: &Value) -> (u16, String) {
     let answer = reqwest::Client::new()
-        .post(format!("{}/completion", engine.url()))
+        .post(format!("{}{path}", engine.url()))
         .json(body)
         .send()
         .await
@@ -264,4 +268,63 @@ fn an_unknown_argument_ends_the_start() {
     assert_eq!(output.status.code(), Some(1));
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(text.contains("--no-such-flag"), "{text}");
+}
+
+#[tokio::test]
+async fn every_api_is_answered_in_its_own_form() {
+    let script = Script {
+        progress_events: 2,
+        ..Script::with_pieces(&["Hä", "llo"])
+    };
+    let engine = FakeEngine::start_with(&script, &["--reranking"]);
+    let messages = json!([{"role": "user", "content": [{"type": "text", "text": "a b"}]}]);
+    let asked = [
+        (
+            "/v1/chat/completions",
+            json!({"messages": messages, "max_tokens": 2}),
+        ),
+        ("/v1/completions", json!({"prompt": "a b", "max_tokens": 2})),
+        (
+            "/v1/responses",
+            json!({"input": messages, "max_output_tokens": 2}),
+        ),
+        (
+            "/v1/messages",
+            json!({"messages": messages, "max_tokens": 2}),
+        ),
+    ];
+    let said = [
+        ["\"finish_reason\":\"length\"", "data: [DONE]"],
+        ["\"finish_reason\":\"length\"", "data: [DONE]"],
+        ["event: response.created", "event: response.completed"],
+        ["event: message_start", "event: message_stop"],
+    ];
+    for ((path, mut body), said) in asked.into_iter().zip(said) {
+        let (status, whole) = post_to(&engine, path, &body).await;
+        assert_eq!(status, 200, "{path}: {whole}");
+        assert!(whole.contains("Hällo"), "{path}: {whole}");
+        body["stream"] = true.into();
+        let (_, plain) = post_to(&engine, path, &body).await;
+        assert!(
+            said.iter().all(|said| plain.contains(said)),
+            "{path}: {plain}"
+        );
+        assert!(!plain.contains("prompt_progress"), "{path}: {plain}");
+        body["return_progress"] = true.into();
+        let (_, told) = post_to(&engine, path, &body).await;
+        let words = if path == "/v1/messages" { 0 } else { 2 };
+        assert_eq!(
+            told.matches("prompt_progress").count(),
+            words,
+            "{path}: {told}"
+        );
+    }
+    let (_, vectors) = post_to(&engine, "/v1/embeddings", &json!({"input": ["a", "b"]})).await;
+    assert_eq!(vectors.matches("\"embedding\":[").count(), 2, "{vectors}");
+    let body = json!({"query": "a", "documents": ["a", "b"]});
+    let (_, ranks) = post_to(&engine, "/v1/rerank", &body).await;
+    assert_eq!(ranks.matches("relevance_score").count(), 2, "{ranks}");
+    let plain = FakeEngine::start(&Script::default());
+    let (status, refused) = post_to(&plain, "/v1/embeddings", &json!({"input": "a"})).await;
+    assert_eq!(status, 501, "{refused}");
 }

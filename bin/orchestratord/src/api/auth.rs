@@ -1,11 +1,12 @@
-//! The bearer token: with one configured, every route but `/health` wants it.
+//! The bearer token: with one configured, every route but `/health` wants it, as
+//! `Authorization: Bearer` or, as Anthropic's clients send it, as `x-api-key`.
 
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
 use axum::http::header::{AUTHORIZATION, HOST, ORIGIN};
-use axum::http::{HeaderMap, StatusCode, Uri};
+use axum::http::{HeaderMap, HeaderName, StatusCode, Uri};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use llama_orch_types::ErrorCode;
@@ -15,6 +16,8 @@ use super::error::ApiError;
 use crate::app::config::Token;
 use crate::app::state::AppState;
 use crate::services::event_log::Failure;
+
+const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
 pub async fn require_token(
     State(state): State<Arc<AppState>>,
@@ -73,19 +76,31 @@ fn foreign() -> ApiError {
     ApiError::from(failure).with_status(StatusCode::FORBIDDEN)
 }
 
+/// Either header will do: a client's library may send both, one with a word of its
+/// own choice.
+fn carries(headers: &HeaderMap, token: &Token) -> bool {
+    let bearer = only(headers, &AUTHORIZATION)
+        .and_then(|value| value.split_at_checked(7))
+        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case(b"bearer "))
+        .map(|(_, word)| word);
+    [bearer, only(headers, &API_KEY)]
+        .into_iter()
+        .flatten()
+        .any(|word| is_token(word, token))
+}
+
+/// A header's value, if there is exactly one: with two, whoever stands between may
+/// have looked at the other one.
+fn only<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a [u8]> {
+    let mut all = headers.get_all(name).iter();
+    let value = all.next()?.as_bytes();
+    all.next().is_none().then_some(value)
+}
+
 /// Compared in constant time, so that the time of the answer tells nothing
 /// about the token but its length.
-fn carries(headers: &HeaderMap, token: &Token) -> bool {
-    let mut all = headers.get_all(AUTHORIZATION).iter();
-    let given = all.next().map(axum::http::HeaderValue::as_bytes);
-    if all.next().is_some() {
-        // Whoever stands between may have looked at the other one.
-        return false;
-    }
-    let Some((scheme, word)) = given.and_then(|value| value.split_at_checked(7)) else {
-        return false;
-    };
-    scheme.eq_ignore_ascii_case(b"bearer ") && bool::from(word.trim_ascii().ct_eq(token.as_bytes()))
+fn is_token(word: &[u8], token: &Token) -> bool {
+    bool::from(word.trim_ascii().ct_eq(token.as_bytes()))
 }
 
 fn refused() -> ApiError {
@@ -93,7 +108,7 @@ fn refused() -> ApiError {
         ErrorCode::Unauthorized,
         "the bearer token is missing or wrong",
     )
-    .with_hint("send the header `Authorization: Bearer <token>`")
+    .with_hint("send the header `Authorization: Bearer <token>`, or `x-api-key: <token>`")
     .into()
 }
 
@@ -173,5 +188,27 @@ mod tests {
         two.append(AUTHORIZATION, "Bearer right".parse().unwrap());
         two.append(AUTHORIZATION, "Bearer wrong".parse().unwrap());
         assert!(!carries(&two, &token), "which of them counts?");
+    }
+
+    #[test]
+    fn the_token_opens_as_an_api_key_too() {
+        let token = Token::try_from("right".to_owned()).unwrap();
+        let with = |pairs: &[(HeaderName, &str)]| {
+            let mut headers = HeaderMap::new();
+            for (name, value) in pairs {
+                headers.append(name, value.parse().unwrap());
+            }
+            carries(&headers, &token)
+        };
+        assert!(with(&[(API_KEY, "right")]));
+        assert!(with(&[(API_KEY, "dummy"), (AUTHORIZATION, "Bearer right")]));
+        assert!(with(&[(API_KEY, "right"), (AUTHORIZATION, "Bearer dummy")]));
+        assert!(!with(&[(API_KEY, "wrong")]));
+        assert!(!with(&[(API_KEY, "Bearer right")]));
+        assert!(!with(&[(API_KEY, "right"), (API_KEY, "wrong")]));
+        assert!(!with(&[
+            (API_KEY, "wrong"),
+            (AUTHORIZATION, "Bearer wrong")
+        ]));
     }
 }

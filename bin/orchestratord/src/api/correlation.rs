@@ -1,5 +1,5 @@
 //! `X-Correlation-Id`: taken from the request or made, put on every answer,
-//! and written into every error body.
+//! and written into every error body, whatever API's shape that has.
 //!
 //! Here is also where it is seen to that the token is never shown: not in the
 //! log, and not in an error that repeats what the client sent.
@@ -16,7 +16,8 @@ use axum::middleware::Next;
 use axum::response::Response;
 use uuid::Uuid;
 
-use super::error::{ApiError, ErrorBody};
+use super::dialect::Dialect;
+use super::error::ApiError;
 use super::repeats::Repeats;
 use crate::app::config::Token;
 use crate::app::state::AppState;
@@ -87,10 +88,11 @@ pub async fn correlate(
             .hint
             .take()
             .map(|hint| without_token(&hint, token).into_owned());
+        let dialect = Dialect::of(&path);
         let method = without_token(method.as_str(), token);
         let path = without_token(&path, token);
         log_error(&state.repeats, &method, &path, &id, &error);
-        let body = error_parts(response.headers_mut(), error, &id);
+        let body = error_parts(response.headers_mut(), error, dialect, &id);
         *response.body_mut() = Body::from(body);
     }
     // Checked above to be visible ASCII, or made by us.
@@ -121,7 +123,12 @@ fn log_error(repeats: &Repeats, method: &str, path: &str, id: &str, error: &ApiE
 }
 
 /// The body of an error's answer; sets the headers that belong to it.
-pub fn error_parts(headers: &mut HeaderMap, error: ApiError, id: &str) -> Vec<u8> {
+pub fn error_parts(
+    headers: &mut HeaderMap,
+    error: ApiError,
+    dialect: Dialect,
+    id: &str,
+) -> Vec<u8> {
     let mut failure = error.failure;
     failure.correlation_id = Some(id.to_owned());
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -134,8 +141,8 @@ pub fn error_parts(headers: &mut HeaderMap, error: ApiError, id: &str) -> Vec<u8
     if error.status == StatusCode::UNAUTHORIZED {
         headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
-    // A Failure is strings and numbers, which JSON always holds.
-    serde_json::to_vec(&ErrorBody { error: failure }).unwrap_or_default()
+    dialect.error_headers(headers, &failure);
+    dialect.error_body(error.status, &failure)
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! From a [`Failure`] to an HTTP answer.
 //!
 //! The status is chosen from the code alone. The body is written by the
-//! correlation middleware, which knows the id that belongs into it.
+//! correlation middleware, which knows the id that belongs into it, in the shape
+//! of the API that was asked ([`super::dialect`]).
 
 use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
 use axum::http::StatusCode;
@@ -13,7 +14,7 @@ use utoipa::ToSchema;
 use crate::app::server::BodyTimeout;
 use crate::services::event_log::Failure;
 
-/// The one shape of every error answer.
+/// The one shape of every error answer of our own API.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ErrorBody {
     pub error: Failure,
@@ -41,7 +42,14 @@ impl ApiError {
     }
 }
 
-fn status_of(code: ErrorCode) -> StatusCode {
+/// What other servers call a client that closed its request; no client sends such
+/// a request again by itself.
+fn client_closed_request() -> StatusCode {
+    // Within the range that the type takes.
+    StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST)
+}
+
+pub(super) fn status_of(code: ErrorCode) -> StatusCode {
     match code {
         ErrorCode::InvalidParams | ErrorCode::ContextLengthExceeded => StatusCode::BAD_REQUEST,
         ErrorCode::Unauthorized => StatusCode::UNAUTHORIZED,
@@ -54,6 +62,7 @@ fn status_of(code: ErrorCode) -> StatusCode {
         }
         ErrorCode::DecodeTimeout => StatusCode::GATEWAY_TIMEOUT,
         ErrorCode::WorkerReset => StatusCode::BAD_GATEWAY,
+        ErrorCode::Cancelled => client_closed_request(),
         ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }

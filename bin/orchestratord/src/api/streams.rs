@@ -1,4 +1,5 @@
-//! How many event streams one client may hold open.
+//! How many event streams one client may hold open. An answer that a client waits
+//! for in the same request counts as one.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
@@ -7,6 +8,8 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
+use axum::http::HeaderName;
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use llama_orch_types::ErrorCode;
@@ -15,6 +18,14 @@ use super::error::ApiError;
 use crate::app::config::Limits;
 use crate::app::server::{Holding, Peer};
 use crate::services::event_log::Failure;
+
+/// Headers of an answer that is an event stream.
+pub const EVENT_STREAM: [(HeaderName, &str); 3] = [
+    (CONTENT_TYPE, "text/event-stream"),
+    (CACHE_CONTROL, "no-cache"),
+    // Asks proxies that know it not to hold tokens back.
+    (HeaderName::from_static("x-accel-buffering"), "no"),
+];
 
 /// When a client with too many streams shall come back.
 const COME_BACK: Duration = Duration::from_secs(1);
@@ -74,7 +85,7 @@ impl Drop for OpenStream {
     }
 }
 
-/// Layer of the route that streams. The count goes down when the answer's body
+/// Layer of the routes that stream or wait for an answer. The count goes down when the answer's body
 /// is dropped, whoever drops it.
 pub async fn bounded(
     State(counts): State<Arc<StreamCounts>>,
@@ -93,7 +104,9 @@ pub async fn bounded(
 fn too_many(at_most: u64) -> ApiError {
     let mut failure = Failure::new(
         ErrorCode::AdmissionReject,
-        format!("this client's address has {at_most} event streams open, as many as it may"),
+        format!(
+            "this client's address has {at_most} answers or event streams open, as many as it may"
+        ),
     )
     .retry_after(COME_BACK)
     .with_hint("close some, or raise `limits.streams_per_client`");

@@ -7,7 +7,6 @@ use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
 use axum::extract::{Extension, Path, Query, State};
-use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::http::{HeaderMap, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use llama_orch_types::TaskId;
@@ -18,13 +17,15 @@ use worker_adapters_adapter_api::CancelReport;
 
 use super::correlation::CorrelationId;
 use super::error::{ApiError, ErrorBody};
+use super::outcome::presence_at;
+use super::streams::EVENT_STREAM;
 use super::submission::{client_of, submit_to};
 use super::task_request::TaskRequest;
 use crate::app::state::AppState;
 use crate::services::event_log::{End, Failure, TaskEvent};
 use crate::services::pool::{Cancelled, Escalation, Phase, PoolHandle};
 use crate::services::preparation::PreparationStep;
-use crate::services::streaming::{KEEP_ALIVE, Presence, View, render_sse_for_task};
+use crate::services::streaming::{KEEP_ALIVE, View, render_sse_for_task};
 
 /// Answer to an admitted task.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
@@ -292,34 +293,16 @@ pub async fn events(
         fallback: record.fallback,
         keep_alive: KEEP_ALIVE,
     };
-    let answer_headers = [
-        (CONTENT_TYPE, "text/event-stream"),
-        (CACHE_CONTROL, "no-cache"),
-        // Asks proxies that know it not to hold tokens back.
-        (
-            axum::http::HeaderName::from_static("x-accel-buffering"),
-            "no",
-        ),
-    ];
     if method == Method::HEAD {
         // Somebody who only looks at the headers is no reader.
-        return Ok(answer_headers.into_response());
+        return Ok(EVENT_STREAM.into_response());
     }
     let pool = state.pool_of(&record);
-    let presence = {
-        let (pool, task) = (pool.clone(), record.id);
-        Presence::new(Arc::clone(&record), move || {
-            if let Some(pool) = pool {
-                // Dropped by the server's own task, so there is a runtime; the
-                // cancel has a bound of its own.
-                tokio::spawn(async move { pool.cancel(task).await });
-            }
-        })
-    };
+    let presence = presence_at(&record, pool.clone());
     let status = move || Preparation::of(pool.as_ref()?).in_words();
     let cursor = record.log.cursor(view.after);
     let body = Body::from_stream(render_sse_for_task(cursor, view, presence, status));
-    Ok((answer_headers, body).into_response())
+    Ok((EVENT_STREAM, body).into_response())
 }
 
 fn last_event_id(headers: &HeaderMap) -> Result<u64, ApiError> {

@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use adapter_host::{AdapterHost, HostSettings};
 use llama_orch_types::Hinted;
@@ -271,6 +271,7 @@ pub fn start(plan: Plan) -> Result<App, StartError> {
         limits: config.limits.clone(),
         real_only: plan.real_only,
         started: Instant::now(),
+        started_at: SystemTime::now(),
         repeats: Repeats::default(),
         #[cfg(feature = "provisioning")]
         models: Arc::new(model_provisioner(&config.models, &dirs, Arc::new(Silent))?),

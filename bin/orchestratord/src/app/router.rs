@@ -18,9 +18,13 @@ use utoipa_axum::routes;
 
 use super::config::Limits;
 use super::state::AppState;
+use crate::api::dialect::Dialect;
 use crate::api::error::ApiError;
+use crate::api::openai::errors::{AnthropicError, OpenAiError};
 use crate::api::streams::{self, StreamCounts};
-use crate::api::{admin, auth, catalog, correlation, health, meta, metrics, panics, pools, tasks};
+use crate::api::{
+    admin, auth, catalog, correlation, health, meta, metrics, openai, panics, pools, tasks,
+};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -33,15 +37,18 @@ use crate::api::{admin, auth, catalog, correlation, health, meta, metrics, panic
         (name = "pools", description = "What serves, and how it is"),
         (name = "catalog", description = "Models on this machine"),
         (name = "admin", description = "Change the configuration while it runs"),
+        (name = "clients", description = "For clients of OpenAI's and Anthropic's APIs"),
         (name = "meta", description = "What answers here"),
         (name = "health", description = "For supervisors and monitoring"),
-    )
+    ),
+    components(schemas(OpenAiError, AnthropicError))
 )]
 struct Description;
 
 fn described_routes(streams: Arc<StreamCounts>) -> OpenApiRouter<Arc<AppState>> {
     let streaming = OpenApiRouter::new()
         .routes(routes!(tasks::events))
+        .merge(openai::call_routes().into())
         .route_layer(from_fn_with_state(streams, streams::bounded));
     OpenApiRouter::with_openapi(Description::openapi())
         .routes(routes!(health::health))
@@ -59,6 +66,8 @@ fn described_routes(streams: Arc<StreamCounts>) -> OpenApiRouter<Arc<AppState>> 
         .routes(routes!(meta::capabilities))
         .routes(routes!(catalog::models))
         .routes(routes!(admin::reload, admin::show))
+        .routes(routes!(openai::models::list))
+        .routes(routes!(openai::models::show))
 }
 
 /// Adds what holds for many routes: the token, and what may be answered before
@@ -69,10 +78,12 @@ fn complete(mut description: OpenApiDescription) -> OpenApiDescription {
         .components
         .get_or_insert_default()
         .add_security_scheme("token", token);
+    openai::describe(&mut description);
     for (path, item) in &mut description.paths.paths {
         if path == "/health" {
             continue;
         }
+        let error_schema = Dialect::of(path).error_schema();
         for operation in [&mut item.get, &mut item.post].into_iter().flatten() {
             let takes_body = operation.request_body.is_some();
             operation.security = Some(vec![
@@ -92,7 +103,7 @@ fn complete(mut description: OpenApiDescription) -> OpenApiDescription {
             ];
             let body_errors = of_a_body.into_iter().filter(|_| takes_body);
             for (status, why) in early.into_iter().chain(body_errors) {
-                let content = Content::new(Some(Ref::from_schema_name("ErrorBody")));
+                let content = Content::new(Some(Ref::from_schema_name(error_schema)));
                 let answer = ResponseBuilder::new()
                     .description(why)
                     .content("application/json", content);
@@ -174,6 +185,27 @@ mod tests {
             paths["/health"]["get"]["security"].is_null(),
             "it needs no token"
         );
+        // Errors have the shape of the API that is asked.
+        for (route, shape) in [
+            ("/v1/chat/completions", "OpenAiError"),
+            ("/rerank", "OpenAiError"),
+            ("/v1/messages", "AnthropicError"),
+        ] {
+            let responses = &paths[route]["post"]["responses"];
+            for status in ["400", "401", "403", "404", "408", "413", "429", "503"] {
+                let body = &responses[status]["content"]["application/json"]["schema"];
+                let reference = format!("#/components/schemas/{shape}");
+                assert_eq!(body["$ref"], reference, "{route} {status}");
+            }
+            assert!(description["components"]["schemas"][shape].is_object());
+            let required = &paths[route]["post"]["requestBody"]["required"];
+            assert_eq!(*required, true, "{route}");
+        }
+        let chat = &paths["/v1/chat/completions"]["post"]["responses"]["200"]["content"];
+        assert!(chat["text/event-stream"].is_object() && chat["application/json"].is_object());
+        let models = &paths["/v1/models"]["get"]["responses"];
+        let body = &models["401"]["content"]["application/json"]["schema"]["$ref"];
+        assert_eq!(*body, "#/components/schemas/OpenAiError");
         // Bodies that may be left out are not called required.
         for route in ["drain", "reload"] {
             let body = &paths[format!("/v2/pools/{{id}}/{route}")]["post"]["requestBody"];

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use adapter_host::AdapterHost;
 use llama_orch_types::{ErrorCode, PoolId, TaskId};
@@ -11,6 +11,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 
 use super::config::{Limits, Token};
 use super::current::Current;
+use super::names::goes_by;
 use super::reload::ReloadHandle;
 use crate::api::repeats::Repeats;
 use crate::services::event_log::Failure;
@@ -34,6 +35,7 @@ pub struct AppState {
     /// `REQUIRE_REAL_LLAMA` is set.
     pub real_only: bool,
     pub started: Instant,
+    pub started_at: SystemTime,
     /// What the log was told of errors.
     pub repeats: Repeats,
     #[cfg(feature = "provisioning")]
@@ -58,13 +60,13 @@ impl AppState {
         self.pools.get().get(&record.pool).cloned()
     }
 
-    /// The pool for a task: the one it names, else the one that serves the
-    /// model it names, else `default`, else the only one.
+    /// The pool for a task: the one it names, else the one that is called as the
+    /// model it names ([`Self::pool_named`]), else `default`, else the only one.
     pub fn pool_for(&self, pool: Option<&str>, model: Option<&str>) -> Result<PoolHandle, Failure> {
         if let Some(pool) = pool {
             let found = self.pool(pool)?;
             return match model {
-                Some(model) if !serves(&found, model) => Err(Failure::new(
+                Some(model) if !goes_by(&found, model) => Err(Failure::new(
                     ErrorCode::ModelNotFound,
                     format!(
                         "pool `{pool}` serves `{}`, not `{}`",
@@ -76,23 +78,7 @@ impl AppState {
                 _ => Ok(found),
             };
         }
-        let pools = self.pools.get();
-        if let Some(model) = model {
-            let found = pools.values().find(|pool| serves(pool, model));
-            return found
-                .cloned()
-                .ok_or_else(|| model_not_served(model, &pools));
-        }
-        let mut all = pools.values();
-        let default = pools.get(&PoolId::default_pool());
-        match (default, all.next(), all.next()) {
-            (Some(pool), ..) | (None, Some(pool), None) => Ok(pool.clone()),
-            _ => Err(Failure::new(
-                ErrorCode::PoolNotFound,
-                "there are several pools and the task names none",
-            )
-            .with_hint("set `pool_id`; GET /v2/pools lists the pools")),
-        }
+        self.pool_named(model)
     }
 
     pub fn task(&self, id: &str) -> Result<Arc<TaskRecord>, Failure> {
@@ -105,27 +91,4 @@ impl AppState {
             .with_hint("finished tasks are kept for a while only; see `tasks.keep_seconds`")
         })
     }
-}
-
-/// Whether a pool's model is called so: as the configuration has it, or as it
-/// is shown.
-fn serves(pool: &PoolHandle, model: &str) -> bool {
-    let settings = pool.settings();
-    model == settings.model || model == settings.config.model
-}
-
-fn model_not_served(model: &str, pools: &BTreeMap<PoolId, PoolHandle>) -> Failure {
-    let served: Vec<String> = pools
-        .values()
-        .map(|pool| pool.settings().model.clone())
-        .collect();
-    let hint = match provision_kit::config::nearest(model, served.iter().map(String::as_str)) {
-        Some(nearest) => format!("did you mean `{nearest}`?"),
-        None => format!("the models are: {}", served.join(", ")),
-    };
-    Failure::new(
-        ErrorCode::ModelNotFound,
-        format!("no pool serves `{}`", shortened(model)),
-    )
-    .with_hint(hint)
 }

@@ -134,6 +134,7 @@ impl Parts {
             ctx: config.ctx,
             slots: config.slots,
             profile: config.effective_profile(),
+            purpose: config.purpose(),
             threads: config.threads,
             gpu_layers: config.gpu_layers,
             flags: config.flags.clone(),

@@ -339,6 +339,8 @@ impl TaskRun {
             }
             TokenEvent::Answer(answer) => {
                 record.set_answering();
+                // Handed out: no other engine may answer once more.
+                self.seen.saw(0, Instant::now());
                 TaskEvent::Answer(Box::new(Answer {
                     body: answer.body,
                     token: Token {

@@ -272,10 +272,17 @@ impl EventLog {
         self.bytes.load(Ordering::Relaxed)
     }
 
+    /// The number of the answer's pieces so far.
+    pub fn pieces(&self) -> u64 {
+        let events = self.lock();
+        events.iter().filter_map(TaskEvent::token).count() as u64
+    }
+
     /// The answer so far, and the number of its pieces.
     pub fn text(&self) -> (String, u64) {
         let events = self.lock();
-        let mut text = String::new();
+        let tokens = events.iter().filter_map(TaskEvent::token);
+        let mut text = String::with_capacity(tokens.map(|token| token.t.len()).sum());
         let mut pieces = 0;
         for event in events.iter() {
             if let Some(token) = event.token() {

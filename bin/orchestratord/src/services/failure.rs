@@ -164,6 +164,11 @@ impl Failure {
         .in_pool(pool)
     }
 
+    /// For a reader who waits for an answer that somebody cancelled.
+    pub fn cancelled() -> Self {
+        Self::new(ErrorCode::Cancelled, "the task was cancelled")
+    }
+
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(ErrorCode::Internal, message).with_hint(
             "this is a fault of orchestratord; its log tells more under the correlation id",

@@ -100,7 +100,7 @@ pub fn render_sse_for_task<P: Send + 'static>(
 
 /// A comment that keeps the connection open. Clients pass over it; people see
 /// what is waited for.
-fn comment(status: Option<String>) -> Bytes {
+pub(crate) fn comment(status: Option<String>) -> Bytes {
     let text = status.unwrap_or_else(|| "keep-alive".to_owned());
     let line = text.split(['\r', '\n']).collect::<Vec<_>>().join(" ");
     Bytes::from(format!(": {line}\n\n"))

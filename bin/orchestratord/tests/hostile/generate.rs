@@ -113,6 +113,12 @@ const HEADERS: &[&str] = &[
     "Accept: */*",
     "Authorization: Bearer x",
     "Authorization: Basic Og==\r\nAuthorization: Bearer x",
+    "x-api-key: x",
+    "X-Priority: batch",
+    "X-Priority: \u{e9}",
+    "X-Deadline-Ms: 1",
+    "X-Deadline-Ms: 99999999999999999999",
+    "X-Cancel-On-Disconnect: false",
     "Last-Event-ID: 0",
     "Last-Event-ID: 18446744073709551616",
     "Last-Event-ID: -1",
@@ -166,6 +172,11 @@ const BODIES: &[&str] = &[
     "{\"prompt\":\"a\",\"prompt\":\"b\"}",
     "{\"deadline_ms\":-1}",
     "{\"deadline_ms\":0}",
+    "{\"model\":\"default\",\"messages\":[{\"role\":\"user\",\"content\":\"hi\"}],\"max_tokens\":2,\"stream\":true}",
+    "{\"model\":\"nobody\",\"prompt\":\"a\",\"stream\":true}",
+    "{\"input\":[\"a\",{\"text\":\"b\"}],\"max_output_tokens\":2,\"stream\":true}",
+    "{\"model\":3,\"stream\":\"yes\",\"stream_options\":[]}",
+    "{\"query\":\"a\",\"documents\":[\"b\"],\"content\":\"c\",\"tokens\":[1]}",
 ];
 
 /// A request that nobody would send by accident.

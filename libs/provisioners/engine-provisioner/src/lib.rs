@@ -35,5 +35,5 @@ pub use preflight::{Check, CheckState, Preflight, preflight};
 pub use provide::plan::{Plan, PlannedMode};
 pub use provide::{EngineInstallation, EngineProvisioner};
 pub use run::argv::{FlagError, render_argv};
-pub use run::spec::{LaunchSpec, Profile};
+pub use run::spec::{LaunchSpec, Profile, Purpose};
 pub use run::{EngineExit, LogLines, PoolLock, RunningEngine, StopReport, handoff_path};

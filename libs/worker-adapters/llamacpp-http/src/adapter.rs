@@ -9,10 +9,11 @@ use llama_orch_types::TaskId;
 use reqwest::StatusCode;
 use tokio::sync::OnceCell;
 use worker_adapters_adapter_api::{
-    CancelReport, EngineHealth, EngineProps, EngineTask, TaskInput, TimeoutPhase, TokenStream,
-    WorkerAdapter, WorkerError,
+    CancelReport, EngineHealth, EngineProps, EngineTask, TaskInput, TokenStream, WorkerAdapter,
+    WorkerError,
 };
 
+use crate::calls::Call;
 use crate::client::{EngineClient, encode};
 use crate::completion::{Completion, Work};
 use crate::deadlines::{PromptSpeed, guess_tokens};
@@ -21,15 +22,8 @@ use crate::live::LiveTasks;
 use crate::settings::AdapterSettings;
 use crate::tagging::Tagging;
 use crate::wire::{
-    CompletionRequest, ProbeAnswer, ProbeRequest, PropsAnswer, TemplateAnswer, TemplateRequest,
-    TokenizeAnswer, TokenizeRequest,
-};
-
-/// What the engine is asked for a sign of life: any text that is a token.
-const PROBE: ProbeRequest = ProbeRequest {
-    prompt: "a",
-    n_predict: 1,
-    cache_prompt: false,
+    CompletionRequest, PropsAnswer, TemplateAnswer, TemplateRequest, TokenizeAnswer,
+    TokenizeRequest,
 };
 
 /// One llama-server process.
@@ -125,6 +119,14 @@ impl WorkerAdapter for LlamaCppAdapter {
                 message: format!("task {} runs already", task.id),
             })?;
         let cancel = live.handle.cancel.clone();
+        if let TaskInput::Call(call) = &task.input {
+            let tags = cancel.run_until_cancelled(self.tagging()).await;
+            let tags = tags.ok_or(WorkerError::Cancelled)?.is_some();
+            let speed = Arc::clone(&self.speed);
+            let mut call = Call::start(&self.client, live, call, tags, speed)?;
+            call.accepted().await?;
+            return Ok(call.into_stream());
+        }
         let prompt = cancel
             .run_until_cancelled(self.prompt(&task.input))
             .await
@@ -154,28 +156,12 @@ impl WorkerAdapter for LlamaCppAdapter {
             return Ok(CancelReport::NotRunning);
         };
         // Asked for when the task was submitted, or not at all.
-        let tagged = self.tagging.get().is_some_and(Option::is_some);
+        let tagged = self.tagging.get().is_some_and(Option::is_some) && !handle.is_untagged();
         Ok(wait_until_freed(&self.client, &self.live, tagged, task, &handle).await)
     }
 
     async fn probe(&self, limit: Duration) -> Result<(), WorkerError> {
-        let asked = self.client.complete_within(encode(&PROBE)?, limit);
-        let body =
-            tokio::time::timeout(limit, asked)
-                .await
-                .map_err(|_| WorkerError::Timeout {
-                    phase: TimeoutPhase::Response,
-                    after: limit,
-                })??;
-        match serde_json::from_slice(&body) {
-            Ok(ProbeAnswer { stop: true }) => Ok(()),
-            Ok(_) => Err(WorkerError::Protocol {
-                what: "a probe's answer that does not end".to_owned(),
-            }),
-            Err(error) => Err(WorkerError::Protocol {
-                what: format!("a probe's answer that cannot be read: {error}"),
-            }),
-        }
+        self.client.probe(limit).await
     }
 
     async fn engine_version(&self) -> Result<String, WorkerError> {

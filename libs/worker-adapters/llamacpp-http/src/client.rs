@@ -7,11 +7,11 @@ use bytes::Bytes;
 use reqwest::header::{AUTHORIZATION, CONNECTION, CONTENT_TYPE, HeaderMap, HeaderValue};
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use worker_adapters_adapter_api::{TimeoutPhase, WorkerError};
 
 use crate::settings::AdapterSettings;
-use crate::wire;
+use crate::wire::{self, ProbeAnswer, ProbeEmbedding, ProbeRequest};
 
 /// The engine closes a quiet connection after five seconds. Letting go a
 /// little earlier, no request meets a connection that is just being closed.
@@ -23,6 +23,14 @@ const IDLE_CONNECTIONS: usize = 2;
 const ANSWER_LIMIT: usize = 64 << 20;
 /// Pauses before a request that the engine did not take is sent again.
 const RETRY_PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(250)];
+
+/// What the engine is asked for a sign of life: any text that is a token.
+const PROBE: ProbeRequest = ProbeRequest {
+    prompt: "a",
+    n_predict: 1,
+    cache_prompt: false,
+};
+const PROBE_EMBEDDING: ProbeEmbedding = ProbeEmbedding { content: "a" };
 
 /// A client for one engine process. Connections are kept and used again, but
 /// for streams.
@@ -111,17 +119,92 @@ impl EngineClient {
     }
 
     /// A completion that streams nothing; tried once.
-    pub(crate) async fn complete_within(
-        &self,
-        body: Bytes,
-        limit: Duration,
-    ) -> Result<Vec<u8>, WorkerError> {
+    async fn complete_within(&self, body: Bytes, limit: Duration) -> Result<Vec<u8>, WorkerError> {
         let request = self
             .post("/completion", body)
             .header(CONNECTION, "close")
             .timeout(limit);
         let sent = request.send().await.map_err(|error| self.failure(error))?;
         self.body(self.accepted(sent).await?).await
+    }
+
+    /// Opens a call's answer, whether it streams or not. `keep` is whether its
+    /// connection may be used again: the engine closes those of streams without
+    /// saying so, and one that goes away is how it learns that a client has gone.
+    pub(crate) async fn open_call(
+        &self,
+        path: &str,
+        body: Bytes,
+        keep: bool,
+    ) -> Result<Response, WorkerError> {
+        let opened = self.retrying(|| self.open_call_once(path, body.clone(), keep));
+        match opened.await? {
+            Ok(response) => Ok(response),
+            Err(reason) => Err(self.whose_fault(reason).await),
+        }
+    }
+
+    /// The inner error is the engine's word that it failed by its own fault.
+    async fn open_call_once(
+        &self,
+        path: &str,
+        body: Bytes,
+        keep: bool,
+    ) -> Result<Result<Response, String>, WorkerError> {
+        let mut request = self.post(path, body);
+        if !keep {
+            request = request.header(CONNECTION, "close");
+        }
+        let sent = request.send().await.map_err(|error| self.failure(error))?;
+        match self.accepted(sent).await {
+            Err(WorkerError::Reset { reason }) => Ok(Err(reason)),
+            outcome => outcome.map(Ok),
+        }
+    }
+
+    /// The engine says that it failed itself where a client's request is at fault as
+    /// well: seen of b11434 with `tools` that are no list, with an image for a model
+    /// that sees none, and with Anthropic's `messages` left out. An engine that
+    /// still generates a token is sound, and no client may cost it its life.
+    async fn whose_fault(&self, reason: String) -> WorkerError {
+        let limit = self.settings.first_token_timeout / 2;
+        match self.probe(limit).await {
+            Ok(()) => WorkerError::InvalidParams { message: reason },
+            Err(error) => {
+                tracing::debug!(%error, "the engine failed a call, and a probe after it");
+                WorkerError::Reset { reason }
+            }
+        }
+    }
+
+    /// Has the engine generate one token that nobody reads. One that only embeds or
+    /// ranks refuses that, and is asked for an embedding.
+    pub(crate) async fn probe(&self, limit: Duration) -> Result<(), WorkerError> {
+        let asked = async {
+            match self.complete_within(encode(&PROBE)?, limit).await {
+                Err(WorkerError::InvalidParams { .. }) => {
+                    let body = encode(&PROBE_EMBEDDING)?;
+                    let request = self.post("/embedding", body).timeout(limit);
+                    self.json::<IgnoredAny>(request, "/embedding").await?;
+                    Ok(())
+                }
+                body => match serde_json::from_slice(&body?) {
+                    Ok(ProbeAnswer { stop: true }) => Ok(()),
+                    Ok(_) => Err(WorkerError::Protocol {
+                        what: "a probe's answer that does not end".to_owned(),
+                    }),
+                    Err(error) => Err(WorkerError::Protocol {
+                        what: format!("a probe's answer that cannot be read: {error}"),
+                    }),
+                },
+            }
+        };
+        tokio::time::timeout(limit, asked)
+            .await
+            .map_err(|_| WorkerError::Timeout {
+                phase: TimeoutPhase::Response,
+                after: limit,
+            })?
     }
 
     async fn open_once(&self, body: Bytes) -> Result<Response, WorkerError> {
@@ -201,7 +284,8 @@ impl EngineClient {
         Err(wire::refusal(status.as_u16(), &body, self.url()))
     }
 
-    async fn body(&self, mut response: Response) -> Result<Vec<u8>, WorkerError> {
+    /// The whole body of a response, within the limit on its size.
+    pub(crate) async fn body(&self, mut response: Response) -> Result<Vec<u8>, WorkerError> {
         let mut body = Vec::new();
         while let Some(chunk) = response
             .chunk()

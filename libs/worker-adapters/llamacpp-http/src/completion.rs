@@ -20,29 +20,24 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
 use reqwest::Response;
-use tokio::time::{Instant, timeout, timeout_at};
-use tokio_util::sync::CancellationToken;
-use worker_adapters_adapter_api::{
-    MetricsSnapshot, TimeoutPhase, TokenEvent, TokenStream, WorkerError,
-};
+use tokio::time::{Instant, timeout};
+use worker_adapters_adapter_api::{MetricsSnapshot, TokenEvent, TokenStream, WorkerError};
 
 use crate::client::{EngineClient, chain};
-use crate::deadlines::{Deadlines, PromptSpeed, first_batch};
+use crate::deadlines::PromptSpeed;
 use crate::live::LiveTask;
+use crate::patience::Patience;
 use crate::sse::{SseError, SseLimits, event_data};
 use crate::tagging::Tagging;
-use crate::wire::{Chunk, PromptProgress};
+use crate::wire::Chunk;
 
 /// The engine takes or refuses a request within a few milliseconds; one that it
 /// has not refused in this time, it has taken. Longer than all tries to reach
 /// an engine together, so that one that is not there is never taken for one
 /// that works.
-const ACCEPT_WINDOW: Duration = Duration::from_secs(1);
+pub(crate) const ACCEPT_WINDOW: Duration = Duration::from_secs(1);
 
-/// How long a limit is taken for granted: other tasks come to the engine and go.
-const LOOK_AGAIN: Duration = Duration::from_millis(500);
-
-type Opening = Pin<Box<dyn Future<Output = Result<Response, WorkerError>> + Send>>;
+pub(crate) type Opening = Pin<Box<dyn Future<Output = Result<Response, WorkerError>> + Send>>;
 type Events = Pin<Box<dyn Stream<Item = Result<String, SseError<reqwest::Error>>> + Send>>;
 
 enum State {
@@ -74,24 +69,11 @@ pub(crate) struct Completion {
     ready: VecDeque<TokenEvent>,
     next_index: u64,
     text_bytes: u64,
-    started: Instant,
-    /// When the latest event came, and what it told; none before the first.
-    progress: Option<(Instant, Told)>,
-    /// When other tasks' prompts were last seen to hold this one up.
-    shared_until: Option<Instant>,
-    prompt_tokens: u64,
+    patience: Patience,
     max_tokens: u64,
     tagging: Option<Tagging>,
     speed: Arc<PromptSpeed>,
     metrics_told: Instant,
-}
-
-/// What the engine was last heard to do.
-#[derive(Debug, Clone, Copy)]
-enum Told {
-    Prompt(PromptProgress),
-    /// With so many tokens in the context.
-    Decoding(u64),
 }
 
 impl Completion {
@@ -101,11 +83,12 @@ impl Completion {
             let (client, body) = (Arc::clone(&client), work.body);
             Box::pin(async move { client.open_completion(body).await })
         };
-        let speed = work.speed.tokens_per_second();
-        let batch = first_batch(work.prompt_tokens, speed);
-        live.handle.expect_batch(batch);
-        live.handle.set_prompt_left(work.prompt_tokens);
-        let now = Instant::now();
+        let patience = Patience::new(
+            &client.settings,
+            Arc::clone(&work.speed),
+            work.prompt_tokens,
+            &live.handle,
+        );
         Self {
             client,
             live: Some(live),
@@ -113,14 +96,11 @@ impl Completion {
             ready: VecDeque::from([TokenEvent::Started]),
             next_index: 0,
             text_bytes: 0,
-            started: now,
-            progress: None,
-            shared_until: None,
-            prompt_tokens: work.prompt_tokens,
+            metrics_told: patience.started(),
+            patience,
             max_tokens: u64::from(work.max_tokens),
             tagging: work.tagging,
             speed: work.speed,
-            metrics_told: now,
         }
     }
 
@@ -179,11 +159,7 @@ impl Completion {
             let Some(live) = &self.live else {
                 return Ok(());
             };
-            let others = live.other_prompts();
-            if others.is_some() {
-                self.shared_until = Some(Instant::now());
-            }
-            let limit = self.limit(others);
+            let limit = self.patience.limit(live);
             let cancel = &live.handle.cancel;
             match &mut self.state {
                 State::Opening(opening) => {
@@ -213,40 +189,6 @@ impl Completion {
         }
     }
 
-    /// How long the next event is waited for, as things are now: with so many
-    /// tokens of other tasks' prompts in work, if any.
-    fn limit(&self, others: Option<u64>) -> Limit {
-        let settings = &self.client.settings;
-        let deadlines = Deadlines {
-            first_token: settings.first_token_timeout,
-            next_token: settings.next_token_timeout,
-        };
-        let speed = self.speed.tokens_per_second();
-        let (since, phase, after) = match self.progress {
-            None => {
-                let after = deadlines.in_prompt(self.prompt_tokens, false, speed);
-                (self.started, TimeoutPhase::FirstToken, after)
-            }
-            Some((since, Told::Prompt(progress))) => {
-                let left = progress.total.saturating_sub(progress.processed);
-                let after = deadlines.in_prompt(left, true, speed);
-                (since, TimeoutPhase::FirstToken, after)
-            }
-            Some((since, Told::Decoding(context))) => {
-                let deadline = match others {
-                    Some(tokens) => since + deadlines.decoding(context, tokens, speed),
-                    None => deadlines.decoding_until(context, (since, self.shared_until), speed),
-                };
-                (since, TimeoutPhase::NextToken, deadline - since)
-            }
-        };
-        Limit {
-            deadline: since + after,
-            phase,
-            after,
-        }
-    }
-
     fn take(&mut self, data: &str) -> Result<(), WorkerError> {
         let chunk: Chunk<'_> =
             serde_json::from_str(data).map_err(|error| WorkerError::Protocol {
@@ -254,21 +196,19 @@ impl Completion {
             })?;
         let now = Instant::now();
         if let Some(live) = &self.live {
-            let before = self.progress.map_or(self.started, |(at, _)| at);
-            live.handle.note_gap(now - before);
+            live.handle.note_gap(self.patience.waited(now));
         }
         if let Some(progress) = chunk.prompt_progress.filter(|_| !chunk.stop) {
             // No token, whatever else it holds.
             if let Some(live) = &self.live {
                 live.handle.set_telling();
-                let left = progress.total.saturating_sub(progress.processed);
-                live.handle.set_prompt_left(left);
+                live.handle.set_prompt_left(progress.left());
             }
-            self.progress = Some((now, Told::Prompt(progress)));
+            self.patience.hear_of_prompt(now, progress);
             return Ok(());
         }
         let context = chunk.tokens_evaluated + chunk.tokens_predicted;
-        self.progress = Some((now, Told::Decoding(context)));
+        self.patience.hear_token(now, context);
         if let Some(live) = &self.live {
             live.handle.set_decoding();
         }
@@ -284,7 +224,7 @@ impl Completion {
             self.ready.push_back(TokenEvent::Metrics(MetricsSnapshot {
                 tokens_in: chunk.tokens_evaluated,
                 tokens_out: chunk.tokens_predicted,
-                elapsed_ms: (now - self.started).as_millis() as u64,
+                elapsed_ms: (now - self.patience.started()).as_millis() as u64,
             }));
         }
         Ok(())
@@ -327,37 +267,8 @@ impl Completion {
     }
 }
 
-/// How long one step may take, as things are now.
-struct Limit {
-    deadline: Instant,
-    phase: TimeoutPhase,
-    after: Duration,
-}
-
-impl Limit {
-    /// `None` when it is time to see whether the limit still holds.
-    async fn apply<T>(
-        self,
-        cancel: &CancellationToken,
-        step: impl Future<Output = T>,
-    ) -> Result<Option<T>, WorkerError> {
-        let look = self.deadline.min(Instant::now() + LOOK_AGAIN);
-        tokio::select! {
-            biased;
-            () = cancel.cancelled() => Err(WorkerError::Cancelled),
-            outcome = timeout_at(look, step) => match outcome {
-                Ok(outcome) => Ok(Some(outcome)),
-                Err(_) if look < self.deadline => Ok(None),
-                Err(_) => Err(WorkerError::Timeout {
-                    phase: self.phase,
-                    after: self.after,
-                }),
-            },
-        }
-    }
-}
-
-fn broken(error: SseError<reqwest::Error>) -> WorkerError {
+/// What a stream of events that cannot be read on means.
+pub(crate) fn broken(error: SseError<reqwest::Error>) -> WorkerError {
     match error {
         SseError::Transport(error) => WorkerError::Reset {
             reason: chain(&error.without_url()),

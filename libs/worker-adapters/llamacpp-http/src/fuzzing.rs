@@ -1,5 +1,8 @@
 //! What fuzz targets need of the private parts. No part of the API.
 
+use worker_adapters_adapter_api::CallApi;
+
+use crate::calls::{events, read_answer};
 use crate::wire::{Chunk, ErrorAnswer};
 
 /// Reads one event of a completion's stream, and an error's body.
@@ -11,4 +14,15 @@ pub fn chunk(data: &[u8]) {
         }
     }
     let _ = serde_json::from_slice::<ErrorAnswer>(data);
+    for api in [
+        CallApi::ChatCompletions,
+        CallApi::Completions,
+        CallApi::Responses,
+        CallApi::Messages,
+    ] {
+        if let Ok(text) = std::str::from_utf8(data) {
+            let _ = events::read(api, text);
+        }
+        let _ = read_answer(api, data);
+    }
 }

@@ -8,6 +8,8 @@
 //! - [`settings`]: where the engine is, and how long to wait for it
 //! - `client`: single requests, and how their failures are told apart
 //! - `completion`: one task's stream, from the request to its last event
+//! - `calls`: the same for requests in the engine's own API, passed on
+//! - `patience`: how long one task's engine is waited for
 //! - `live`: which tasks run, so that they can be cancelled
 //! - [`sse`]: events out of bytes, whatever the bytes are
 //! - `wire`: the engine's JSON
@@ -23,11 +25,13 @@ pub mod sse;
 #[doc(hidden)]
 pub mod fuzzing;
 
+mod calls;
 mod client;
 mod completion;
 mod deadlines;
 mod freeing;
 mod live;
+mod patience;
 mod tagging;
 mod wire;
 

@@ -55,11 +55,22 @@ struct Shared {
     /// Tokens of its prompt that the engine has not told of yet.
     prompt_left: AtomicU64,
     cancelled: OnceLock<Instant>,
+    /// The engine was not told the tag.
+    untagged: AtomicBool,
 }
 
 impl Handle {
     pub(crate) fn tag(&self) -> u32 {
         self.shared.tag
+    }
+
+    /// The task goes to the engine without its tag.
+    pub(crate) fn set_untagged(&self) {
+        self.shared.untagged.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_untagged(&self) -> bool {
+        self.shared.untagged.load(Ordering::Relaxed)
     }
 
     pub(crate) fn set_taken(&self) {

@@ -41,13 +41,17 @@ pub struct AdapterSettings {
     pub first_token_timeout: Duration,
     /// From one token to the next; more in a long context.
     pub next_token_timeout: Duration,
+    /// How often the engine's slots are looked at while an answer that does not
+    /// stream is waited for. Well above a second: the engine looks for clients
+    /// that have gone only after one without any request.
+    pub look_interval: Duration,
     /// How often `Metrics` events come at most.
     pub metrics_interval: Duration,
 }
 
 impl AdapterSettings {
     /// The default timeouts: connection 0.9 s, answer 10 s, first token 120 s,
-    /// next token 30 s; a `Metrics` event every 250 ms.
+    /// next token 30 s; a look at the slots every 5 s, a `Metrics` event every 250 ms.
     pub fn new(base_url: impl Into<String>) -> Self {
         Self {
             base_url: base_url.into(),
@@ -56,6 +60,7 @@ impl AdapterSettings {
             response_timeout: Duration::from_secs(10),
             first_token_timeout: Duration::from_mins(2),
             next_token_timeout: Duration::from_secs(30),
+            look_interval: Duration::from_secs(5),
             metrics_interval: Duration::from_millis(250),
         }
     }

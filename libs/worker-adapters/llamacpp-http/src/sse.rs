@@ -48,13 +48,37 @@ pub enum SseError<E> {
     NotAField,
 }
 
-/// The `data` of every complete event, in order. Comments and other fields are
-/// passed over; an event cut off by the end of the stream is none. The first
-/// error is the last item.
+/// One complete event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SseEvent {
+    /// Its `event:` field, if it has one.
+    pub name: Option<String>,
+    /// Its `data:` fields, joined by line feeds.
+    pub data: String,
+}
+
+/// The `data` of every complete event, in order, as [`events`] reads them.
 pub fn event_data<S, B, E>(
     bytes: S,
     limits: SseLimits,
 ) -> impl Stream<Item = Result<String, SseError<E>>>
+where
+    S: Stream<Item = Result<B, E>> + Unpin,
+    B: AsRef<[u8]>,
+{
+    events(bytes, limits).map(|event| event.map(|event| event.data))
+}
+
+/// What the parser calls an event that names itself not.
+const UNNAMED: &str = "message";
+
+/// Every complete event, in order. Comments and other fields are passed over; an
+/// event cut off by the end of the stream is none. The first error is the last
+/// item.
+pub fn events<S, B, E>(
+    bytes: S,
+    limits: SseLimits,
+) -> impl Stream<Item = Result<SseEvent, SseError<E>>>
 where
     S: Stream<Item = Result<B, E>> + Unpin,
     B: AsRef<[u8]>,
@@ -66,7 +90,10 @@ where
         failure: None,
     };
     let events = EventStream::new(lines).map(|event| match event {
-        Ok(event) => Ok(event.data),
+        Ok(event) => Ok(SseEvent {
+            name: (event.event != UNNAMED).then_some(event.event),
+            data: event.data,
+        }),
         Err(EventStreamError::Transport(error)) => Err(error),
         Err(EventStreamError::Utf8(_)) => Err(SseError::NotUtf8),
         Err(EventStreamError::Parser(_)) => Err(SseError::NotAField),
@@ -298,6 +325,27 @@ mod tests {
             let whole = outline(read(&[&bytes], limits));
             prop_assert_eq!(outline(read(&split(&bytes, &cuts), limits)), whole);
         }
+    }
+
+    #[test]
+    fn events_keep_their_names() {
+        let bytes = b"event: a.b\ndata: x\n\ndata: y\n\n: ping\n\nevent: c\ndata: z\n\n";
+        let bytes = stream::iter([Ok::<_, Infallible>(&bytes[..])]);
+        let events: Vec<_> = block_on(events(bytes, SseLimits::default()).collect());
+        let events: Vec<_> = events
+            .into_iter()
+            .map(|event| event.map(|event| (event.name, event.data)))
+            .collect::<Result<_, _>>()
+            .expect("the stream is valid");
+        let event = |name: Option<&str>, data: &str| (name.map(str::to_owned), data.to_owned());
+        assert_eq!(
+            events,
+            [
+                event(Some("a.b"), "x"),
+                event(None, "y"),
+                event(Some("c"), "z")
+            ]
+        );
     }
 
     #[test]

@@ -88,7 +88,13 @@ pub(crate) struct ProbeRequest {
     pub(crate) cache_prompt: bool,
 }
 
-/// What it answers, as far as it matters.
+/// The body of `POST /embedding` for a sign of life.
+#[derive(Debug, Serialize)]
+pub(crate) struct ProbeEmbedding {
+    pub(crate) content: &'static str,
+}
+
+/// What a probe is answered, as far as it matters.
 #[derive(Debug, Deserialize)]
 pub(crate) struct ProbeAnswer {
     pub(crate) stop: bool,
@@ -125,6 +131,40 @@ pub(crate) struct SlotAnswer {
     pub(crate) is_processing: bool,
     #[serde(default)]
     pub(crate) params: SlotParams,
+    #[serde(default)]
+    id_task: i64,
+    #[serde(default)]
+    n_prompt_tokens: u64,
+    #[serde(default)]
+    n_prompt_tokens_processed: u64,
+    #[serde(default)]
+    next_token: Vec<NextToken>,
+}
+
+#[derive(Debug, Deserialize)]
+struct NextToken {
+    #[serde(default)]
+    n_decoded: u64,
+}
+
+/// How far a slot is; any change is a sign of life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SlotProgress {
+    id_task: i64,
+    pub(crate) prompt_tokens: u64,
+    pub(crate) processed: u64,
+    pub(crate) decoded: u64,
+}
+
+impl SlotAnswer {
+    pub(crate) fn progress(&self) -> SlotProgress {
+        SlotProgress {
+            id_task: self.id_task,
+            prompt_tokens: self.n_prompt_tokens,
+            processed: self.n_prompt_tokens_processed,
+            decoded: self.next_token.first().map_or(0, |next| next.n_decoded),
+        }
+    }
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -208,13 +248,22 @@ pub(crate) struct PromptProgress {
     pub(crate) processed: u64,
 }
 
-#[derive(Debug, Default, Deserialize)]
+impl PromptProgress {
+    /// Tokens still to work on.
+    pub(crate) fn left(&self) -> u64 {
+        self.total.saturating_sub(self.processed)
+    }
+}
+
+/// What a task cost, by the engine's own clock and count.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
 #[serde(default)]
-struct Timings {
-    cache_n: u64,
-    prompt_n: u64,
-    prompt_ms: f64,
-    predicted_ms: f64,
+pub(crate) struct Timings {
+    pub(crate) cache_n: u64,
+    pub(crate) prompt_n: u64,
+    pub(crate) prompt_ms: f64,
+    pub(crate) predicted_n: u64,
+    pub(crate) predicted_ms: f64,
 }
 
 impl Chunk<'_> {
@@ -279,9 +328,11 @@ impl EngineError {
             "unavailable_error" => WorkerError::Loading {
                 url: url.to_owned(),
             },
-            "invalid_request_error" | "not_supported_error" => WorkerError::InvalidParams {
-                message: self.message,
-            },
+            "invalid_request_error" | "not_supported_error" | "not_found_error" => {
+                WorkerError::InvalidParams {
+                    message: self.message,
+                }
+            }
             // The engine itself failed, and may be better after a restart.
             "server_error" => WorkerError::Reset {
                 reason: self.message,

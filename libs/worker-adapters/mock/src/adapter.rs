@@ -15,6 +15,7 @@ use worker_adapters_adapter_api::{
     TimeoutPhase, TokenEvent, TokenStream, WorkerAdapter, WorkerError,
 };
 
+use crate::calls;
 use crate::script::MockScript;
 
 /// How many tasks are remembered, so that a long run holds no growing list.
@@ -101,6 +102,9 @@ impl WorkerAdapter for MockAdapter {
             if let Some(error) = state.script.fault.and_then(crate::MockFault::at_submit) {
                 return Err(error);
             }
+            if let TaskInput::Call(call) = &task.input {
+                calls::offered(call.api)?;
+            }
             state.running.insert(task.id, cancel.clone());
             state.script.clone()
         };
@@ -114,6 +118,7 @@ impl WorkerAdapter for MockAdapter {
             task,
             started: None,
             sent: 0,
+            finished: false,
         };
         Ok(Box::pin(stream::unfold(play, |mut play| async {
             let item = play.next().await?;
@@ -194,9 +199,32 @@ struct Play {
     task: EngineTask,
     started: Option<Instant>,
     sent: u64,
+    /// A call's answer is complete but for the end.
+    finished: bool,
 }
 
 impl Play {
+    /// Goes wrong where the script says so; never comes back from a hang.
+    async fn strike(&self) -> Result<bool, WorkerError> {
+        let fault = self.script.fault;
+        if let Some(fault) = fault.filter(|fault| fault.strikes_after(self.sent)) {
+            match fault.in_stream() {
+                Some(error) => return Err(error),
+                None => std::future::pending::<()>().await,
+            }
+        }
+        Ok(true)
+    }
+
+    /// All pieces so far.
+    fn text(&self) -> String {
+        let pieces = self.script.pieces.iter().cycle();
+        pieces
+            .take(self.sent as usize)
+            .map(String::as_str)
+            .collect()
+    }
+
     async fn next(&mut self) -> Option<Result<TokenEvent, WorkerError>> {
         self.entry.as_ref()?;
         let cancel = self.cancel.clone();
@@ -205,7 +233,7 @@ impl Play {
             () = cancel.cancelled() => Err(WorkerError::Cancelled),
             item = self.step() => item,
         };
-        if !matches!(item, Ok(TokenEvent::Started | TokenEvent::Token { .. })) {
+        if matches!(item, Ok(TokenEvent::End(_)) | Err(_)) {
             self.entry = None;
         }
         Some(item)
@@ -216,23 +244,13 @@ impl Play {
             self.started = Some(Instant::now());
             return Ok(TokenEvent::Started);
         };
-        if let Some(fault) = self
-            .script
-            .fault
-            .filter(|fault| fault.strikes_after(self.sent))
-        {
-            match fault.in_stream() {
-                Some(error) => return Err(error),
-                None => std::future::pending::<()>().await,
-            }
-        }
         let pieces = self.script.pieces.len() as u64;
         let own = if self.script.cycle && pieces > 0 {
             u64::MAX
         } else {
             pieces
         };
-        if self.sent < own.min(u64::from(self.task.max_tokens)) {
+        while self.strike().await? && self.sent < own.min(u64::from(self.task.max_tokens)) {
             let first = self.sent == 0;
             let script = &self.script;
             sleep(if first {
@@ -244,6 +262,12 @@ impl Play {
             let index = self.sent;
             self.sent += 1;
             let text = self.script.pieces[(index % pieces) as usize].clone();
+            if let TaskInput::Call(call) = &self.task.input {
+                if call.stream {
+                    return Ok(TokenEvent::Chunk(calls::piece(call.api, text, self.sent)));
+                }
+                continue;
+            }
             return Ok(TokenEvent::Token {
                 text,
                 index,
@@ -252,6 +276,12 @@ impl Play {
             });
         }
         let limited = self.sent < own;
+        if let TaskInput::Call(call) = &self.task.input
+            && !std::mem::replace(&mut self.finished, true)
+        {
+            let text = self.text();
+            return Ok(calls::last(call, text, self.sent, limited));
+        }
         Ok(TokenEvent::End(EndSummary {
             tokens_in: count(&self.task.input) as u64,
             tokens_cached: 0,

@@ -4,6 +4,7 @@
 //! Never part of a default build: what it says is no model's answer.
 
 mod adapter;
+mod calls;
 mod script;
 
 pub use adapter::MockAdapter;

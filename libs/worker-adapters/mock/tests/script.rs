@@ -7,8 +7,8 @@ use futures::StreamExt;
 use llama_orch_types::TaskId;
 use tokio::time::Instant;
 use worker_adapters_adapter_api::{
-    CancelReport, EngineTask, FinishReason, SamplingParams, TaskInput, TokenEvent, WorkerAdapter,
-    WorkerError,
+    CallApi, CancelReport, EngineCall, EngineTask, FinishReason, SamplingParams, TaskInput,
+    TokenEvent, WorkerAdapter, WorkerError,
 };
 use worker_adapters_mock::{MockAdapter, MockFault, MockScript};
 
@@ -132,4 +132,54 @@ async fn a_probe_waits_no_longer_than_it_is_told() {
         ..MockScript::default()
     });
     assert!(hung.probe(limit).await.is_err());
+}
+
+fn call(api: CallApi, stream: bool) -> EngineTask {
+    EngineTask {
+        input: TaskInput::Call(EngineCall {
+            api,
+            body: "{}".into(),
+            stream,
+        }),
+        ..task(10)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_is_answered_in_chunks_or_as_a_whole() {
+    let mock = MockAdapter::new(MockScript::with_pieces(&["a", "b"]));
+    let stream = mock
+        .submit(call(CallApi::ChatCompletions, true))
+        .await
+        .unwrap();
+    let events: Vec<_> = stream.map(Result::unwrap).collect().await;
+    let text: String = events
+        .iter()
+        .filter_map(|event| match event {
+            TokenEvent::Chunk(chunk) => Some(chunk.text.as_str()),
+            _ => None,
+        })
+        .collect();
+    assert_eq!((events.len(), text.as_str()), (5, "ab"), "{events:?}");
+    assert!(matches!(events[4], TokenEvent::End(_)));
+
+    let stream = mock
+        .submit(call(CallApi::Completions, false))
+        .await
+        .unwrap();
+    let events: Vec<_> = stream.map(Result::unwrap).collect().await;
+    let [
+        TokenEvent::Started,
+        TokenEvent::Answer(answer),
+        TokenEvent::End(end),
+    ] = &events[..]
+    else {
+        panic!("{events:?}")
+    };
+    assert_eq!((answer.text.as_str(), end.tokens_out), ("ab", 2));
+    let body: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
+    assert_eq!(body["choices"][0]["text"], "ab");
+
+    let refused = mock.submit(call(CallApi::Rerank, false)).await;
+    assert!(matches!(refused, Err(WorkerError::NotOffered { .. })));
 }

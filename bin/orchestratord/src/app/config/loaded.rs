@@ -186,7 +186,7 @@ impl Loaded {
         }
     }
 
-    fn rule(
+    pub(super) fn rule(
         &self,
         keys: &[&str],
         problem: impl Into<String>,
@@ -222,7 +222,7 @@ impl Loaded {
         for (id, pool) in &config.pools {
             self.check_pool(id, pool, real_only)?;
         }
-        Ok(())
+        self.check_aliases()
     }
 
     fn check_pool(

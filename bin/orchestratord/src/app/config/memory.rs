@@ -27,7 +27,10 @@ pub enum Serves {
     /// Chat and completions.
     #[default]
     Text,
+    /// Embeddings. A model that does not say how the vectors of a text's tokens
+    /// become one needs `--pooling` among the pool's `flags`.
     Embeddings,
+    /// Scores of documents for a query.
     Rerank,
 }
 

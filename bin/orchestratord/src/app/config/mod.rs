@@ -9,6 +9,7 @@ pub mod difference;
 mod limits;
 mod loaded;
 mod memory;
+mod names;
 mod read;
 mod remote;
 mod source;
@@ -26,7 +27,7 @@ use std::time::Duration;
 use llama_orch_types::{Digest, ModelMetadata};
 use llama_orch_types::{EngineKind, PoolId};
 #[cfg(feature = "provisioning")]
-use provisioners_engine_provisioner::{EngineConfig, LaunchSpec, Profile};
+use provisioners_engine_provisioner::{EngineConfig, LaunchSpec, Profile, Purpose};
 #[cfg(feature = "provisioning")]
 use provisioners_model_provisioner::{ModelProvisionerConfig, ModelRef};
 use schemars::JsonSchema;
@@ -357,10 +358,20 @@ impl PoolConfig {
             ctx: self.ctx,
             slots: self.slots,
             profile: self.effective_profile(),
+            purpose: self.purpose(),
             threads: self.threads,
             gpu_layers: self.gpu_layers,
             flags: self.flags.clone(),
             ..LaunchSpec::new(id.clone(), model)
+        }
+    }
+
+    /// What its engine is started for.
+    pub fn purpose(&self) -> Purpose {
+        match self.serves {
+            Serves::Text => Purpose::Text,
+            Serves::Embeddings => Purpose::Embeddings,
+            Serves::Rerank => Purpose::Rerank,
         }
     }
 

@@ -10,6 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::api::correlation::{self, CORRELATION_ID};
+use crate::api::dialect::Dialect;
 use crate::api::error::ApiError;
 use crate::services::event_log::Failure;
 
@@ -112,7 +113,8 @@ fn rendered(error: ApiError) -> Vec<u8> {
     );
     let status = error.status;
     let mut headers = HeaderMap::new();
-    let body = correlation::error_parts(&mut headers, error, &id);
+    // Which API was to be asked is not known.
+    let body = correlation::error_parts(&mut headers, error, Dialect::Native, &id);
     let mut out = Vec::with_capacity(512);
     // Writing to a Vec cannot fail.
     let _ = write!(out, "HTTP/1.1 {status}\r\n");

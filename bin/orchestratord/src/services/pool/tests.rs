@@ -1,5 +1,6 @@
 //! The actor with an adapter that breaks in ways no engine does.
 
+mod calls;
 mod handover;
 
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -468,7 +468,7 @@ fn entry_of(submission: Submission, queued: Instant) -> Entry<Submission> {
 /// Closes a task's log as cancelled, unless it has an ending. With the engine
 /// that had the task, if one had.
 fn end_cancelled(record: &TaskRecord, context: Option<&ProvisionedContext>) {
-    let (_, pieces) = record.log.text();
+    let pieces = record.log.pieces();
     let since_start = record.started.get().map(Instant::elapsed);
     let end = End {
         tokens_in: record.tokens_in.get().copied(),

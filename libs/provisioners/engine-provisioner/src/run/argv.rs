@@ -7,7 +7,7 @@
 
 use llama_orch_types::Hinted;
 
-use super::spec::{LaunchSpec, Profile};
+use super::spec::{LaunchSpec, Profile, Purpose};
 
 /// Other spellings of a flag, as llama-server b11434 and older ones know them, and the one that is
 /// used here. `--no-…` forms are listed where they are no plain `--no-` before the name.
@@ -55,6 +55,7 @@ const SPELLINGS: &[(&str, &[&str])] = &[
     ("--help", &["-h", "--usage"]),
     ("--cache-list", &["-cl"]),
     ("--embeddings", &["--embedding"]),
+    ("--reranking", &["--rerank"]),
     ("--cpu-moe", &["-cmoe"]),
     ("--n-cpu-moe", &["-ncmoe"]),
 ];
@@ -300,21 +301,31 @@ fn field_flags(spec: &LaunchSpec) -> Vec<Flag> {
         let layers = layers.to_string();
         flags.push(Flag::new("--n-gpu-layers", &[&layers], "`gpu_layers`"));
     }
+    match spec.purpose {
+        Purpose::Text => {}
+        Purpose::Embeddings => flags.push(Flag::new("--embeddings", &[], "`serves`")),
+        // It brings embeddings with it, pooled for ranking.
+        Purpose::Rerank => flags.push(Flag::new("--reranking", &[], "`serves`")),
+    }
     flags
 }
 
 /// What is set unless the user sets it.
 fn soft_flags(spec: &LaunchSpec) -> Vec<Flag> {
-    match spec.profile {
+    let batch = match (spec.purpose, spec.profile) {
+        // An input that does not fit into one batch is refused, and so that none that
+        // fits the context is, a batch holds a whole one.
+        (Purpose::Embeddings | Purpose::Rerank, _) => spec.ctx_per_slot(),
         // The engine looks for a client's disconnect between batches only: with its default of
         // 2048 tokens a cancelled long prompt runs on for seconds; on a CPU, batches of 128 are as
         // fast as larger ones. Equal sizes also make the shape of every computation depend on the
         // prompt alone.
-        Profile::Deterministic => ["--batch-size", "--ubatch-size"]
-            .map(|name| Flag::new(name, &["128"], "the default"))
-            .to_vec(),
-        Profile::Throughput => Vec::new(),
-    }
+        (Purpose::Text, Profile::Deterministic) => 128,
+        (Purpose::Text, Profile::Throughput) => return Vec::new(),
+    };
+    ["--batch-size", "--ubatch-size"]
+        .map(|name| Flag::new(name, &[&batch.to_string()], "the default"))
+        .to_vec()
 }
 
 /// The user's words as flags, in the one spelling of each. A word may hold a flag alone or with its

@@ -63,6 +63,39 @@ fn the_context_defaults_to_what_the_model_knows() {
 }
 
 #[test]
+fn an_engine_for_embeddings_takes_a_whole_input_in_one_batch() {
+    let serves = |purpose, profile, flags: &[&str]| LaunchSpec {
+        purpose,
+        profile,
+        ctx: Some(2048),
+        ..spec(flags)
+    };
+    for profile in [Profile::Deterministic, Profile::Throughput] {
+        let line = rendered(&serves(Purpose::Embeddings, profile, &[]));
+        assert!(
+            line.ends_with("--ctx-size 2048 --embeddings --batch-size 2048 --ubatch-size 2048"),
+            "{line}"
+        );
+        let line = rendered(&serves(Purpose::Rerank, profile, &["-ub 512", "-b 512"]));
+        assert!(
+            line.ends_with("--reranking --ubatch-size 512 --batch-size 512"),
+            "{line}"
+        );
+    }
+    let pooled = serves(
+        Purpose::Embeddings,
+        Profile::Deterministic,
+        &["--pooling mean"],
+    );
+    assert!(rendered(&pooled).ends_with(" --pooling mean"));
+    let twice = serves(Purpose::Rerank, Profile::Deterministic, &["--rerank"]);
+    assert_eq!(
+        render_argv(&twice, 1).unwrap_err().to_string(),
+        "`--reranking` is given twice: by `serves` and by `flags[0]`"
+    );
+}
+
+#[test]
 fn old_spellings_become_the_one() {
     for old in ["-ngl", "--ngl", "--gpu-layers", "--n-gpu-layers"] {
         for flags in [

@@ -36,6 +36,19 @@ impl std::fmt::Display for Profile {
     }
 }
 
+/// What the engine is for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum Purpose {
+    /// Chats and completions.
+    #[default]
+    Text,
+    /// Vectors for texts. How a text's tokens become one vector is the model's own, or
+    /// the user's `--pooling`; a model without either is refused by the engine.
+    Embeddings,
+    /// Scores of documents for a query.
+    Rerank,
+}
+
 /// One engine process to start.
 #[derive(Debug, Clone)]
 pub struct LaunchSpec {
@@ -48,6 +61,7 @@ pub struct LaunchSpec {
     /// How many tasks are decoded side by side, at least 1. The deterministic profile has one.
     pub slots: u32,
     pub profile: Profile,
+    pub purpose: Purpose,
     /// CPU threads for decoding. Default: the engine's choice.
     pub threads: Option<u32>,
     /// Layers to keep in GPU memory. Default: the engine's choice.
@@ -70,6 +84,7 @@ impl LaunchSpec {
             ctx: None,
             slots: 1,
             profile: Profile::Deterministic,
+            purpose: Purpose::Text,
             threads: None,
             gpu_layers: None,
             flags: Vec::new(),

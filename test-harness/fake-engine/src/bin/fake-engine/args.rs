@@ -14,6 +14,8 @@ pub(crate) struct Args {
     pub(crate) ctx_size: u64,
     pub(crate) metrics: bool,
     pub(crate) slots: bool,
+    pub(crate) embeddings: bool,
+    pub(crate) reranking: bool,
     pub(crate) api_key: Option<String>,
     pub(crate) version: bool,
     pub(crate) list_devices: bool,
@@ -31,6 +33,8 @@ impl Args {
             ctx_size: 0,
             metrics: false,
             slots: true,
+            embeddings: false,
+            reranking: false,
             api_key: None,
             version: false,
             list_devices: false,
@@ -48,6 +52,12 @@ impl Args {
                 "--api-key" => args.api_key = Some(value()),
                 "--metrics" => args.metrics = true,
                 "--no-slots" => args.slots = false,
+                "--embeddings" | "--embedding" => args.embeddings = true,
+                // As with the real one, embeddings come with it.
+                "--reranking" | "--rerank" => {
+                    args.reranking = true;
+                    args.embeddings = true;
+                }
                 "--version" => args.version = true,
                 "--list-devices" => args.list_devices = true,
                 unknown if unknown.starts_with("--no-such-") => {

@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 use test_harness_fake_engine::{Fault, orders};
 use tokio::time::sleep;
 
+use crate::forms::{Form, Told, data};
 use crate::routes::Engine;
 use crate::shapes;
 use crate::slots::Slot;
@@ -38,7 +39,24 @@ pub(crate) async fn completion(
         let message = "[json.exception.out_of_range.403] key 'prompt' not found";
         return shapes::error(400, "invalid_request_error", message);
     };
-    let (prompt_tokens, ctx) = (engine.count_tokens(prompt), engine.args.slot_ctx());
+    let asked = Asked {
+        prompt: prompt.to_owned(),
+        request,
+        form: Form::Native,
+    };
+    answer(engine, asked).await
+}
+
+/// What is asked, in whichever API.
+pub(crate) struct Asked {
+    /// The text to go on from.
+    pub(crate) prompt: String,
+    pub(crate) request: Map<String, Value>,
+    pub(crate) form: Form,
+}
+
+pub(crate) async fn answer(engine: Arc<Engine>, asked: Asked) -> Response {
+    let (prompt_tokens, ctx) = (engine.count_tokens(&asked.prompt), engine.args.slot_ctx());
     if prompt_tokens >= ctx {
         return shapes::context_exceeded(prompt_tokens, ctx);
     }
@@ -48,15 +66,18 @@ pub(crate) async fn completion(
         Some(Fault::Status503) => return shapes::loading(),
         _ => {}
     }
-    let skipped = pieces_told(&engine, prompt);
-    let params = shapes::generation_settings(&request);
+    // As in the real engine, what it does not know of Anthropic's API is lost.
+    let params = match asked.form {
+        Form::Messages => shapes::generation_settings(&Map::new()),
+        _ => shapes::generation_settings(&asked.request),
+    };
     let slot = engine.slots.take(params).await;
     engine
         .prompt_tokens
         .fetch_add(prompt_tokens, Ordering::Relaxed);
-    let streamed = request.get("stream").and_then(Value::as_bool) == Some(true);
+    let streamed = asked.request.get("stream").and_then(Value::as_bool) == Some(true);
     let (chunk_bytes, late_headers) = (engine.script.chunk_bytes, engine.script.late_headers);
-    let mut answer = Answer::new(engine, request, prompt_tokens, fault, slot, skipped);
+    let mut answer = Answer::new(engine, asked, prompt_tokens, fault, slot);
     if !streamed {
         return answer.whole().await;
     }
@@ -119,12 +140,16 @@ fn cut(event: io::Result<Bytes>, size: usize) -> impl Stream<Item = io::Result<B
 /// One completion on its way.
 struct Answer {
     engine: Arc<Engine>,
-    request: Map<String, Value>,
+    asked: Asked,
     prompt_tokens: u64,
     fault: Option<Fault>,
     slot: Slot,
     limit: u64,
     sent: u64,
+    /// All pieces so far.
+    text: String,
+    /// Whether an event was written.
+    begun: bool,
     /// Pieces that were in the prompt already.
     skipped: u64,
     /// Words about the prompt that are still to come.
@@ -136,19 +161,23 @@ struct Answer {
 impl Answer {
     fn new(
         engine: Arc<Engine>,
-        request: Map<String, Value>,
+        asked: Asked,
         prompt_tokens: u64,
         fault: Option<Fault>,
         slot: Slot,
-        skipped: u64,
     ) -> Self {
-        let asked = request.get("n_predict").and_then(Value::as_u64);
+        let skipped = pieces_told(&engine, &asked.prompt);
+        let most = asked.form.most_tokens(&asked.request);
         let own = if engine.script.cycle || engine.script.numbered {
             u64::MAX
         } else {
             engine.script.pieces.len() as u64 - skipped
         };
-        let progress = request.get("return_progress").and_then(Value::as_bool) == Some(true);
+        let wanted = asked
+            .request
+            .get("return_progress")
+            .and_then(Value::as_bool);
+        let progress = wanted == Some(true) && asked.form != Form::Messages;
         Self {
             progress_left: if progress {
                 engine.script.progress_events
@@ -156,13 +185,15 @@ impl Answer {
                 0
             },
             skipped,
-            limit: asked.unwrap_or(u64::MAX).min(own),
+            limit: most.unwrap_or(u64::MAX).min(own),
             engine,
-            request,
+            asked,
             prompt_tokens,
             fault,
             slot,
             sent: 0,
+            text: String::new(),
+            begun: false,
             ended: false,
             started: Instant::now(),
         }
@@ -173,23 +204,40 @@ impl Answer {
         if self.ended {
             return None;
         }
-        if self.fault.as_ref().and_then(Fault::after_tokens) == Some(self.sent) {
+        if self.strikes() {
             return self.strike().await;
         }
-        if self.progress_left > 0 {
-            return Some(Ok(self.progress().await));
+        let event = if self.progress_left > 0 {
+            self.progress().await
+        } else {
+            self.wait().await;
+            if self.sent < self.limit {
+                let piece = self.take_piece();
+                self.asked.form.piece(&self.told(), &piece)
+            } else {
+                self.ended = true;
+                self.slot.finish();
+                self.last()
+            }
+        };
+        self.begun = true;
+        Some(Ok(event))
+    }
+
+    fn strikes(&self) -> bool {
+        self.fault.as_ref().and_then(Fault::after_tokens) == Some(self.sent)
+    }
+
+    fn told(&self) -> Told<'_> {
+        Told {
+            model: &self.engine.args.model,
+            request: &self.asked.request,
+            prompt_tokens: self.prompt_tokens,
+            sent: self.sent,
+            text: &self.text,
+            begun: self.begun,
+            elapsed_ms: self.started.elapsed().as_secs_f64() * 1000.0,
         }
-        self.wait().await;
-        if self.sent < self.limit {
-            let piece = self.take_piece();
-            return Some(Ok(event(&json!({
-                "index": 0, "content": piece, "tokens": [self.sent], "stop": false, "id_slot": -1,
-                "tokens_predicted": self.sent, "tokens_evaluated": self.prompt_tokens,
-            }))));
-        }
-        self.ended = true;
-        self.slot.finish();
-        Some(Ok(event(&self.last(""))))
     }
 
     /// A word about the prompt, after its share of the time.
@@ -199,13 +247,10 @@ impl Answer {
         sleep(Duration::from_millis(script.first_token_ms / (events + 1))).await;
         self.progress_left -= 1;
         let processed = self.prompt_tokens * (events - self.progress_left) / events;
-        event(&json!({
-            "index": 0, "content": "", "tokens": [0], "stop": false, "id_slot": -1,
-            "tokens_predicted": 0, "tokens_evaluated": self.prompt_tokens,
-            "prompt_progress": {
-                "total": self.prompt_tokens, "cache": 0, "processed": processed, "time_ms": 1,
-            },
-        }))
+        let progress = json!({
+            "total": self.prompt_tokens, "cache": 0, "processed": processed, "time_ms": 1,
+        });
+        self.asked.form.progress(&self.told(), &progress)
     }
 
     async fn wait(&self) {
@@ -221,23 +266,19 @@ impl Answer {
     }
 
     fn take_piece(&mut self) -> String {
-        if self.engine.script.numbered {
-            return self.take_number();
-        }
-        let pieces = &self.engine.script.pieces;
-        let place = (self.skipped + self.sent) as usize % pieces.len().max(1);
-        let piece = pieces.get(place).cloned().unwrap_or_default();
+        let script = &self.engine.script;
+        let piece = if script.numbered {
+            let number = first_number(&self.asked.prompt) + self.sent;
+            format!("w{number} ")
+        } else {
+            let place = (self.skipped + self.sent) as usize % script.pieces.len().max(1);
+            script.pieces.get(place).cloned().unwrap_or_default()
+        };
         self.sent += 1;
+        self.text.push_str(&piece);
+        self.slot.show_decoded(self.sent);
         self.engine.tokens_predicted.fetch_add(1, Ordering::Relaxed);
         piece
-    }
-
-    fn take_number(&mut self) -> String {
-        let prompt = self.request.get("prompt").and_then(Value::as_str);
-        let number = first_number(prompt.unwrap_or_default()) + self.sent;
-        self.sent += 1;
-        self.engine.tokens_predicted.fetch_add(1, Ordering::Relaxed);
-        format!("w{number} ")
     }
 
     async fn strike(&mut self) -> Option<io::Result<Bytes>> {
@@ -250,44 +291,58 @@ impl Answer {
             // The last two never begin a stream.
             Fault::EndWithoutFinal { .. } | Fault::Status500 | Fault::Status503 => None,
             Fault::Garbage { .. } => Some(Ok(Bytes::from_static(b"data: {\"content\": oops\n\n"))),
-            Fault::ErrorEvent { .. } => Some(Ok(event(&json!({"error": {
+            Fault::ErrorEvent { .. } => Some(Ok(data(&json!({"error": {
                 "code": 500, "message": "failed to get logits", "type": "server_error",
             }})))),
         }
     }
 
+    /// The answer in one piece. A fault strikes before anything of it is written.
     async fn whole(mut self) -> Response {
-        let mut text = String::new();
-        while self.sent < self.limit {
+        while self.sent < self.limit && !self.strikes() {
             self.wait().await;
-            text.push_str(&self.take_piece());
+            self.take_piece();
+        }
+        if self.strikes() {
+            if matches!(self.fault, Some(Fault::ErrorEvent { .. })) {
+                return shapes::error(500, "server_error", "failed to get logits");
+            }
+            let json = [(header::CONTENT_TYPE, "application/json")];
+            let body = match self.strike().await {
+                Some(bytes) => Body::from_stream(stream::iter([bytes])),
+                None => Body::empty(),
+            };
+            return (json, body).into_response();
         }
         self.slot.finish();
-        Json(self.last(&text)).into_response()
+        match self.asked.form {
+            Form::Native => Json(self.own_last(&self.text)).into_response(),
+            form => Json(form.whole(&self.told())).into_response(),
+        }
     }
 
-    fn last(&self, content: &str) -> Value {
-        let limited = self.request.get("n_predict").and_then(Value::as_u64) == Some(self.sent);
-        let elapsed_ms = self.started.elapsed().as_secs_f64() * 1000.0;
+    fn last(&self) -> Bytes {
+        match self.asked.form {
+            Form::Native => data(&self.own_last("")),
+            form => form.last(&self.told()),
+        }
+    }
+
+    /// The last event of the engine's own API.
+    fn own_last(&self, content: &str) -> Value {
+        let (told, request) = (self.told(), &self.asked.request);
         json!({
             "index": 0, "content": content, "tokens": [], "id_slot": 0, "stop": true,
             "model": self.engine.args.model,
             "tokens_predicted": self.sent, "tokens_evaluated": self.prompt_tokens,
-            "generation_settings": shapes::generation_settings(&self.request),
-            "prompt": self.request.get("prompt"),
+            "generation_settings": shapes::generation_settings(request),
+            "prompt": request.get("prompt"),
             "has_new_line": false, "truncated": false,
-            "stop_type": if limited { "limit" } else { "eos" }, "stopping_word": "",
+            "stop_type": if told.limited(Form::Native) { "limit" } else { "eos" }, "stopping_word": "",
             "tokens_cached": self.prompt_tokens + self.sent,
-            "timings": {
-                "cache_n": 0, "prompt_n": self.prompt_tokens, "prompt_ms": 1.0,
-                "predicted_n": self.sent, "predicted_ms": elapsed_ms,
-            },
+            "timings": told.timings(),
         })
     }
-}
-
-fn event(data: &Value) -> Bytes {
-    Bytes::from(format!("data: {data}\n\n"))
 }
 
 /// Where a numbered answer to this prompt begins: after the word that the

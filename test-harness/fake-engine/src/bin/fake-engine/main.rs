@@ -6,7 +6,9 @@
 )]
 
 mod args;
+mod calls;
 mod completion;
+mod forms;
 mod routes;
 mod shapes;
 mod slots;

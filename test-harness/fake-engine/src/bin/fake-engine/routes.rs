@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use axum::extract::{Request, State};
+use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::header;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -18,7 +18,7 @@ use test_harness_fake_engine::Script;
 
 use crate::args::Args;
 use crate::slots::Slots;
-use crate::{completion, shapes};
+use crate::{calls, completion, shapes};
 
 /// How many requests are remembered for `/fake/requests`.
 const REMEMBERED: usize = 1000;
@@ -68,6 +68,14 @@ impl Engine {
         requests.push_back(request);
     }
 
+    /// What an answer waits for that has no tokens.
+    pub(crate) async fn pause_before_first(&self) {
+        let pause = Duration::from_millis(self.script.first_token_ms);
+        if !pause.is_zero() {
+            tokio::time::sleep(pause).await;
+        }
+    }
+
     /// One token per word: enough for every limit that a test wants to meet.
     pub(crate) fn count_tokens(&self, text: &str) -> u64 {
         self.script
@@ -83,10 +91,20 @@ pub(crate) fn router(engine: Arc<Engine>) -> Router {
         .route("/slots", get(slots))
         .route("/metrics", get(metrics))
         .route("/tokenize", post(tokenize))
+        .route("/detokenize", post(calls::detokenize))
+        .route("/v1/chat/completions", post(calls::chat_completions))
+        .route("/v1/completions", post(calls::completions))
+        .route("/v1/responses", post(calls::responses))
+        .route("/v1/messages", post(calls::messages))
+        .route("/v1/messages/count_tokens", post(calls::count_tokens))
+        .route("/v1/embeddings", post(calls::embeddings))
+        .route("/v1/rerank", post(calls::rerank))
         .route("/apply-template", post(apply_template))
         .route("/completion", post(completion::completion))
         .fallback(async || shapes::error(404, "not_found_error", "File Not Found"))
         .layer(middleware::from_fn_with_state(Arc::clone(&engine), gate))
+        // A conversation with pictures is long, and the real one takes it.
+        .layer(DefaultBodyLimit::disable())
         // For tests only; the real engine has no such routes.
         .route("/fake/requests", get(requests))
         .route("/fake/busy", get(busy))
@@ -125,12 +143,13 @@ async fn slots(State(engine): State<Arc<Engine>>) -> Response {
         return shapes::error(501, "not_supported_error", message);
     }
     let ctx = engine.args.slot_ctx();
-    let tasks = engine.slots.params().into_iter().enumerate();
+    let tasks = engine.slots.shown().into_iter().enumerate();
     let slots: Vec<Value> = tasks
-        .map(|(id, params)| {
+        .map(|(id, task)| {
             json!({
-                "id": id, "n_ctx": ctx, "speculative": false,
-                "is_processing": params.is_some(), "params": params.unwrap_or_else(|| json!({})),
+                "id": id, "n_ctx": ctx, "speculative": false, "is_processing": task.is_some(),
+                "next_token": [{"n_decoded": task.as_ref().map_or(0, |task| task.decoded)}],
+                "params": task.map_or_else(|| json!({}), |task| task.params),
             })
         })
         .collect();

@@ -14,12 +14,20 @@ pub(crate) struct Slots {
     linger: Duration,
 }
 
-/// By slot, what the task in it asked for, as far as `/slots` shows it.
+/// A task in a slot, as far as `/slots` shows it.
+#[derive(Debug, Clone)]
+pub(crate) struct Shown {
+    /// What it asked for.
+    pub(crate) params: Value,
+    pub(crate) decoded: u64,
+}
+
+/// By slot, the task in it.
 #[derive(Debug)]
-struct Tasks(Mutex<Vec<Option<Value>>>);
+struct Tasks(Mutex<Vec<Option<Shown>>>);
 
 impl Tasks {
-    fn lock(&self) -> MutexGuard<'_, Vec<Option<Value>>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Option<Shown>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -41,8 +49,8 @@ impl Slots {
         self.tasks.lock().iter().flatten().count()
     }
 
-    /// The parameters of the tasks in the slots; none for a free one.
-    pub(crate) fn params(&self) -> Vec<Option<Value>> {
+    /// The tasks in the slots; none for a free one.
+    pub(crate) fn shown(&self) -> Vec<Option<Shown>> {
         self.tasks.lock().clone()
     }
 
@@ -55,7 +63,7 @@ impl Slots {
         let mut tasks = self.tasks.lock();
         let index = tasks.iter().position(Option::is_none);
         let index = index.expect("a permit stands for a free slot");
-        tasks[index] = Some(params);
+        tasks[index] = Some(Shown { params, decoded: 0 });
         Slot {
             busy: Some(Busy {
                 tasks: Arc::clone(&self.tasks),
@@ -91,6 +99,15 @@ pub(crate) struct Slot {
 impl Slot {
     pub(crate) fn finish(&mut self) {
         self.busy = None;
+    }
+
+    /// Has `/slots` show that so many tokens were decoded.
+    pub(crate) fn show_decoded(&self, decoded: u64) {
+        if let Some(busy) = &self.busy
+            && let Some(shown) = &mut busy.tasks.lock()[busy.index]
+        {
+            shown.decoded = decoded;
+        }
     }
 }
 
