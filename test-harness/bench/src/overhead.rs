@@ -161,11 +161,13 @@ async fn router(dir: &Path, provided: &Provided) -> io::Result<(Process, SocketA
 }
 
 async fn round(side: &Side, streams: usize, tokens: u32, number: usize) -> io::Result<Vec<Stream>> {
+    let sign = if side.api == Api::Tasks { 'A' } else { 'B' };
     let all = (0..streams).map(|index| async move {
         let ask = Ask {
-            // Another one in every round, so that no side answers from its cache.
+            // Another one for every side and round, so that none answers from a
+            // cache that two of them share.
             prompt: format!(
-                "{number} {index}. Tell a long story about a river and a bridge, with many words."
+                "{sign} {number} {index}. Tell a long story about a river and a bridge, with many words."
             ),
             max_tokens: tokens,
         };

@@ -174,7 +174,7 @@ async fn start_daemon(dir: &Path, engine: &Path, slots: u32) -> io::Result<Daemo
     let model = dir.join("tiny.gguf");
     fs::write(&model, tiny_gguf())?;
     let pool = json!({
-        "model": model, "slots": slots, "ctx": 4096, "queue_capacity": 20_000,
+        "model": model, "slots": slots, "ctx": 131_072, "queue_capacity": 20_000,
         "provision": { "mode": "system", "path": engine },
     });
     Daemon::start(dir, &pool).await

@@ -19,7 +19,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, sleep_until};
 
-const CTX: u32 = 4096;
+const CTX: u32 = 131_072;
 
 #[derive(Debug, Clone, Deserialize)]
 struct Point {
