@@ -16,6 +16,7 @@
 //! println!("{}", engine.url());
 //! ```
 
+pub mod gguf;
 pub mod orders;
 pub mod script;
 

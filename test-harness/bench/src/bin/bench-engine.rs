@@ -1,0 +1,226 @@
+//! An engine without a model: emits llama-server's events as fast as they are
+//! read, or at a rate. It is what every side of the relay benchmark reads from,
+//! so it does as little as it can: one thread, one write for each token.
+//!
+//! How many tokens and how fast is read from `bench-engine.json` beside the
+//! executable for every request, so that one process serves every operating
+//! point.
+#![allow(
+    clippy::print_stderr,
+    reason = "like the real engine, it answers --version on stderr"
+)]
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Deserialize;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::{Instant, sleep_until};
+
+const CTX: u32 = 131_072;
+
+#[derive(Debug, Clone, Deserialize)]
+struct Point {
+    tokens: u32,
+    /// For each stream; 0 is flat out.
+    tokens_per_second: u32,
+}
+
+fn point() -> Point {
+    let beside = std::env::current_exe().map(|exe| exe.with_file_name("bench-engine.json"));
+    let text = beside.and_then(std::fs::read_to_string);
+    text.ok()
+        .and_then(|text| serde_json::from_str(&text).ok())
+        .unwrap_or(Point {
+            tokens: 16,
+            tokens_per_second: 0,
+        })
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> io::Result<()> {
+    let mut arguments = std::env::args().skip(1);
+    let (mut host, mut port, mut slots, mut model) =
+        ("127.0.0.1".to_owned(), 8080, 1, PathBuf::new());
+    while let Some(argument) = arguments.next() {
+        let mut value = || arguments.next().unwrap_or_default();
+        match argument.as_str() {
+            "--version" => {
+                eprintln!("version: 0.6.0-dev (build 11434, commit fa4ee61)");
+                eprintln!("built with bench-engine");
+                return Ok(());
+            }
+            "--list-devices" => return Ok(()),
+            "--host" => host = value(),
+            "--port" => port = value().parse().unwrap_or(port),
+            "-np" | "--parallel" => slots = value().parse().unwrap_or(slots),
+            "-m" | "--model" => model = value().into(),
+            _ => {}
+        }
+    }
+    let listener = TcpListener::bind((host.as_str(), port)).await?;
+    let model = model.display().to_string();
+    loop {
+        let (stream, _) = listener.accept().await?;
+        stream.set_nodelay(true)?;
+        tokio::spawn(serve(stream, slots, model.clone()));
+    }
+}
+
+/// Requests of one connection, one after the other, until the client goes.
+async fn serve(mut stream: TcpStream, slots: u32, model: String) {
+    let mut buffer = Vec::new();
+    while let Ok(Some(path)) = next_request(&mut stream, &mut buffer).await {
+        let answered = match path.as_str() {
+            "/completion" => emit(&mut stream, &Native).await,
+            "/v1/chat/completions" => emit(&mut stream, &Chat).await,
+            _ => answer(&mut stream, &fixed(&path, slots, &model)).await,
+        };
+        if answered.is_err() {
+            return;
+        }
+    }
+}
+
+/// Reads one request whole; its path, or `None` at the end.
+async fn next_request(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> io::Result<Option<String>> {
+    loop {
+        if let Some(end) = find(buffer, b"\r\n\r\n") {
+            let head = String::from_utf8_lossy(&buffer[..end]).into_owned();
+            let length = head
+                .lines()
+                .filter_map(|line| line.split_once(':'))
+                .find(|(name, _)| name.eq_ignore_ascii_case("content-length"))
+                .and_then(|(_, value)| value.trim().parse().ok())
+                .unwrap_or(0);
+            let whole = end + 4 + length;
+            if buffer.len() >= whole {
+                buffer.drain(..whole);
+                let path = head.split(' ').nth(1).unwrap_or_default();
+                return Ok(Some(path.split('?').next().unwrap_or_default().to_owned()));
+            }
+        }
+        if stream.read_buf(buffer).await? == 0 {
+            return Ok(None);
+        }
+    }
+}
+
+fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
+    haystack
+        .windows(needle.len())
+        .position(|window| window == needle)
+}
+
+fn fixed(path: &str, slots: u32, model: &str) -> String {
+    match path {
+        "/health" => r#"{"status":"ok"}"#.to_owned(),
+        "/props" => format!(
+            r#"{{"default_generation_settings":{{"n_ctx":{CTX},"params":{{"dynatemp_range":0.0,"dynatemp_exponent":1.0}}}},"total_slots":{slots},"model_path":{model:?},"build_info":"b11434-fa4ee61"}}"#
+        ),
+        "/apply-template" => r#"{"prompt":"a"}"#.to_owned(),
+        "/tokenize" => r#"{"tokens":[1]}"#.to_owned(),
+        "/slots" => "[]".to_owned(),
+        _ => r#"{"data":[]}"#.to_owned(),
+    }
+}
+
+async fn answer(stream: &mut TcpStream, body: &str) -> io::Result<()> {
+    let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: ";
+    let text = format!("{head}{}\r\n\r\n{body}", body.len());
+    stream.write_all(text.as_bytes()).await
+}
+
+/// How a route writes its events.
+trait Events {
+    fn token(&self, out: &mut Vec<u8>, index: u32);
+    fn last(&self, out: &mut Vec<u8>, tokens: u32);
+}
+
+/// Of `/completion`.
+struct Native;
+
+impl Events for Native {
+    fn token(&self, out: &mut Vec<u8>, index: u32) {
+        let predicted = index + 1;
+        push(
+            out,
+            format_args!(
+                r#"data: {{"index":0,"content":" word","tokens":[1717],"stop":false,"id_slot":-1,"tokens_predicted":{predicted},"tokens_evaluated":1}}"#
+            ),
+        );
+    }
+
+    fn last(&self, out: &mut Vec<u8>, tokens: u32) {
+        push(
+            out,
+            format_args!(
+                r#"data: {{"index":0,"content":"","tokens":[],"stop":true,"id_slot":-1,"tokens_predicted":{tokens},"tokens_evaluated":1,"generation_settings":{{"seed":1}},"truncated":false,"stop_type":"limit","timings":{{"cache_n":0,"prompt_n":1,"prompt_ms":1.0,"predicted_n":{tokens},"predicted_ms":1.0}}}}"#
+            ),
+        );
+    }
+}
+
+/// Of `/v1/chat/completions`.
+struct Chat;
+
+const CHAT_REST: &str = r#""created":1732464000,"id":"chatcmpl-0123456789abcdefghijklmnopqrstuv","model":"bench","system_fingerprint":"b11434-fa4ee61","object":"chat.completion.chunk""#;
+
+impl Events for Chat {
+    fn token(&self, out: &mut Vec<u8>, _: u32) {
+        push(
+            out,
+            format_args!(
+                r#"data: {{"choices":[{{"finish_reason":null,"index":0,"delta":{{"content":" word"}}}}],{CHAT_REST}}}"#
+            ),
+        );
+    }
+
+    fn last(&self, out: &mut Vec<u8>, tokens: u32) {
+        push(
+            out,
+            format_args!(
+                r#"data: {{"choices":[{{"finish_reason":"length","index":0,"delta":{{}}}}],{CHAT_REST},"timings":{{"cache_n":0,"prompt_n":1,"prompt_ms":1.0,"predicted_n":{tokens},"predicted_ms":1.0}}}}"#
+            ),
+        );
+        push(out, format_args!("data: [DONE]"));
+    }
+}
+
+/// One event as a chunk of the transfer encoding, as cpp-httplib writes it.
+fn push(out: &mut Vec<u8>, event: std::fmt::Arguments<'_>) {
+    use std::io::Write;
+    let mut text = Vec::with_capacity(256);
+    // Writing to a Vec cannot fail.
+    let _ = write!(text, "{event}\n\n");
+    let _ = write!(out, "{:x}\r\n", text.len());
+    out.extend_from_slice(&text);
+    out.extend_from_slice(b"\r\n");
+}
+
+async fn emit(stream: &mut TcpStream, events: &impl Events) -> io::Result<()> {
+    let point = point();
+    let head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nServer: llama.cpp\r\n\r\n";
+    stream.write_all(head.as_bytes()).await?;
+    let begun = Instant::now();
+    let mut out = Vec::with_capacity(1024);
+    for index in 0..point.tokens {
+        if point.tokens_per_second > 0 {
+            let due = f64::from(index) / f64::from(point.tokens_per_second);
+            sleep_until(begun + Duration::from_secs_f64(due)).await;
+        }
+        out.clear();
+        events.token(&mut out, index);
+        stream.write_all(&out).await?;
+        if point.tokens_per_second == 0 && index % 16 == 15 {
+            // Others on this thread get their turn.
+            tokio::task::yield_now().await;
+        }
+    }
+    out.clear();
+    events.last(&mut out, point.tokens);
+    out.extend_from_slice(b"0\r\n\r\n");
+    stream.write_all(&out).await
+}
