@@ -318,6 +318,7 @@ pub(super) mod tests {
                 provisioning_mode: "cache".to_owned(),
                 model: None,
                 model_digest: None,
+                replica: None,
                 engine_says: Some(EngineSays {
                     tokens_cached: 0,
                     prompt_time_ms: 3.0,

@@ -312,6 +312,8 @@ fn field_flags(spec: &LaunchSpec) -> Vec<Flag> {
 
 /// What is set unless the user sets it.
 fn soft_flags(spec: &LaunchSpec) -> Vec<Flag> {
+    // Its answers name the model; without this they show the file's path, to every client.
+    let name = Flag::new("--alias", &[spec.pool_id.as_str()], "the default");
     let batch = match (spec.purpose, spec.profile) {
         // An input that does not fit into one batch is refused, and so that none that
         // fits the context is, a batch holds a whole one.
@@ -321,11 +323,12 @@ fn soft_flags(spec: &LaunchSpec) -> Vec<Flag> {
         // fast as larger ones. Equal sizes also make the shape of every computation depend on the
         // prompt alone.
         (Purpose::Text, Profile::Deterministic) => 128,
-        (Purpose::Text, Profile::Throughput) => return Vec::new(),
+        (Purpose::Text, Profile::Throughput) => return vec![name],
     };
-    ["--batch-size", "--ubatch-size"]
-        .map(|name| Flag::new(name, &[&batch.to_string()], "the default"))
-        .to_vec()
+    let batch = batch.to_string();
+    let sizes =
+        ["--batch-size", "--ubatch-size"].map(|flag| Flag::new(flag, &[&batch], "the default"));
+    std::iter::once(name).chain(sizes).collect()
 }
 
 /// The user's words as flags, in the one spelling of each. A word may hold a flag alone or with its

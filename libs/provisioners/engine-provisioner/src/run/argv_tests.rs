@@ -30,7 +30,7 @@ fn the_deterministic_profile_is_what_it_says() {
         rendered(&spec(&[])),
         "--model /models/a b.gguf --host 127.0.0.1 --port 4000 --offline --log-colors off \
          --parallel 1 --no-kv-unified --no-webui --metrics --slots --no-cont-batching --fit off \
-         --cache-ram 0 --ctx-size 4096 --batch-size 128 --ubatch-size 128"
+         --cache-ram 0 --ctx-size 4096 --alias default --batch-size 128 --ubatch-size 128"
     );
 }
 
@@ -48,7 +48,7 @@ fn each_slot_of_the_throughput_profile_has_its_whole_context() {
     assert!(line.contains("--parallel 4 "), "{line}");
     assert!(line.contains(" --cont-batching "), "{line}");
     assert!(
-        line.ends_with("--ctx-size 8192 --threads 2 --n-gpu-layers 0"),
+        line.ends_with("--ctx-size 8192 --threads 2 --n-gpu-layers 0 --alias default"),
         "{line}"
     );
 }
@@ -73,12 +73,12 @@ fn an_engine_for_embeddings_takes_a_whole_input_in_one_batch() {
     for profile in [Profile::Deterministic, Profile::Throughput] {
         let line = rendered(&serves(Purpose::Embeddings, profile, &[]));
         assert!(
-            line.ends_with("--ctx-size 2048 --embeddings --batch-size 2048 --ubatch-size 2048"),
+            line.ends_with("--embeddings --alias default --batch-size 2048 --ubatch-size 2048"),
             "{line}"
         );
         let line = rendered(&serves(Purpose::Rerank, profile, &["-ub 512", "-b 512"]));
         assert!(
-            line.ends_with("--reranking --ubatch-size 512 --batch-size 512"),
+            line.ends_with("--reranking --alias default --ubatch-size 512 --batch-size 512"),
             "{line}"
         );
     }
