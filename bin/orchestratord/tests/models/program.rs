@@ -228,9 +228,9 @@ async fn an_interrupted_look_leaves_the_daemons_pull_running() {
 
 #[tokio::test]
 async fn a_killed_daemon_is_not_waited_for() {
-    let mut daemon = setup().start();
+    let mut daemon = setup().ready().await;
     daemon.signal(Signal::SIGKILL);
     daemon.wait();
     let listed = good(move || daemon.beside(&["models", "list"])).await;
-    assert!(listed.contains("no models yet"), "{listed}");
+    assert!(listed.contains("0 of 1 in the store"), "{listed}");
 }
