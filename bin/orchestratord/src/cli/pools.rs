@@ -212,20 +212,13 @@ enum Way {
 impl Goal {
     fn way(self, phase: Phase) -> Way {
         match (self, phase) {
-            (Self::Ready, Phase::Ready)
-            | (Self::Stopped, Phase::Stopped)
-            | (Self::Unloaded, Phase::Unloaded) => Way::There,
-            // Tasks waited, and it is loaded again; or its engine was gone already.
-            (
-                Self::Unloaded,
-                Phase::Provisioning | Phase::Starting | Phase::Ready | Phase::Backoff,
-            ) => Way::There,
-            (Self::Ready, Phase::Failed | Phase::Stopped | Phase::Unloaded)
-            | (Self::Unloaded, Phase::Failed | Phase::Stopped) => Way::Lost,
-            (Self::Stopped, Phase::Draining | Phase::Stopping)
-            | (Self::Unloaded, Phase::Draining | Phase::Stopping)
+            (Self::Ready, Phase::Ready) | (Self::Stopped, Phase::Stopped) => Way::There,
+            (Self::Ready, Phase::Failed | Phase::Stopped | Phase::Unloaded) => Way::Lost,
+            (Self::Stopped | Self::Unloaded, Phase::Draining | Phase::Stopping)
             | (Self::Ready, _) => Way::Going,
-            (Self::Stopped, _) => Way::Lost,
+            (Self::Unloaded, Phase::Failed | Phase::Stopped) | (Self::Stopped, _) => Way::Lost,
+            // It may be loaded again, if tasks waited, or have had no engine.
+            (Self::Unloaded, _) => Way::There,
         }
     }
 }

@@ -53,8 +53,9 @@ fn accepted(pool: &PoolHandle) -> (StatusCode, Json<PoolView>) {
 
 /// Free the memory of a pool's engine. Tasks are taken all along, and the next
 /// one has an engine loaded again, whatever the pool's `load` says. 409 while
-/// tasks run or wait, unless `yield` is true; 409 while a reload is under way and
-/// for a pool that is drained or stopped.
+/// tasks run or wait, unless `yield` is true; 409 while the engine is loaded for
+/// tasks that wait, while a reload is under way, and for a pool that is drained or
+/// stopped.
 #[utoipa::path(
     post, path = "/v2/pools/{id}/unload", tag = "pools",
     params(("id" = String, Path)), request_body = Option<UnloadRequest>,

@@ -107,7 +107,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn pool(id: &str, state: &str, more: serde_json::Value) -> PoolView {
+    fn pool(id: &str, state: &str, more: &serde_json::Value) -> PoolView {
         let mut view = json!({
             "pool_id": id, "engine": "llamacpp", "model": "haiku", "load": "on_demand",
             "pin": false, "flags": [], "state": state, "in_state_ms": 1,
@@ -126,8 +126,8 @@ mod tests {
     fn columns_stand_under_each_other() {
         let idle = json!({ "idle_ms": 61_000, "unloads_in_ms": 239_000 });
         let pools = [
-            pool("a", "unloaded", json!({})),
-            pool("longer-name", "ready", idle),
+            pool("a", "unloaded", &json!({})),
+            pool("longer-name", "ready", &idle),
         ];
         assert_eq!(
             table(&pools),
@@ -147,13 +147,13 @@ mod tests {
             pool(
                 "a",
                 "provisioning",
-                json!({ "preparation": { "steps": [step] } }),
+                &json!({ "preparation": { "steps": [step] } }),
             )
         };
         assert_eq!(stage(&step(0.1)), stage(&step(0.2)));
         assert_eq!(waiting(&step(0.5)), "a: preparing: fetching 50 %");
         assert_eq!(
-            waiting(&pool("a", "draining", json!({}))),
+            waiting(&pool("a", "draining", &json!({}))),
             "a: 1 task(s) finish"
         );
     }

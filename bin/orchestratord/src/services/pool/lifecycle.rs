@@ -37,8 +37,9 @@
 //!
 //! Tasks are taken all along. While it drains for that, running ones finish in
 //! their own time and queued ones wait; if some still do when it is Unloaded, it
-//! is started again. An unload that comes before the engine is ready gives the
-//! start up; without an engine it only ends the wait for the next try.
+//! is started again. A start for which no task waits is given up by an unload; one
+//! for which some do is not, or they might wait for ever. Without an engine an
+//! unload only ends the wait for the next try.
 //!
 //! A reload of a Ready pool starts beside: the pool stays Ready, and either
 //! `Replaced` or `NotReplaced` ends it. Where memory has no room for two
@@ -110,6 +111,15 @@ pub enum Engine {
     Up,
     /// Its end was asked for.
     Stopping,
+}
+
+/// What an engine was started with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Configured {
+    /// The current configuration.
+    AsNow,
+    /// One that another was adopted after, while it drained.
+    AsBefore,
 }
 
 /// Why an engine that was ready has ended.
@@ -305,6 +315,8 @@ pub enum Refusal {
     BeingDrained,
     /// An unload of a pool that takes no tasks.
     Stopped,
+    /// An unload of a pool that is being loaded for tasks that wait.
+    LoadsForTasks,
 }
 
 /// One step from state to state.
@@ -352,8 +364,7 @@ pub struct Lifecycle {
     loading: bool,
     /// An engine is wanted as soon as the one that stops is gone.
     resume: bool,
-    /// The engine that drains has another configuration than the current one.
-    stale: bool,
+    configured: Configured,
     reload: Option<Reload>,
     history: FailureHistory,
     restarts: Restarts,
@@ -378,7 +389,7 @@ impl Lifecycle {
             overdue: false,
             loading: false,
             resume: false,
-            stale: false,
+            configured: Configured::AsNow,
             reload: None,
             history: FailureHistory::default(),
             restarts: Restarts::default(),

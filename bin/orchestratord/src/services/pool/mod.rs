@@ -414,8 +414,8 @@ impl PoolHandle {
     /// when its supervisor lets go of it, and a pool in which tasks wait may by
     /// then be about to start again. Refused with `ADMISSION_REJECT` where `how`
     /// wants an idle pool and tasks run or wait, where the pool is pinned and its
-    /// memory is wanted for another, while a reload is under way, and for a pool
-    /// that is drained or stopped.
+    /// memory is wanted for another, while an engine is loaded for tasks that wait or
+    /// a reload is under way, and for a pool that is drained or stopped.
     pub async fn unload(&self, how: Unload, why: UnloadCause) -> Result<(), Failure> {
         self.request(Request::Unload(how, why)).await
     }

@@ -30,6 +30,13 @@ impl Actor {
                     .retriable()
                     .in_pool(pool)
             }
+            Refusal::LoadsForTasks => Failure::new(
+                ErrorCode::AdmissionReject,
+                "the pool is being loaded for tasks that wait",
+            )
+            .with_hint("ask again when it is ready")
+            .retriable()
+            .in_pool(pool),
             Refusal::Stopped => Failure::new(
                 ErrorCode::AdmissionReject,
                 "the pool is stopped, so there is nothing to unload",

@@ -1,6 +1,7 @@
 //! The actor with an adapter that breaks in ways no engine does.
 
 mod handover;
+mod on_demand;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};

@@ -3,7 +3,9 @@
 use std::time::Instant;
 
 use super::step::Step;
-use super::{Drain, Effect, Engine, Phase, Refusal, Reload, ReloadMode, ReloadState, Which};
+use super::{
+    Configured, Drain, Effect, Engine, Phase, Refusal, Reload, ReloadMode, ReloadState, Which,
+};
 
 impl Step<'_> {
     pub(super) fn drain(&mut self, until: Instant) -> Result<(), Refusal> {
@@ -39,7 +41,7 @@ impl Step<'_> {
         self.life.overdue = false;
         self.life.resume = false;
         self.enter(Phase::Draining, Some(until));
-        let none_for_the_queue = self.life.engine == Engine::None || self.life.stale;
+        let none_for_the_queue = self.life.engine == Engine::None || self.outdated();
         if why == Drain::Shutdown || none_for_the_queue {
             self.effect(Effect::EndQueued);
         }
@@ -51,7 +53,7 @@ impl Step<'_> {
         }
         match (self.life.phase, self.life.drain) {
             (Phase::Draining, Some(Drain::Operator | Drain::Unload))
-                if self.life.stale && self.life.engine == Engine::Up =>
+                if self.outdated() && self.life.engine == Engine::Up =>
             {
                 self.life.resume = true;
             }
@@ -116,7 +118,9 @@ impl Step<'_> {
     /// by that: it is tried when the pool is next started.
     fn adopt_unloaded(&mut self) {
         self.life.history.forget();
-        self.life.stale = self.life.engine != Engine::None;
+        if self.life.engine != Engine::None {
+            self.life.configured = Configured::AsBefore;
+        }
         self.effect(Effect::Adopt);
         self.life.reload = Some(Reload {
             mode: ReloadMode::Restart,
@@ -144,6 +148,9 @@ impl Step<'_> {
                 self.life.overdue = false;
                 self.enter(Phase::Draining, None);
             }
+            Phase::Provisioning | Phase::Starting if waited_for => {
+                return Err(Refusal::LoadsForTasks);
+            }
             Phase::Provisioning | Phase::Starting => {
                 // What it was to try is tried when it is next started.
                 self.end_start_of_reload();
@@ -156,6 +163,12 @@ impl Step<'_> {
             Phase::Unloaded => {}
         }
         Ok(())
+    }
+
+    /// Whether the engine that drains has another configuration than it would be
+    /// started with now.
+    fn outdated(&self) -> bool {
+        self.life.configured == Configured::AsBefore
     }
 
     fn end_start_of_reload(&mut self) {

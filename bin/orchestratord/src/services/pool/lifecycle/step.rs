@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use super::{
-    Drain, Effect, Engine, Event, Lifecycle, Move, Phase, Reaction, Refusal, Reload, ReloadMode,
-    ReloadState, RestartCause, Which,
+    Configured, Drain, Effect, Engine, Event, Lifecycle, Move, Phase, Reaction, Refusal, Reload,
+    ReloadMode, ReloadState, RestartCause, Which,
 };
 use crate::services::pool::restart::Verdict;
 
@@ -94,7 +94,7 @@ impl<'a> Step<'a> {
         self.life.loading = false;
         self.life.drain = None;
         self.life.resume = false;
-        self.life.stale = false;
+        self.life.configured = Configured::AsNow;
         self.enter(Phase::Provisioning, None);
         self.effect(Effect::Start(which));
     }
@@ -317,7 +317,7 @@ impl<'a> Step<'a> {
             _ if self.life.resume => self.start(Which::Current),
             Some(Drain::Unload) => {
                 self.life.drain = None;
-                self.life.stale = false;
+                self.life.configured = Configured::AsNow;
                 self.enter(Phase::Unloaded, None);
             }
             _ => self.enter(Phase::Stopped, None),

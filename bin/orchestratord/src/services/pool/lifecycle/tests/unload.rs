@@ -158,12 +158,17 @@ fn an_engine_that_ends_in_the_middle_of_an_unload_ends_no_queued_task() {
 }
 
 #[test]
-fn an_unload_before_the_engine_is_ready_gives_the_start_up() {
+fn an_unload_gives_up_only_a_start_that_nobody_waits_for() {
     for loading in [false, true] {
         let (mut life, now) = machine();
         if loading {
             life.on(Event::Loading, now, 0.0).unwrap();
         }
+        assert_eq!(
+            life.on(Event::Unload { waited_for: true }, now, 0.0),
+            Err(Refusal::LoadsForTasks),
+            "or it might never get ready"
+        );
         assert_eq!(effects(&mut life, ASKED, now), [Effect::Rest]);
         // Ready in the moment in which its end was asked for.
         assert!(life.on(Event::Ready, now, 0.0).unwrap().ignored);
