@@ -13,7 +13,8 @@ mod server;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use support::{Daemon, tiny_gguf};
+use support::Daemon;
+use test_harness_fake_engine::gguf::tiny_gguf;
 
 /// A model of 24 MiB and some: three chunks, so that half of it is more than
 /// one. `salt` makes others.

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use serde_json::{Value, json};
+use test_harness_fake_engine::gguf::tiny_gguf;
 use test_harness_fake_engine::{Script, install};
 
 /// Bounds every wait. Far above what anything here takes, so that it is only
@@ -496,26 +497,4 @@ pub(crate) fn is_alive(pid: u64) -> bool {
 
 pub(crate) fn exists(path: &Path) -> bool {
     path.exists()
-}
-
-/// The smallest file that is a model: a header with its architecture and
-/// context length, and no tensors.
-pub(crate) fn tiny_gguf() -> Vec<u8> {
-    const STRING: u32 = 8;
-    const UINT32: u32 = 4;
-    let mut out = b"GGUF".to_vec();
-    let text = |out: &mut Vec<u8>, text: &str| {
-        out.extend((text.len() as u64).to_le_bytes());
-        out.extend(text.as_bytes());
-    };
-    out.extend(3u32.to_le_bytes());
-    out.extend(0u64.to_le_bytes());
-    out.extend(2u64.to_le_bytes());
-    text(&mut out, "general.architecture");
-    out.extend(STRING.to_le_bytes());
-    text(&mut out, "llama");
-    text(&mut out, "llama.context_length");
-    out.extend(UINT32.to_le_bytes());
-    out.extend(4096u32.to_le_bytes());
-    out
 }
