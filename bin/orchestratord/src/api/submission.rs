@@ -5,15 +5,16 @@ use std::time::Duration;
 
 use axum::http::HeaderMap;
 use llama_orch_types::EngineKind;
-use worker_adapters_adapter_api::{EngineCall, EngineTask, SamplingParams, TaskInput};
+use worker_adapters_adapter_api::{CallApi, EngineCall, EngineTask, SamplingParams, TaskInput};
 
 use super::correlation::{CORRELATION_ID, CorrelationId};
 use super::task_request::TaskRequest;
+use crate::app::config::Serves;
 use crate::app::state::AppState;
 use crate::services::admission::{Client, Place, Priority};
 use crate::services::dispatch::fit;
 use crate::services::event_log::Failure;
-use crate::services::pool::{Phase, PoolHandle, Submission};
+use crate::services::pool::{Phase, PoolHandle, PoolSettings, Submission};
 use crate::services::resume::Carried;
 use crate::services::tasks::{Admitted, NewTask, TaskRecord};
 
@@ -80,6 +81,7 @@ pub async fn submit_call(
     options: CallOptions,
 ) -> Result<(Arc<TaskRecord>, Admitted), Failure> {
     let settings = pool.settings();
+    check_purpose(&settings, call.api)?;
     let record = TaskRecord::new(NewTask {
         pool: settings.id.clone(),
         fallback: settings.engine == EngineKind::Mock,
@@ -100,6 +102,32 @@ pub async fn submit_call(
         sampling: SamplingParams::default(),
     };
     enqueue(state, pool, record, task, false).await
+}
+
+/// Refuses what the engine would refuse in any case, before a model is loaded for it.
+/// An engine for vectors still chats if its model can, and one elsewhere, or one that
+/// the pool's own flags start otherwise, knows best itself.
+fn check_purpose(settings: &PoolSettings, api: CallApi) -> Result<(), Failure> {
+    const OTHERWISE: [&str; 4] = ["--embeddings", "--embedding", "--reranking", "--rerank"];
+    let (what, serves) = match api {
+        CallApi::Embeddings => ("embeddings", "embeddings"),
+        CallApi::Rerank => ("reranking", "rerank"),
+        _ => return Ok(()),
+    };
+    let config = &settings.config;
+    let flags = || {
+        config
+            .flags
+            .iter()
+            .flat_map(|words| words.split_whitespace())
+    };
+    if settings.engine != EngineKind::Llamacpp
+        || config.serves != Serves::Text
+        || flags().any(|word| OTHERWISE.contains(&word))
+    {
+        return Ok(());
+    }
+    Err(Failure::not_served(&settings.id, what, serves))
 }
 
 async fn enqueue(

@@ -23,6 +23,21 @@ pub fn shortened(text: &str) -> &str {
         .map_or(text, |(end, _)| &text[..end])
 }
 
+/// Where a llama-server refuses what it was not started for: it names its own flags,
+/// and here they are the pool's settings.
+fn purpose_hint(message: &str) -> Option<String> {
+    let hint = if message.contains("Pooling type 'none'") {
+        "the model does not say how to pool: add it to the pool's `flags`, such as `flags: [\"--pooling mean\"]`"
+    } else if message.contains("does not support embeddings") {
+        "set the pool's `serves: embeddings`"
+    } else if message.contains("does not support reranking") {
+        "set the pool's `serves: rerank`"
+    } else {
+        return None;
+    };
+    Some(hint.to_owned())
+}
+
 impl Failure {
     #[must_use]
     pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
@@ -50,14 +65,27 @@ impl Failure {
     }
 
     pub fn from_worker(error: &WorkerError) -> Self {
+        let message = one_line(error);
         Self {
-            hint: error.hint(),
+            hint: error.hint().or_else(|| purpose_hint(&message)),
             retriable: error.retriable(),
-            ..Self::new(error.code(), one_line(error))
+            ..Self::new(error.code(), message)
         }
     }
 
+    /// For a call that a pool's engine was not started for.
+    pub fn not_served(pool: &PoolId, what: &str, serves: &str) -> Self {
+        let message = format!("pool {pool} serves text, not {what}");
+        let hint = format!("set the pool's `serves: {serves}`, or name a pool that has it");
+        Self::new(ErrorCode::InvalidParams, message)
+            .with_hint(hint)
+            .in_pool(pool)
+    }
+
     pub fn from_host(error: &HostError) -> Self {
+        if let HostError::Worker(error) = error {
+            return Self::from_worker(error);
+        }
         Self {
             hint: error.hint(),
             retriable: error.retriable(),
@@ -204,5 +232,35 @@ impl Failure {
         Self::new(ErrorCode::Internal, message).with_hint(
             "this is a fault of orchestratord; its log tells more under the correlation id",
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_engine_was_not_started_for_is_hinted_at_with_the_pools_settings() {
+        for (message, hint) in [
+            (
+                "Pooling type 'none' is not OAI compatible. Please use a different pooling type",
+                "--pooling mean",
+            ),
+            (
+                "This server does not support embeddings. Start it with `--embeddings`",
+                "serves: embeddings",
+            ),
+            (
+                "This server does not support reranking. Start it with `--reranking`",
+                "serves: rerank",
+            ),
+        ] {
+            let message = message.to_owned();
+            let failure = Failure::from_worker(&WorkerError::InvalidParams { message });
+            assert!(failure.hint.unwrap().contains(hint));
+        }
+        let message = "the body is no JSON object".to_owned();
+        let failure = Failure::from_worker(&WorkerError::InvalidParams { message });
+        assert_eq!(failure.hint, None);
     }
 }

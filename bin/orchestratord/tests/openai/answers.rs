@@ -134,6 +134,26 @@ async fn every_route_gives_the_engines_whole_answer() {
     }
 }
 
+#[tokio::test]
+async fn an_answer_names_the_pool_by_whatever_name_it_was_asked_for() {
+    let daemon = Setup::new(&script())
+        .pool("aliases", json!(["gpt-x"]))
+        .ready()
+        .await;
+    for path in [
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+    ] {
+        let mut body = json!({"model": "gpt-x", "prompt": "a", "input": "a", "max_tokens": 3});
+        body["messages"] = json!([{"role": "user", "content": "a"}]);
+        let response = daemon.post(path, body).await;
+        let answer: Value = response.json().await.unwrap();
+        assert_eq!(answer["model"], "default", "{path}: {answer}");
+    }
+}
+
 /// The texts in a stream's events, put together.
 fn text(path: &str, pieces: &[Piece]) -> String {
     let at = match path {

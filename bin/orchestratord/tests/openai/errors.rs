@@ -155,9 +155,38 @@ async fn what_the_engine_refuses_has_its_words_and_a_status() {
         let message = error["message"].as_str().unwrap();
         assert!(message.contains("failed to parse grammar"), "{message}");
     }
-    // A pool that serves text has no vectors.
-    let refused = daemon.post("/v1/embeddings", json!({"input": "a"})).await;
-    checked(refused, 400, "invalid_request_error", "invalid_params").await;
+    // A pool that serves text has no vectors and ranks nothing; it is not asked.
+    for (path, body, setting) in [
+        (
+            "/v1/embeddings",
+            json!({"input": "a"}),
+            "`serves: embeddings`",
+        ),
+        (
+            "/rerank",
+            json!({"query": "a", "documents": ["b"]}),
+            "`serves: rerank`",
+        ),
+    ] {
+        let refused = daemon.post(path, body).await;
+        assert!(!refused.headers().contains_key("x-task-id"), "{path}");
+        let error = checked(refused, 400, "invalid_request_error", "invalid_params").await;
+        assert!(error["hint"].as_str().unwrap().contains(setting), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn an_engine_that_was_not_started_for_it_is_told_of_in_our_settings_words() {
+    // Whose own flags start it otherwise is asked.
+    let daemon = Setup::new(&Script::default())
+        .pool("flags", json!(["--embeddings"]))
+        .ready()
+        .await;
+    let body = json!({"query": "a", "documents": ["b"]});
+    let refused = daemon.post("/v1/rerank", body).await;
+    assert!(refused.headers().contains_key("x-task-id"));
+    let error = checked(refused, 400, "invalid_request_error", "invalid_params").await;
+    assert_eq!(error["hint"], "set the pool's `serves: rerank`");
 }
 
 #[tokio::test]

@@ -16,6 +16,8 @@ const COVERED_CONTEXT: u64 = 4096;
 /// The engine's largest batch, by its default: between two signs of life it
 /// works on no more prompt tokens than that.
 const LARGEST_BATCH: u64 = 2048;
+/// No context is larger; an engine that tells of one is not taken at its word.
+const LARGEST_CONTEXT: u64 = 1 << 24;
 /// How many times slower than measured an engine may be before it counts as hung.
 const MARGIN: f64 = 4.0;
 /// How long a batch takes, before anything was measured.
@@ -79,7 +81,8 @@ impl Deadlines {
         other_prompts: u64,
         speed: Option<f64>,
     ) -> Duration {
-        let scale = context.max(COVERED_CONTEXT) as f64 / COVERED_CONTEXT as f64;
+        let context = context.clamp(COVERED_CONTEXT, LARGEST_CONTEXT);
+        let scale = context as f64 / COVERED_CONTEXT as f64;
         let shared = other_prompts.min(LARGEST_BATCH);
         self.next_token.mul_f64(scale) + working_on(shared, speed)
     }
@@ -114,7 +117,7 @@ pub(crate) fn first_batch(tokens: u64, speed: Option<f64>) -> Duration {
 /// The longest that so many prompt tokens may take.
 fn working_on(tokens: u64, speed: Option<f64>) -> Duration {
     let slowest = speed.map_or(SLOW, |speed| (speed / MARGIN).max(0.01));
-    Duration::from_secs_f64(tokens as f64 / slowest)
+    Duration::from_secs_f64(tokens.min(LARGEST_CONTEXT) as f64 / slowest)
 }
 
 /// Tokens of a text, from above for usual texts, before the engine has counted
@@ -180,6 +183,15 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn whatever_an_engine_tells_gives_a_time(
+            left: u64, context: u64, others: u64, told: bool, speed in prop::option::of(any::<f64>()),
+        ) {
+            let longest = Duration::from_secs(LARGEST_CONTEXT * 101);
+            prop_assert!(SET.in_prompt(left, told, speed) < longest);
+            prop_assert!(SET.decoding(context, others, speed) < longest);
+        }
+
         #[test]
         fn more_work_never_gets_less_time(
             fewer in 0u64..100_000, more in 0u64..100_000, told: bool, others in 0u64..10_000, speed in prop::option::of(0.001f64..10_000.0),

@@ -258,7 +258,9 @@ pub(crate) fn refusal(
     body: &[u8],
 ) -> WorkerError {
     let said = ErrorObject::read(body);
-    let message = said.as_ref().map(|said| said.message.clone());
+    let unsaid = |text: &str| without_token(endpoint, text);
+    let message = said.as_ref().map(|said| unsaid(&said.message));
+    let in_part = || quoted(status, &unsaid(&String::from_utf8_lossy(body)));
     let unavailable = |reason, retry_after| WorkerError::Unavailable {
         url: endpoint.url.clone(),
         reason,
@@ -273,7 +275,7 @@ pub(crate) fn refusal(
             .as_ref()
             .and_then(ErrorObject::exceeds_context)
             .unwrap_or_else(|| WorkerError::InvalidParams {
-                message: message.unwrap_or_else(|| quoted(status, body)),
+                message: message.unwrap_or_else(in_part),
             }),
         429 | 503 => {
             let pause = retry_after
@@ -284,12 +286,20 @@ pub(crate) fn refusal(
         }
         502 | 504 => unavailable(message.unwrap_or_else(|| format!("status {status}")), None),
         500..=599 => WorkerError::Reset {
-            reason: message.unwrap_or_else(|| quoted(status, body)),
+            reason: message.unwrap_or_else(in_part),
         },
         // Redirects among them: they are not followed, since the token is not theirs.
         _ => WorkerError::Protocol {
             what: format!("status {status} to {path}"),
         },
+    }
+}
+
+/// Servers repeat what they were sent, and some of them headers as well.
+fn without_token(endpoint: &Endpoint, text: &str) -> String {
+    match &endpoint.bearer {
+        Some(bearer) if !bearer.reveal().is_empty() => text.replace(bearer.reveal(), "<token>"),
+        _ => text.to_owned(),
     }
 }
 
@@ -304,9 +314,8 @@ fn denied(endpoint: &Endpoint, status: u16) -> String {
     }
 }
 
-fn quoted(status: u16, body: &[u8]) -> String {
-    let text = String::from_utf8_lossy(&body[..body.len().min(QUOTED)]);
-    let text = text.trim();
+fn quoted(status: u16, body: &str) -> String {
+    let text = body[..body.floor_char_boundary(QUOTED)].trim();
     if text.is_empty() {
         format!("status {status}")
     } else {
@@ -315,131 +324,5 @@ fn quoted(status: u16, body: &[u8]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use llama_orch_types::{ErrorCode, TaskId};
-    use serde_json::json;
-    use worker_adapters_adapter_api::SamplingParams;
-
-    use super::*;
-
-    fn endpoint(token_file: Option<&str>) -> Endpoint {
-        Endpoint {
-            url: "http://far:8000".to_owned(),
-            model: "m".to_owned(),
-            bearer: None,
-            token_file: token_file.map(Into::into),
-            slots: 1,
-        }
-    }
-
-    fn task(input: TaskInput) -> EngineTask {
-        EngineTask {
-            id: TaskId::generate(),
-            input,
-            answered: String::new(),
-            max_tokens: 7,
-            stop: vec![],
-            sampling: SamplingParams::default(),
-        }
-    }
-
-    #[test]
-    fn what_is_not_asked_for_is_not_sent() {
-        let task = task(TaskInput::Prompt("hi".to_owned()));
-        let body = serde_json::to_value(NativeRequest::new(&task, "m").unwrap()).unwrap();
-        assert_eq!(
-            body,
-            json!({
-                "model": "m", "prompt": "hi", "stream": true,
-                "stream_options": { "include_usage": true }, "max_tokens": 7,
-            })
-        );
-    }
-
-    #[test]
-    fn what_is_asked_for_has_the_servers_names() {
-        let mut task = task(TaskInput::Messages(vec![]));
-        let schema = json!({ "type": "object" });
-        task.sampling = SamplingParams {
-            repeat_penalty: Some(1.5),
-            top_k: Some(3),
-            json_schema: Some(schema.clone()),
-            ..SamplingParams::default()
-        };
-        let body = serde_json::to_value(NativeRequest::new(&task, "m").unwrap()).unwrap();
-        assert_eq!(body["top_k"], 3);
-        assert_eq!(body["repeat_penalty"], body["repetition_penalty"]);
-        assert_eq!(body["response_format"]["type"], "json_schema");
-        assert_eq!(body["response_format"]["json_schema"]["schema"], schema);
-        task.sampling.grammar = Some("root ::= \"x\"".to_owned());
-        assert!(matches!(
-            NativeRequest::new(&task, "m"),
-            Err(WorkerError::NotOffered { .. })
-        ));
-    }
-
-    #[test]
-    fn an_answer_is_gone_on_with_only_where_it_can_be() {
-        let mut prompt = task(TaskInput::Prompt("one".to_owned()));
-        prompt.answered = " two".to_owned();
-        let body = serde_json::to_value(NativeRequest::new(&prompt, "m").unwrap()).unwrap();
-        assert_eq!(body["prompt"], "one two");
-        let mut chat = task(TaskInput::Messages(vec![]));
-        chat.answered = "two".to_owned();
-        let refused = NativeRequest::new(&chat, "m").unwrap_err();
-        assert_eq!(refused.code(), ErrorCode::WorkerReset);
-    }
-
-    #[test]
-    fn a_denied_token_is_named_by_its_file() {
-        let denied = refusal(&endpoint(Some("/keys/far")), "/v1/models", 401, None, b"");
-        assert!(denied.to_string().contains("/keys/far"), "{denied}");
-        assert_eq!(denied.code(), ErrorCode::PoolUnavailable);
-        let wanting = refusal(&endpoint(None), "/v1/models", 401, None, b"");
-        assert!(wanting.to_string().contains("token_file"), "{wanting}");
-    }
-
-    #[test]
-    fn refusals_are_told_apart() {
-        let of = |status, after, body: &str| {
-            refusal(&endpoint(None), "/v1/x", status, after, body.as_bytes())
-        };
-        let pause = |error| match error {
-            WorkerError::Unavailable { retry_after, .. } => retry_after,
-            other => panic!("{other}"),
-        };
-        assert_eq!(pause(of(429, Some(7), "")), Some(Duration::from_secs(7)));
-        assert_eq!(pause(of(503, Some(9999), "")), Some(BUSY_AT_MOST));
-        assert_eq!(pause(of(503, None, "{}")), Some(BUSY));
-        assert_eq!(pause(of(502, None, "<html>")), None);
-        assert!(matches!(
-            of(404, None, "nginx"),
-            WorkerError::NotOffered { .. }
-        ));
-        assert!(matches!(
-            of(404, None, r#"{"error":{"message":"no model","code":404}}"#),
-            WorkerError::InvalidParams { message } if message == "no model"
-        ));
-        assert!(matches!(
-            of(400, None, r#"{"object":"error","message":"too long","code":400}"#),
-            WorkerError::InvalidParams { message } if message == "too long"
-        ));
-        assert!(matches!(
-            of(422, None, r#"{"error":"bad","error_type":"validation"}"#),
-            WorkerError::InvalidParams { message } if message == "bad"
-        ));
-        assert!(matches!(
-            of(
-                400,
-                None,
-                r#"{"error":{"message":"m","type":"exceed_context_size_error","n_prompt_tokens":9,"n_ctx":8}}"#
-            ),
-            WorkerError::ContextLengthExceeded {
-                prompt_tokens: 9,
-                ctx: 8
-            }
-        ));
-        assert!(matches!(of(500, None, ""), WorkerError::Reset { .. }));
-        assert!(matches!(of(307, None, ""), WorkerError::Protocol { .. }));
-    }
-}
+#[path = "wire_tests.rs"]
+mod tests;

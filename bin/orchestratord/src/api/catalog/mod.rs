@@ -10,21 +10,11 @@ pub mod pulls;
 pub mod verify;
 pub mod view;
 
-use axum::http::StatusCode;
-use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
-use axum::http::{HeaderMap, HeaderName};
+use axum::http::{HeaderMap, StatusCode};
 use llama_orch_types::ErrorCode;
 
 use super::error::ApiError;
 use crate::services::event_log::Failure;
-
-/// Headers of an event stream.
-const STREAM_HEADERS: [(HeaderName, &str); 3] = [
-    (CONTENT_TYPE, "text/event-stream"),
-    (CACHE_CONTROL, "no-cache"),
-    // Asks proxies that know it not to hold events back.
-    (HeaderName::from_static("x-accel-buffering"), "no"),
-];
 
 /// What is refused for the state of a model, not for how often it is asked.
 fn conflict(failure: Failure) -> ApiError {

@@ -11,9 +11,9 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::STREAM_HEADERS;
 use crate::api::error::{ApiError, ErrorBody};
 use crate::api::pools::requests::parse;
+use crate::api::streams::EVENT_STREAM;
 use crate::api::tasks::last_event_id;
 use crate::app::state::AppState;
 use crate::services::pulls::{Pull, PullView, PulledModel};
@@ -124,10 +124,10 @@ pub async fn events(
     let after = last_event_id(&headers)?;
     if method == Method::HEAD {
         // Somebody who only looks at the headers is no reader.
-        return Ok(STREAM_HEADERS.into_response());
+        return Ok(EVENT_STREAM.into_response());
     }
     let events = stream::events(pull, after, KEEP_ALIVE);
-    Ok((STREAM_HEADERS, Body::from_stream(events)).into_response())
+    Ok((EVENT_STREAM, Body::from_stream(events)).into_response())
 }
 
 impl Watchable for Pull {

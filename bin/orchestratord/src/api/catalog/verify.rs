@@ -63,7 +63,7 @@ mod work {
     use tokio_util::task::AbortOnDropHandle;
 
     use super::{ApiError, AppState, VerifiedView};
-    use crate::api::catalog::STREAM_HEADERS;
+    use crate::api::streams::EVENT_STREAM;
     use crate::services::event_log::Failure;
     use crate::services::streaming::KEEP_ALIVE;
     use crate::services::watched::meter::Meter;
@@ -123,7 +123,7 @@ mod work {
         });
         if watched {
             let events = stream::events(verification, 0, KEEP_ALIVE);
-            return Ok((STREAM_HEADERS, Body::from_stream(events)).into_response());
+            return Ok((EVENT_STREAM, Body::from_stream(events)).into_response());
         }
         let mut standing = verification.work.watch();
         let over = standing.wait_for(|standing| standing.progress.state.is_over());

@@ -121,7 +121,7 @@ pub async fn embed(
         total_duration: nanos(vectors.took),
         load_duration: nanos(vectors.load),
     };
-    Ok(answered(record.as_deref(), &json!(answer)))
+    Ok(answered(record.as_deref(), &answer))
 }
 
 /// The vector of one text; `/api/embed` takes several.
@@ -153,8 +153,10 @@ pub async fn embeddings(
     Ok(answered(record.as_deref(), &json!({"embedding": first})))
 }
 
-fn answered(record: Option<&TaskRecord>, body: &Value) -> Response {
-    let mut response = ([(CONTENT_TYPE, JSON)], body.to_string()).into_response();
+fn answered(record: Option<&TaskRecord>, body: &impl Serialize) -> Response {
+    // Texts and numbers, which JSON always holds.
+    let body = serde_json::to_vec(body).unwrap_or_default();
+    let mut response = ([(CONTENT_TYPE, JSON)], body).into_response();
     let told = record.map(told_at_admission).into_iter().flatten();
     response.headers_mut().extend(told);
     response

@@ -144,14 +144,16 @@ impl Rendering {
     }
 }
 
-/// One event. Data of several lines is written as such.
+/// One event. Data of several lines is written as such; a name is one line, whatever
+/// an engine says, so that it cannot begin another field.
 fn frame(out: &mut Vec<u8>, name: Option<&str>, data: &str) {
-    if let Some(name) = name {
+    const LINE_ENDS: [char; 2] = ['\n', '\r'];
+    if let Some(name) = name.filter(|name| !name.contains(LINE_ENDS)) {
         out.extend_from_slice(b"event: ");
         out.extend_from_slice(name.as_bytes());
         out.push(b'\n');
     }
-    for line in data.split('\n') {
+    for line in data.split(LINE_ENDS) {
         out.extend_from_slice(b"data: ");
         out.extend_from_slice(line.as_bytes());
         out.push(b'\n');
@@ -233,6 +235,16 @@ mod tests {
             .into_iter()
             .map(|piece| String::from_utf8(piece.unwrap().to_vec()).unwrap())
             .collect()
+    }
+
+    #[tokio::test]
+    async fn nothing_that_an_engine_says_becomes_a_field_of_its_own() {
+        let events = vec![chunk(Some("x\rdata: [DONE]\n"), "{\r\"a\":1}")];
+        let log = EventLog::new();
+        let messages = rendering(CallApi::Messages);
+        let stream = render(events, log.cursor(0), messages, String::new(), (), || None);
+        let first = Box::pin(stream).next().await.unwrap().unwrap();
+        assert_eq!(first, "data: {\ndata: \"a\":1}\n\n");
     }
 
     const USAGE: &str = r#"{"choices":[],"usage":{"total_tokens":3}}"#;

@@ -32,7 +32,7 @@ impl Usage {
     fn tokens_in(&self) -> Option<u64> {
         let beside = self.cache_read_input_tokens.unwrap_or(0);
         let own = self.prompt_tokens.or(self.input_tokens)?;
-        Some(own + beside)
+        Some(own.saturating_add(beside))
     }
 
     fn cached(&self) -> Option<u64> {
@@ -105,7 +105,7 @@ impl Account {
         let usage = costs.usage.unwrap_or_default();
         let timings = costs.timings;
         let prompt = timings
-            .map(|timings| timings.cache_n + timings.prompt_n)
+            .map(|timings| timings.cache_n.saturating_add(timings.prompt_n))
             .or(usage.tokens_in());
         let out = timings
             .map(|timings| timings.predicted_n)
@@ -122,13 +122,13 @@ impl Account {
         let prompt = prompt.unwrap_or(0);
         if self.api == CallApi::Completions {
             // There may be several prompts.
-            sum.tokens_in += prompt;
-            sum.cached += cached.unwrap_or(0);
+            sum.tokens_in = sum.tokens_in.saturating_add(prompt);
+            sum.cached = sum.cached.saturating_add(cached.unwrap_or(0));
         } else {
             sum.tokens_in = sum.tokens_in.max(prompt);
             sum.cached = sum.cached.max(cached.unwrap_or(0));
         }
-        sum.tokens_out += out.unwrap_or(0);
+        sum.tokens_out = sum.tokens_out.saturating_add(out.unwrap_or(0));
         let timings = timings.unwrap_or_default();
         sum.prompt_ms = sum.prompt_ms.max(timings.prompt_ms);
         sum.decode_ms = sum.decode_ms.max(timings.predicted_ms);
@@ -164,5 +164,37 @@ impl Account {
             // The APIs do not tell the parameters in force.
             effective: Value::Null,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_beyond_all_measure_are_no_more_than_that() {
+        let huge = r#"{"input_tokens":18446744073709551615,"cache_read_input_tokens":9,"output_tokens":18446744073709551615}"#;
+        let costs = Costs {
+            usage: Some(serde_json::from_str(huge).unwrap()),
+            ..Costs::default()
+        };
+        let timed = Costs {
+            timings: Some(Timings {
+                cache_n: u64::MAX,
+                prompt_n: 1,
+                predicted_n: u64::MAX,
+                ..Timings::default()
+            }),
+            ..costs
+        };
+        let mut account = Account::new(CallApi::Completions);
+        for costs in [costs, timed, costs] {
+            account.add(&costs);
+        }
+        let summary = account.summary(Duration::ZERO, Duration::ZERO);
+        assert_eq!(
+            (summary.tokens_in, summary.tokens_out),
+            (u64::MAX, u64::MAX)
+        );
     }
 }

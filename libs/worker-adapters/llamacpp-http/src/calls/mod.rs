@@ -48,6 +48,8 @@ use crate::wire::PromptProgress;
 /// The most that one answer's events may hold together, in bytes: all of them are
 /// kept. Some ten thousand tokens with their log probabilities.
 const STREAM_LIMIT: usize = 256 << 20;
+/// What keeping an event takes beside its data, in bytes, from below.
+const EVENT_COST: usize = 128;
 
 /// The longest that an answer is waited for whose engine does not show its slots, so
 /// that nothing tells a slow one from a hung one.
@@ -246,7 +248,8 @@ impl Call {
 
     /// Takes in one event of a stream.
     fn take(&mut self, event: SseEvent) -> Result<(), WorkerError> {
-        self.bytes += event.data.len();
+        let name = event.name.as_ref().map_or(0, String::len);
+        self.bytes += EVENT_COST + name + event.data.len();
         if self.bytes > STREAM_LIMIT {
             return Err(WorkerError::Protocol {
                 what: format!("an answer of more than {STREAM_LIMIT} bytes"),
@@ -392,7 +395,7 @@ impl Call {
                 if let Some(live) = &self.live {
                     live.handle.set_prompt_left(0);
                 }
-                let context = slot.prompt_tokens + slot.decoded;
+                let context = slot.prompt_tokens.saturating_add(slot.decoded);
                 self.patience.hear_token(now, context);
             }
         }

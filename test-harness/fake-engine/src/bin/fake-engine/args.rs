@@ -9,6 +9,7 @@ pub(crate) struct Args {
     pub(crate) host: String,
     pub(crate) port: u16,
     pub(crate) model: String,
+    pub(crate) alias: Option<String>,
     pub(crate) parallel: usize,
     /// Tokens of context over all slots.
     pub(crate) ctx_size: u64,
@@ -29,6 +30,7 @@ impl Args {
             host: "127.0.0.1".to_owned(),
             port: 8080,
             model: String::new(),
+            alias: None,
             parallel: 1,
             ctx_size: 0,
             metrics: false,
@@ -47,6 +49,7 @@ impl Args {
                 "--host" => args.host = value(),
                 "--port" => args.port = value().parse().unwrap_or(args.port),
                 "-m" | "--model" => args.model = value(),
+                "-a" | "--alias" => args.alias = Some(value()),
                 "-np" | "--parallel" => args.parallel = value().parse().unwrap_or(1).max(1),
                 "-c" | "--ctx-size" => args.ctx_size = value().parse().unwrap_or(0),
                 "--api-key" => args.api_key = Some(value()),
@@ -67,6 +70,11 @@ impl Args {
             }
         }
         args
+    }
+
+    /// What its answers call the model.
+    pub(crate) fn model_name(&self) -> &str {
+        self.alias.as_ref().unwrap_or(&self.model)
     }
 
     /// Context length of one slot, in tokens.

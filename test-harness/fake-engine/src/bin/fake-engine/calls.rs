@@ -115,7 +115,7 @@ pub(crate) async fn embeddings(
         .map(|(index, text)| json!({"embedding": embedding(text), "index": index, "object": "embedding"}))
         .collect();
     Json(json!({
-        "model": engine.args.model, "object": "list", "data": data,
+        "model": engine.args.model_name(), "object": "list", "data": data,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }))
     .into_response()
@@ -144,7 +144,7 @@ pub(crate) async fn rerank(
         .map(|(index, text)| json!({"index": index, "relevance_score": -(text.len() as f64)}))
         .collect();
     Json(json!({
-        "model": engine.args.model, "object": "list", "results": results,
+        "model": engine.args.model_name(), "object": "list", "results": results,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }))
     .into_response()

@@ -230,7 +230,7 @@ impl Answer {
 
     fn told(&self) -> Told<'_> {
         Told {
-            model: &self.engine.args.model,
+            model: self.engine.args.model_name(),
             request: &self.asked.request,
             prompt_tokens: self.prompt_tokens,
             sent: self.sent,
