@@ -1,5 +1,9 @@
 //! Pools whose engine runs elsewhere: the daemon is a real process, and so are the
 //! (fake) engines and the second daemon that it sends its tasks to.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test may panic, and its helpers with it"
+)]
 
 mod support;
 

@@ -465,6 +465,16 @@ async fn metrics_and_the_description_cover_what_happened() {
         .collect();
     insta::assert_json_snapshot!(paths, @r#"
     [
+      "/",
+      "/api/chat",
+      "/api/embed",
+      "/api/embeddings",
+      "/api/generate",
+      "/api/ps",
+      "/api/pull",
+      "/api/show",
+      "/api/tags",
+      "/api/version",
       "/detokenize",
       "/health",
       "/metrics",
@@ -490,6 +500,7 @@ async fn metrics_and_the_description_cover_what_happened() {
       "/v2/catalog/pulls",
       "/v2/catalog/pulls/{id}",
       "/v2/catalog/pulls/{id}/events",
+      "/v2/memory",
       "/v2/meta/capabilities",
       "/v2/pools",
       "/v2/pools/{id}",

@@ -94,7 +94,7 @@ async fn odd_but_lawful_requests_are_answered() {
         ("OPTIONS * HTTP/1.1", 404),
         ("CONNECT localhost:80 HTTP/1.1", 404),
         ("BREW /health HTTP/1.1", 405),
-        ("TRACE / HTTP/1.1", 404),
+        ("TRACE / HTTP/1.1", 405),
         ("GET //health HTTP/1.1", 404),
         ("GET /v2/tasks/%00%ff/events HTTP/1.1", 400),
         ("GET /v2/tasks/%00 HTTP/1.1", 404),

@@ -42,12 +42,24 @@ impl Answer {
         }
         let body = self.json();
         let error = &body["error"];
-        assert_eq!(error["correlation_id"], id, "{body}");
-        for text in ["code", "message"] {
-            let text = error[text].as_str();
-            assert!(text.is_some_and(|text| !text.is_empty()), "{body}");
+        let told = |text: &Value| text.as_str().is_some_and(|text| !text.is_empty());
+        if error.is_string() {
+            // Ollama's shape has no place for more.
+            assert!(told(error), "{body}");
+            return;
         }
-        assert!(error["retriable"].is_boolean(), "{body}");
+        assert!(told(&error["message"]), "{body}");
+        if body["type"] == "error" {
+            // Anthropic's.
+            assert!(told(&error["type"]), "{body}");
+            assert_eq!(body["request_id"], id, "{body}");
+            return;
+        }
+        assert!(told(&error["code"]), "{body}");
+        assert_eq!(error["correlation_id"], id, "{body}");
+        // OpenAI's has a `type` instead.
+        let native = error["retriable"].is_boolean();
+        assert!(native || told(&error["type"]), "{body}");
     }
 }
 

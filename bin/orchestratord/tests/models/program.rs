@@ -128,21 +128,29 @@ async fn models_are_looked_after_through_a_daemon() {
     );
 }
 
-/// Whether any of a model has arrived. What a server sent need not have.
-fn has_arrived(cache: &Path) -> bool {
-    let files = std::fs::read_dir(cache.join("downloads"));
-    files.into_iter().flatten().flatten().any(|file| {
-        let is_part = file.path().extension().is_some_and(|it| it == "part");
-        is_part && file.metadata().is_ok_and(|facts| facts.len() > 0)
+/// Whether the first whole chunk of a file has come and is noted, so that it is
+/// gone on with. The note is written after its bytes.
+fn chunk_has_come(downloads: &Path) -> bool {
+    let Ok(entries) = std::fs::read_dir(downloads) else {
+        return false;
+    };
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let mut notes = paths.filter(|path| path.extension().is_some_and(|it| it == "chunks"));
+    notes.any(|path| {
+        let notes = std::fs::read_to_string(path).unwrap_or_default();
+        let whole = |line: &str| line.starts_with("0 8388608 ");
+        notes
+            .split_inclusive('\n')
+            .any(|line| whole(line) && line.ends_with('\n'))
     })
 }
 
-/// Begins a pull, and interrupts the program when some of it has arrived.
-async fn interrupted(mut command: std::process::Command, cache: &Path) -> Output {
+/// Begins a pull that comes to its half, and interrupts the program.
+async fn interrupted(mut command: std::process::Command, downloads: &Path) -> Output {
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let begun = std::time::Instant::now();
-    while !has_arrived(cache) {
+    while !chunk_has_come(downloads) {
         assert!(begun.elapsed() < crate::support::DEADLINE);
         tokio::time::sleep(std::time::Duration::from_millis(5)).await;
     }
@@ -159,8 +167,11 @@ async fn an_interrupted_pull_goes_on_next_time() {
     let (address, server) = Server::start(&bytes, false).await;
     let reference = format!("{address}/m.gguf");
     let setup = setup();
-    let command = setup.command(&["models", "pull", &reference]);
-    let stopped = interrupted(command, &setup.cache_dir()).await;
+    let stopped = interrupted(
+        setup.command(&["models", "pull", &reference]),
+        &setup.cache_dir().join("downloads"),
+    )
+    .await;
     assert_eq!(stopped.status.code(), Some(130), "{}", err(&stopped));
     assert!(
         err(&stopped).contains("goes on with it"),
@@ -184,7 +195,7 @@ async fn an_interrupted_look_leaves_the_daemons_pull_running() {
     let reference = format!("{address}/m.gguf?sig=hidden");
     let daemon = setup().start();
     let command = daemon.command_beside(&["models", "pull", &reference]);
-    let stopped = interrupted(command, &daemon.cache_dir()).await;
+    let stopped = interrupted(command, &daemon.cache_dir().join("downloads")).await;
     assert_eq!(stopped.status.code(), Some(130), "{}", err(&stopped));
     assert!(err(&stopped).contains("models cancel"), "{}", err(&stopped));
     assert!(!err(&stopped).contains("hidden"), "{}", err(&stopped));
@@ -226,9 +237,9 @@ async fn an_interrupted_look_leaves_the_daemons_pull_running() {
 
 #[tokio::test]
 async fn a_killed_daemon_is_not_waited_for() {
-    let mut daemon = setup().start();
+    let mut daemon = setup().ready().await;
     daemon.signal(Signal::SIGKILL);
     daemon.wait();
     let listed = good(move || daemon.beside(&["models", "list"])).await;
-    assert!(listed.contains("no models yet"), "{listed}");
+    assert!(listed.contains("0 of 1 in the store"), "{listed}");
 }

@@ -23,6 +23,7 @@ use self::way::{Pulled, Way};
 use super::client::ClientError;
 use super::{Context, report};
 use crate::api::catalog::view::{Condition, VerifiedView};
+#[cfg(feature = "provisioning")]
 use crate::app::bootstrap::StartError;
 use crate::app::config::shown_model;
 use crate::services::event_log::Failure;
@@ -110,6 +111,7 @@ enum ModelsCommand {
 pub(super) enum ModelsError {
     #[error(transparent)]
     Client(#[from] ClientError),
+    #[cfg(feature = "provisioning")]
     #[error("the models cannot be worked on")]
     Setup(#[source] StartError),
     #[cfg(feature = "provisioning")]
@@ -142,6 +144,7 @@ impl Hinted for ModelsError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Client(error) => error.hint(),
+            #[cfg(feature = "provisioning")]
             Self::Setup(error) => error.hint(),
             #[cfg(feature = "provisioning")]
             Self::Model(error) => error.hint(),
