@@ -29,6 +29,7 @@ async fn a_task_is_admitted_streamed_and_kept() {
     assert_eq!(end["tokens_out"], 3);
     assert_eq!(end["receipt"]["provisioning_mode"], "system");
     let capabilities = daemon.get_json("/v2/meta/capabilities").await;
+    assert_eq!(capabilities["pools"][0]["serves"], "text");
     let replica = &capabilities["pools"][0]["replica"];
     assert_eq!(end["receipt"]["engine_digest"], replica["engine_digest"]);
     assert_eq!(end["receipt"]["model_digest"], replica["model_digest"]);

@@ -90,7 +90,7 @@ pub async fn correlate(
             .take()
             .map(|hint| without_token(&hint, token).into_owned());
         let method = without_token(method.as_str(), token);
-        let path = without_token(&path, token);
+        let path = without_token(without_signature(&path), token);
         log_error(&state.repeats, &method, &path, &id, &error);
         let body = error_parts(response.headers_mut(), error, dialect, &id);
         *response.body_mut() = Body::from(body);
@@ -103,6 +103,12 @@ pub async fn correlate(
         response.headers_mut().insert(CORRELATION_ID, value);
     }
     response
+}
+
+/// A path may name a model by its address, whose query may be a signature.
+fn without_signature(path: &str) -> &str {
+    let query = path.to_ascii_lowercase().find("%3f");
+    query.map_or(path, |at| &path[..at])
 }
 
 /// What is ours is said aloud, what is the client's only to who looks closely. A
@@ -157,6 +163,14 @@ mod tests {
         headers.insert(CORRELATION_ID, HeaderValue::from_bytes(given).unwrap());
         let token = Token::try_from("s3cret-word".to_owned()).unwrap();
         take_or_make(&headers, Some(&token)).to_string()
+    }
+
+    #[test]
+    fn a_signature_in_a_path_is_left_out() {
+        let path = "/v2/catalog/models/https%3A%2F%2Fhost%2Fm.gguf";
+        for query in ["", "%3Fsig%3Dhidden", "%3fsig=hidden%3F"] {
+            assert_eq!(without_signature(&format!("{path}{query}")), path);
+        }
     }
 
     #[test]

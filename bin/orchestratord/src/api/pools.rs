@@ -19,7 +19,7 @@ use worker_adapters_adapter_api::ReplicaStatus;
 
 use super::error::{ApiError, ErrorBody};
 use super::tasks::Preparation;
-use crate::app::config::LoadPolicy;
+use crate::app::config::{LoadPolicy, Serves};
 use crate::app::state::AppState;
 use crate::services::event_log::Failure;
 use crate::services::pool::{Phase, PoolHandle, PoolSnapshot, ReloadView, Restarts, Transition};
@@ -38,6 +38,10 @@ pub struct PoolView {
     /// Further names by which clients may ask for it.
     #[serde(default)]
     pub aliases: Vec<String>,
+    /// What the engine is started for: `text`, `embeddings` or `rerank`.
+    #[serde(default)]
+    #[schema(value_type = String)]
+    pub serves: Serves,
     /// When the engine is loaded: `eager` or `on_demand`.
     #[schema(value_type = String)]
     pub load: LoadPolicy,
@@ -247,6 +251,7 @@ impl PoolView {
             engine: settings.engine.to_string(),
             model: settings.model.clone(),
             aliases: settings.config.aliases.clone(),
+            serves: settings.config.serves,
             load: settings.config.load,
             pin: settings.config.pin,
             idle_ttl_seconds: settings.config.idle_ttl_seconds,

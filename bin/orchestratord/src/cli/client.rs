@@ -174,7 +174,8 @@ impl Daemon {
     fn failed(&self, source: reqwest::Error) -> ClientError {
         ClientError::Ask {
             url: self.url.clone(),
-            source,
+            // It would name the whole route.
+            source: source.without_url(),
         }
     }
 }

@@ -260,6 +260,58 @@ async fn a_model_is_removed_when_no_pool_uses_it() {
 }
 
 #[tokio::test]
+async fn hostile_names_find_nothing_and_touch_nothing() {
+    let daemon = setup().ready().await;
+    let model = daemon.model();
+    let path = model.to_str().unwrap();
+    let long = "x".repeat(10_000);
+    for name in [
+        "%2e%2e%2f%2e%2e%2fetc%2fpasswd",
+        "%2e%2e",
+        "sha256:%2e%2e%2f%2e%2e",
+        "%00",
+        "%ff",
+        "%e2%80%ae%f0%9f%90%99",
+        "%20",
+        &encoded(&format!("{path}/../{path}")),
+        &long,
+    ] {
+        let route = format!("/v2/catalog/models/{name}");
+        let answers = [
+            daemon.get(&route).await,
+            delete(&daemon, &route).await,
+            daemon.post(&format!("{route}/verify"), json!({})).await,
+        ];
+        for answer in answers {
+            let status = answer.status().as_u16();
+            let body: Value = answer.json().await.unwrap();
+            assert!(matches!(status, 400 | 404 | 405), "{name}: {status} {body}");
+            let said = body.to_string();
+            assert!(said.len() < 1000, "{said}");
+        }
+    }
+    assert!(model.exists());
+    let pulled = daemon.post(
+        "/v2/catalog/pulls",
+        json!({ "model": format!("hf:o/r/{long}.gguf") }),
+    );
+    let refused = body(pulled.await, 400).await;
+    assert_eq!(refused["error"]["code"], "INVALID_PARAMS");
+}
+
+#[tokio::test]
+async fn who_fetches_a_removed_model_again_is_said() {
+    let (address, _server) = Server::start(&model(8), true).await;
+    let reference = format!("{address}/m.gguf");
+    let resting = setup().pool("load", "on_demand");
+    let daemon = resting.pool("model", reference.as_str()).start();
+    let pulled = pull(&daemon, &reference).await;
+    until_state(&daemon, &pulled, "done").await;
+    let removed = body(delete(&daemon, "/v2/catalog/models/m.gguf").await, 200).await;
+    assert_eq!(removed["fetched_again_by"], json!(["default"]));
+}
+
+#[tokio::test]
 async fn a_model_is_verified_marked_and_mended() {
     let bytes = model(7);
     let (address, server) = Server::start(&bytes, true).await;

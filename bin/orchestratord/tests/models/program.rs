@@ -5,7 +5,7 @@ use std::process::{Output, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::{Value, json};
+use serde_json::Value;
 use test_harness_fake_engine::Script;
 
 use crate::server::Server;
@@ -169,7 +169,7 @@ async fn an_interrupted_pull_goes_on_next_time() {
     let setup = setup();
     let stopped = interrupted(
         setup.command(&["models", "pull", &reference]),
-        &setup.engine_dir().with_file_name("cache").join("downloads"),
+        &setup.cache_dir().join("downloads"),
     )
     .await;
     assert_eq!(stopped.status.code(), Some(130), "{}", err(&stopped));
@@ -192,14 +192,16 @@ async fn an_interrupted_pull_goes_on_next_time() {
 async fn an_interrupted_look_leaves_the_daemons_pull_running() {
     let bytes = model(13);
     let (address, _server) = Server::start(&bytes, false).await;
-    let reference = format!("{address}/m.gguf");
+    let reference = format!("{address}/m.gguf?sig=hidden");
     let daemon = setup().start();
     let command = daemon.command_beside(&["models", "pull", &reference]);
     let stopped = interrupted(command, &daemon.cache_dir().join("downloads")).await;
     assert_eq!(stopped.status.code(), Some(130), "{}", err(&stopped));
     assert!(err(&stopped).contains("models cancel"), "{}", err(&stopped));
+    assert!(!err(&stopped).contains("hidden"), "{}", err(&stopped));
     let pulls = daemon.get_json("/v2/catalog/pulls").await;
     assert_eq!(pulls["pulls"][0]["state"], "running");
+    let shown = pulls["pulls"][0]["model"].clone();
     let daemon = std::sync::Arc::new(daemon);
     let beside = |args: &[&str]| {
         let daemon: std::sync::Arc<Daemon> = std::sync::Arc::clone(&daemon);
@@ -209,7 +211,14 @@ async fn an_interrupted_look_leaves_the_daemons_pull_running() {
     let cancelled = good(beside(&["models", "cancel", &reference])).await;
     assert!(cancelled.contains("is cancelled"), "{cancelled}");
     let nothing = tokio::task::spawn_blocking(beside(&["models", "cancel", &reference]));
-    assert_eq!(nothing.await.unwrap().status.code(), Some(1));
+    let nothing = nothing.await.unwrap();
+    assert_eq!(nothing.status.code(), Some(1));
+    let missing = tokio::task::spawn_blocking(beside(&["models", "remove", &reference]));
+    let missing = missing.await.unwrap();
+    assert_eq!(missing.status.code(), Some(1));
+    for said in [err(&nothing), err(&missing), daemon.log()] {
+        assert!(!said.contains("hidden"), "{said}");
+    }
     let begun = good(beside(&[
         "models",
         "pull",
@@ -219,7 +228,7 @@ async fn an_interrupted_look_leaves_the_daemons_pull_running() {
     ]))
     .await;
     let begun: Value = serde_json::from_str(&begun).unwrap();
-    assert_eq!(begun[0]["model"], json!(reference));
+    assert_eq!(begun[0]["model"], shown);
     assert!(
         begun[0]["pull_id"].is_string() && begun[0]["path"].is_null(),
         "{begun}"

@@ -80,6 +80,10 @@ impl Setup {
         self.dir.path().join("engine")
     }
 
+    pub(crate) fn cache_dir(&self) -> PathBuf {
+        self.dir.path().join("cache")
+    }
+
     /// The settings of the pool, to make others like it.
     pub(crate) fn pool_settings(&self) -> Value {
         self.pool.clone()
@@ -88,7 +92,7 @@ impl Setup {
     fn write_config(&self) -> PathBuf {
         let mut config = json!({
             "listen": "127.0.0.1:0",
-            "cache_dir": self.dir.path().join("cache"),
+            "cache_dir": self.cache_dir(),
             "runtime_dir": self.dir.path().join("runtime"),
             "drain_seconds": 5,
             "pools": { "default": self.pool },
@@ -236,7 +240,7 @@ impl Daemon {
     }
 
     pub(crate) fn cache_dir(&self) -> PathBuf {
-        self.setup.dir.path().join("cache")
+        self.setup.cache_dir()
     }
 
     pub(crate) fn engine_dir(&self) -> PathBuf {

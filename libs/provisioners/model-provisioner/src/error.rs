@@ -15,6 +15,9 @@ use crate::reference::ReferenceError;
 use crate::store::SaveError;
 use crate::verify::SignatureRejected;
 
+/// How many of the models that may be meant are named.
+const CANDIDATES_SHOWN: usize = 8;
+
 /// Why a model could not be provided, listed or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
@@ -163,7 +166,11 @@ impl Hinted for ModelError {
                 None if known.is_empty() => "there are no models here yet; `orchestratord models pull haiku` fetches one".to_owned(),
                 None => "the list of models has every name; a digest may be shortened to its first digits".to_owned(),
             },
-            Self::Ambiguous { candidates, .. } => format!("say which one: {}", candidates.join(", ")),
+            Self::Ambiguous { candidates, .. } => {
+                let first = &candidates[..candidates.len().min(CANDIDATES_SHOWN)];
+                let more = if candidates.len() > first.len() { ", …" } else { "" };
+                format!("say which one: {}{more}", first.join(", "))
+            }
             Self::InUse { .. } => {
                 "an engine keeps its model until its pool is stopped or removed; try again then".to_owned()
             }

@@ -15,7 +15,7 @@ use llama_orch_types::Digest;
 
 use crate::error::ModelError;
 use crate::profile::Profiles;
-use crate::reference::ModelRef;
+use crate::reference::{ModelRef, shown};
 use crate::store::ModelRecord;
 
 /// The fewest digits that stand for a digest.
@@ -105,9 +105,9 @@ fn known_names(records: &[ModelRecord], profiles: &Profiles) -> Vec<String> {
     all.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
-/// As much of it as an answer repeats.
-fn shortened(name: &str) -> String {
-    name.chars().take(200).collect()
+/// As much of it as is repeated: a name may be long, and hold a signature.
+pub(crate) fn shortened(name: &str) -> String {
+    shown(name).chars().take(200).collect()
 }
 
 #[cfg(test)]
@@ -224,6 +224,8 @@ mod tests {
                 .unwrap()
                 .contains("`tiny`")
         );
+        let signed = found("https://host/m.gguf?sig=hidden").unwrap_err();
+        assert!(!format!("{signed} {signed:?}").contains("hidden"));
         let error = select(&[], &profiles(), "x").unwrap_err();
         assert!(error.hint().unwrap().contains("pull"), "{error:?}");
     }

@@ -25,6 +25,9 @@ use provision_kit::fs::sha256_bytes;
 use reqwest::Url;
 use serde::{Deserialize, Serialize};
 
+/// The most bytes that a reference may have: signed addresses are long.
+const LONGEST: usize = 8 * 1024;
+
 /// A reference, taken apart.
 ///
 /// Neither `Display` nor `Debug` show the query of a web address; as a value
@@ -88,6 +91,11 @@ impl Hinted for ReferenceError {
 }
 
 impl ModelRef {
+    /// Whether it holds something that may be secret.
+    pub fn has_secret(&self) -> bool {
+        matches!(self, Self::Http { url } if url.contains('?'))
+    }
+
     /// Whether it always names the same bytes, so that a transfer may go on
     /// later where it was cut.
     pub fn is_immutable(&self) -> bool {
@@ -117,6 +125,9 @@ impl FromStr for ModelRef {
                 .collect(),
             problem,
         };
+        if text.len() > LONGEST {
+            return Err(malformed("it is longer than 8192 bytes"));
+        }
         if text.chars().any(char::is_control) {
             return Err(malformed("it holds a control character"));
         }
@@ -355,7 +366,7 @@ fn parse_http(
 
 /// A text that is no reference, fit for messages: an address may hold secrets
 /// also where it is misspelt.
-fn shown(text: &str) -> String {
+pub(crate) fn shown(text: &str) -> String {
     let Some((scheme, rest)) = text.split_once("//") else {
         return text.to_owned();
     };

@@ -43,7 +43,8 @@ pub async fn show(
 }
 
 /// Remove a model from the store, with all that is known about it. A file that
-/// lies elsewhere is only forgotten. 409 while a pool or another program uses it.
+/// lies elsewhere is only forgotten. 409 while a pool or another program uses it;
+/// pools that are only configured with it fetch it again when they are loaded.
 #[utoipa::path(
     delete, path = "/v2/catalog/models/{name}", tag = "catalog",
     params(("name" = String, Path, description = "As for GET")),
@@ -65,7 +66,7 @@ pub async fn remove(
 
 #[cfg(feature = "provisioning")]
 mod work {
-    use llama_orch_types::ErrorCode;
+    use llama_orch_types::{EngineKind, ErrorCode};
     use provisioners_model_provisioner::{ModelEntry, ModelError};
 
     use super::{AppState, ModelView, RemovedView};
@@ -97,7 +98,14 @@ mod work {
         // By what cannot be mistaken, since others may have come meanwhile.
         let exactly = entry.record.path.display().to_string();
         match state.models.remove(&exactly).await {
-            Ok(removed) => Ok(RemovedView::from(removed)),
+            Ok(removed) => Ok(RemovedView {
+                fetched_again_by: if entry.stored {
+                    used_by(state, &entry)
+                } else {
+                    Vec::new()
+                },
+                ..RemovedView::from(removed)
+            }),
             // A pool that is on its way, or that was served by it and may be again.
             Err(ModelError::InUse { .. }) => Err(in_use(&entry, &used_by(state, &entry))),
             Err(error) => Err(failure(&error)),
@@ -150,7 +158,9 @@ mod work {
         for (id, pool) in state.pools.get().iter() {
             let id = id.to_string();
             let settings = pool.settings();
-            if !ids.contains(&id)
+            // What runs elsewhere has its model there.
+            if settings.engine != EngineKind::Openai
+                && !ids.contains(&id)
                 && state
                     .models
                     .is_called(&entry.record, &settings.config.model)

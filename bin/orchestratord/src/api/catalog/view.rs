@@ -80,6 +80,9 @@ pub struct RemovedView {
     /// What it was called.
     pub names: Vec<String>,
     pub bytes_freed: u64,
+    /// Pools that are configured with it: they fetch it when they are loaded.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fetched_again_by: Vec<String>,
     /// A file outside the store, which stays: it is only forgotten.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept_file: Option<String>,
@@ -121,6 +124,7 @@ mod from_library {
                 digest: removed.digest.to_string(),
                 names: removed.names,
                 bytes_freed: removed.bytes_freed,
+                fetched_again_by: Vec::new(),
                 kept_file: removed.kept_file.map(|path| path.display().to_string()),
             }
         }

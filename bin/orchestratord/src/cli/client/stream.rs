@@ -87,7 +87,7 @@ impl Events {
             };
             let chunk = chunk.map_err(|source| ClientError::Ask {
                 url: self.url.clone(),
-                source,
+                source: source.without_url(),
             })?;
             self.buffer.extend_from_slice(&chunk);
             if self.buffer.len() > EVENT_LIMIT {

@@ -13,6 +13,7 @@ use super::way::Pulled;
 use crate::api::catalog::pulls::PullRequest;
 use crate::api::catalog::verify::VerifyRequest;
 use crate::api::catalog::view::VerifiedView;
+use crate::app::config::shown_model;
 use crate::cli::Context;
 use crate::cli::client::{ClientError, Daemon, NO_BODY};
 use crate::services::event_log::Failure;
@@ -24,12 +25,18 @@ use crate::ui::progress_reporter;
 pub(super) struct Follower {
     pub(super) daemon: Daemon,
     reporter: Arc<dyn Reporter>,
+    /// Whether the daemon has the files that are here.
+    is_here: bool,
 }
 
 impl Follower {
-    pub(super) fn new(context: &Context, daemon: Daemon) -> Self {
+    pub(super) fn new(context: &Context, daemon: Daemon, is_here: bool) -> Self {
         let reporter = progress_reporter(context.log_format, &context.bars);
-        Self { daemon, reporter }
+        Self {
+            daemon,
+            reporter,
+            is_here,
+        }
     }
 
     /// Has all of them pulled and, unless somebody will not wait, watches.
@@ -41,7 +48,11 @@ impl Follower {
         let mut begun = Vec::new();
         for reference in references {
             let request = PullRequest {
-                model: reference.clone(),
+                model: if self.is_here {
+                    from_anywhere(reference)
+                } else {
+                    reference.clone()
+                },
             };
             let pull =
                 self.daemon
@@ -97,6 +108,7 @@ impl Follower {
         name: &str,
         repair: bool,
     ) -> Result<VerifiedView, ModelsError> {
+        let name = shown_model(name);
         let mut step = self.step(format!("verifying the model {name}"), None);
         let request = VerifyRequest { repair };
         let ended = self.end_of(Method::POST, path, Some(&request), &mut step);
@@ -107,8 +119,7 @@ impl Follower {
             }
             Ok(None) => {
                 step.fail("the daemon ended");
-                let model = name.to_owned();
-                Err(ModelsError::NotRead { model })
+                Err(ModelsError::NotRead { model: name })
             }
             Err(error) => {
                 step.fail(error.to_string());
@@ -171,10 +182,64 @@ impl Follower {
     }
 }
 
+/// A file's path as a daemon finds it, which works in another directory; any
+/// other reference as it is.
+fn from_anywhere(reference: &str) -> String {
+    let reference = reference.trim();
+    let (scheme, path) = match reference.strip_prefix("file:") {
+        Some(path) => ("file:", path),
+        None => ("", reference),
+    };
+    let before_colon = path.split(':').next().unwrap_or_default();
+    let is_path = !scheme.is_empty()
+        || path.starts_with('.')
+        || before_colon.contains('/')
+        || before_colon == path && path.to_ascii_lowercase().ends_with(".gguf");
+    if !is_path || path.is_empty() || path.starts_with(['/', '~']) {
+        return reference.to_owned();
+    }
+    let absolute = std::path::absolute(path);
+    let absolute = absolute.ok().and_then(|it| it.to_str().map(str::to_owned));
+    absolute.map_or_else(|| reference.to_owned(), |it| format!("{scheme}{it}"))
+}
+
 fn pulled(pull: PullView) -> Pulled {
     Pulled {
         model: pull.model,
         pull_id: Some(pull.pull_id),
         result: pull.result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_named_so_that_a_daemon_elsewhere_finds_them() {
+        let here = std::env::current_dir().unwrap();
+        let here = here.to_str().unwrap();
+        for (given, sent) in [
+            ("./m.gguf", format!("{here}/m.gguf")),
+            ("m.GGUF", format!("{here}/m.GGUF")),
+            ("../a/m", format!("{here}/../a/m")),
+            ("a/m", format!("{here}/a/m")),
+            ("file:m.gguf", format!("file:{here}/m.gguf")),
+        ] {
+            assert_eq!(from_anywhere(given), sent);
+        }
+        for same in [
+            "haiku",
+            "/m.gguf",
+            "~/m.gguf",
+            "file:/m.gguf",
+            "file:///m.gguf",
+            "file:",
+            "hf:o/r/m.gguf",
+            "https://host/m.gguf",
+            "pip:p==1/m.gguf",
+        ] {
+            assert_eq!(from_anywhere(same), same);
+        }
     }
 }

@@ -25,6 +25,7 @@ use super::{Context, report};
 use crate::api::catalog::view::{Condition, VerifiedView};
 #[cfg(feature = "provisioning")]
 use crate::app::bootstrap::StartError;
+use crate::app::config::shown_model;
 use crate::services::event_log::Failure;
 
 const EXAMPLES: &str = "\
@@ -205,7 +206,7 @@ pub(super) async fn models(context: &Context, args: &ModelsArgs) -> ExitCode {
                 let view = way.verify(name, *repair).await?;
                 match (view.condition, &view.actual_digest) {
                     (Condition::Spoilt, Some(actual)) => Err(ModelsError::Spoilt {
-                        model: name.to_owned(),
+                        model: shown_model(name),
                         actual: actual.clone(),
                         expected: view.digest,
                         path: view.path,

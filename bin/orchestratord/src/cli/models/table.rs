@@ -186,14 +186,18 @@ pub(super) fn cancelled(pull: &PullView) -> String {
 
 pub(super) fn removed(removed: &RemovedView) -> String {
     let name = removed.names.first().unwrap_or(&removed.digest);
-    match &removed.kept_file {
-        Some(file) => format!("forgot {name}; {file} stays"),
-        None => format!(
-            "removed {name} ({}): {} freed",
-            digits(&removed.digest),
-            HumanBytes(removed.bytes_freed)
-        ),
+    if let Some(file) = &removed.kept_file {
+        return format!("forgot {name}; {file} stays");
     }
+    let again = match &removed.fetched_again_by[..] {
+        [] => String::new(),
+        pools => format!("; fetched again when loaded: {}", pools.join(", ")),
+    };
+    format!(
+        "removed {name} ({}): {} freed{again}",
+        digits(&removed.digest),
+        HumanBytes(removed.bytes_freed)
+    )
 }
 
 pub(super) fn verified(verified: &VerifiedView) -> String {

@@ -7,6 +7,7 @@ use super::ModelsError;
 use super::follow::Follower;
 use super::here::Here;
 use crate::api::catalog::view::{ModelView, ModelsView, RemovedView, VerifiedView};
+use crate::app::config::shown_model;
 use crate::cli::Context;
 use crate::cli::client::{ClientError, Daemon, NO_BODY, encoded};
 use crate::services::pulls::{PullView, PulledModel};
@@ -44,7 +45,8 @@ impl Way {
                         if url.is_none() && source.is_connect() => {}
                     Err(error) => return Err(error.into()),
                     Ok(_) => {
-                        return Ok(Self::Daemon(Box::new(Follower::new(context, daemon))));
+                        let follower = Follower::new(context, daemon, url.is_none());
+                        return Ok(Self::Daemon(Box::new(follower)));
                     }
                 }
             }
@@ -104,14 +106,14 @@ impl Way {
             .daemon
             .ask(Method::GET, "/v2/catalog/pulls", NO_BODY)
             .await?;
+        // As the daemon shows it.
+        let shown = shown_model(name.trim());
         let wanted = |pull: &PullView| {
             let is_open = matches!(pull.progress.state, WorkState::Queued | WorkState::Running);
-            is_open && (pull.model == name || pull.pull_id == name)
+            is_open && (pull.model == shown || pull.pull_id == name)
         };
         let Some(pull) = all.pulls.into_iter().find(wanted) else {
-            return Err(ModelsError::NoPull {
-                model: name.to_owned(),
-            });
+            return Err(ModelsError::NoPull { model: shown });
         };
         let path = format!("/v2/catalog/pulls/{}", encoded(&pull.pull_id));
         Ok(it.daemon.ask(Method::DELETE, &path, NO_BODY).await?)
@@ -119,20 +121,23 @@ impl Way {
 
     /// What to say to somebody who pressed Ctrl-C.
     pub(super) fn after_interrupt(&self, references: &[String]) -> String {
+        let shown: Vec<String> = references.iter().map(|it| shown_model(it)).collect();
         match self {
             Self::Daemon(it) => format!(
                 "the daemon at {} goes on with it; `orchestratord models cancel {}` stops it",
                 it.daemon.url(),
-                references.join(" ")
+                shown.join(" ")
             ),
             Self::Here(_) => format!(
                 "stopped; what has arrived is kept, and `orchestratord models pull {}` goes on with it",
-                references.join(" ")
+                shown.join(" ")
             ),
         }
     }
 }
 
+/// The route of a model. An address goes as it is recorded, without what may be
+/// secret: routes are logged.
 fn path_of(name: &str) -> String {
-    format!("/v2/catalog/models/{}", encoded(name))
+    format!("/v2/catalog/models/{}", encoded(&shown_model(name)))
 }

@@ -152,7 +152,10 @@ impl Metadata {
         let key = reader.key()?;
         let value = reader.value(MAX_TEXT)?;
         match (key.as_str(), value) {
-            ("general.architecture", Scalar::Text(text)) => self.architecture = Some(text),
+            ("general.architecture", Scalar::Text(text)) => {
+                // It is shown on terminals.
+                self.architecture = Some(text).filter(|text| is_word(text));
+            }
             ("tokenizer.chat_template", Scalar::Text(text)) => self.chat_template = Some(text),
             ("general.file_type", Scalar::Unsigned(number)) => self.file_type = Some(number),
             ("general.alignment", Scalar::Unsigned(number)) => self.alignment = Some(number),
@@ -202,6 +205,11 @@ impl Metadata {
             split_count: self.split_count.unwrap_or(1).max(1),
         }
     }
+}
+
+/// Whether it can be an architecture's name; a hostile file may hold anything.
+fn is_word(text: &str) -> bool {
+    text.len() <= 64 && text.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 /// Sums over the tensors.

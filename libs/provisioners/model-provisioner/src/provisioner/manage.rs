@@ -29,7 +29,7 @@ pub struct Identity {
     pub id: String,
     /// The same for all references that are known to want the same bytes.
     pub key: String,
-    /// Whether `id` leaves something out.
+    /// Whether the reference holds what `id` leaves out.
     pub has_secret: bool,
 }
 
@@ -116,7 +116,7 @@ impl ModelProvisioner {
     pub fn identify(&self, reference: &str) -> Result<Identity, ModelError> {
         let wanted = Wanted::resolve(reference, &self.profiles, self.config.verify)?;
         Ok(Identity {
-            has_secret: wanted.id != reference.trim(),
+            has_secret: reference.parse::<ModelRef>()?.has_secret(),
             id: wanted.id,
             key: wanted.key,
         })
@@ -224,7 +224,7 @@ impl ModelProvisioner {
         let step = Step::start(
             &self.reporter,
             StepKind::ModelFetch,
-            format!("verifying the model {name}"),
+            format!("verifying the model {}", lookup::shortened(name)),
             Unit::Bytes,
             Some(entry.record.stamp.size_bytes),
         );

@@ -202,6 +202,8 @@ async fn references_are_known_by_what_they_want() {
         identity("hf:o/r@b/m.gguf").key
     );
     assert!(!identity("tiny").has_secret);
+    // Written in another way, and secret in none.
+    assert!(!identity("https://HOST/m.gguf").has_secret);
     let signed = identity("https://host/m.gguf?sig=secret");
     assert!(
         signed.has_secret && !signed.id.contains("secret"),
