@@ -153,6 +153,12 @@ async fn a_real_daemon_and_a_real_engine_are_one_pool() {
     each_kind_reaches_both(&fleet).await;
     cancels_reach_both(&fleet).await;
     who_goes_is_gone_for_both(&fleet).await;
+    let replicas = fleet.pool().await["replicas"].clone();
+    for replica in replicas.as_array().expect("replicas") {
+        assert_eq!(replica["healthy"], true, "{replicas:#}");
+        let error = &replica["last_error"];
+        assert!(error.is_null(), "a cancel is no failure: {replicas:#}");
+    }
     one_dies_and_nothing_is_lost(&mut fleet).await;
     let Fleet { front, behind, .. } = fleet;
     front.stop().await;
