@@ -6,6 +6,7 @@
 //! - [`keeper`]: starts and ends the daemon's process
 //! - [`world`]: what all parts share
 //! - [`client`], [`sse`], [`traffic`]: the clients
+//! - [`guests`]: clients of `/v1`, of pools that come and go
 //! - [`ledger`]: what was promised and what came; pure
 //! - [`scheduler`], [`rng`]: which fault is next; pure
 //! - [`faults`]: what goes wrong
@@ -20,6 +21,7 @@ pub mod args;
 pub mod client;
 pub mod error;
 pub mod faults;
+pub mod guests;
 pub mod journal;
 pub mod keeper;
 pub mod ledger;

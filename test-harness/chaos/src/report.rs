@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::guests::Tally;
 use crate::ledger::{Broken, Totals};
 use crate::sampler::Peaks;
 use crate::world::World;
@@ -108,6 +109,8 @@ pub struct Report {
     pub seconds: u64,
     pub faults: Vec<Row>,
     pub totals: Totals,
+    /// The calls through `/v1`, to pools that come and go.
+    pub guests: Tally,
     /// From the cancel of a decoding task until its slot was seen free.
     pub cancel_to_free: Option<Spread>,
     /// The same while the engine was still reading the prompt.
@@ -135,6 +138,7 @@ impl Report {
             seconds: took.as_secs(),
             faults,
             totals: world.ledger().totals().clone(),
+            guests: world.guests(),
             cancel_to_free: Spread::of(world.freed().decoding),
             cancel_to_free_in_prompt: Spread::of(world.freed().in_prompt),
             peaks,
@@ -215,6 +219,17 @@ impl Report {
                 );
             }
         }
+        let guests = &self.guests;
+        let _ = writeln!(
+            out,
+            "Calls to pools that come and go: {} completed, {} cancelled, {} left by their clients, {} failed, {} refused, {} lost with the daemon.",
+            guests.completed,
+            guests.cancelled,
+            guests.left,
+            guests.failed,
+            guests.refused,
+            guests.lost
+        );
         let peaks = &self.peaks;
         let _ = writeln!(
             out,

@@ -9,11 +9,13 @@ use tokio::task::{JoinHandle, JoinSet};
 use crate::args::Options;
 use crate::error::{Failing, HarnessError};
 use crate::faults::{self, Fault};
+use crate::guests;
 use crate::procs;
 use crate::report::{Report, Row};
 use crate::rng::Rng;
 use crate::sampler::{self, Peaks};
 use crate::scheduler::Scheduler;
+use crate::setup::GUESTS;
 use crate::traffic;
 use crate::world::{DEATH_LIMIT, World};
 
@@ -88,8 +90,14 @@ async fn with_daemon(
     for _ in 0..world.options.clients {
         clients.spawn(traffic::client(Arc::clone(world), rng.fork()));
     }
+    if world.setup.engine.guests.is_some() {
+        for _ in GUESTS {
+            clients.spawn(guests::client(Arc::clone(world), rng.fork()));
+        }
+    }
     let rows = inject_all(world, chosen, progress).await;
     wind_down(world, &mut clients).await;
+    guests::let_go(world).await;
     sampler::lets_go(world).await;
     // Ended before the daemon is, which it would take for a death.
     world.set_over();

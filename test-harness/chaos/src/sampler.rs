@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::guests;
 use crate::keeper::Up;
 use crate::procs;
 use crate::world::World;
@@ -40,6 +41,7 @@ pub async fn sample(world: Arc<World>) -> Peaks {
         } else if let Some(up) = world.keeper.up() {
             world.pool(&up).await;
             look(&world, &up, &mut peaks, &mut warm);
+            guests::look(&world);
         }
         world.collect_broken();
         tokio::time::sleep(EVERY).await;

@@ -18,6 +18,8 @@ use crate::error::HarnessError;
 pub const POOL: &str = "main";
 /// The pool that comes and goes.
 pub const SIDE_POOL: &str = "side";
+/// Pools on demand, of which one may be loaded at a time; with the scripted engine.
+pub const GUESTS: [&str; 2] = ["guest-a", "guest-b"];
 /// The queue's bound to begin with.
 pub const CAPACITY: u64 = 12;
 pub const SLOTS: u64 = 2;
@@ -42,6 +44,8 @@ pub struct Engine {
     pub size: u64,
     /// Where the scripted engine's script lies.
     pub script_dir: Option<PathBuf>,
+    /// The scripted engine of the guests' pools, whose script stays healthy.
+    pub guests: Option<PathBuf>,
 }
 
 /// Everything a daemon of this run is started with.
@@ -133,6 +137,17 @@ impl Setup {
             "pools": { POOL: self.pool() },
         });
         let schema = self.schema()?;
+        if let Some(binary) = &self.engine.guests {
+            for name in GUESTS {
+                let mut pool = self.pool();
+                pool["provision"]["path"] = json!(binary);
+                pool["load"] = json!("on_demand");
+                pool["idle_ttl_seconds"] = json!(1);
+                config["pools"][name] = pool;
+            }
+            let group = json!({ "pools": GUESTS, "at_most": 1 });
+            config["memory"] = json!({ "min_dwell_seconds": 1, "groups": { "guests": group } });
+        }
         for (name, wanted) in [("restart", &RESTART[..]), ("liveness", &LIVENESS[..])] {
             if let Some(section) = section(&schema, name, wanted) {
                 config["pools"][POOL][name] = section;
@@ -263,7 +278,12 @@ fn scripted(dir: &Path) -> Result<Engine, HarnessError> {
     let binary = test_harness_fake_engine::install(&script_dir, &healthy());
     let model = dir.join("good.gguf");
     fs::write(&model, small_model()).map_err(HarnessError::file("cannot write", &model))?;
-    describe(binary, model, Some(script_dir))
+    let engine = describe(binary, model, Some(script_dir))?;
+    let guests = test_harness_fake_engine::install(&dir.join("guests"), &healthy());
+    Ok(Engine {
+        guests: Some(guests),
+        ..engine
+    })
 }
 
 /// The engine and the model that this machine's daemon provides.
@@ -297,6 +317,7 @@ fn describe(
         size: size.len(),
         model,
         script_dir,
+        guests: None,
     })
 }
 

@@ -2,7 +2,7 @@
 //! journal, and the ways to wait for better times.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use test_harness_fake_engine::{Script, install};
 use crate::args::{EngineChoice, Options};
 use crate::client::{Manner, Submitted, Task};
 use crate::error::{Failing, HarnessError, Verdict};
+use crate::guests::Tally;
 use crate::journal::Journal;
 use crate::keeper::{Keeper, Up};
 use crate::ledger::{Broken, Facts, Ledger};
@@ -71,6 +72,7 @@ pub struct World {
     story: Mutex<Vec<String>>,
     offers: Mutex<Offers>,
     freed: Mutex<Freed>,
+    tally: Mutex<Tally>,
     paused: AtomicBool,
     /// Clients begin nothing any more.
     closing: AtomicBool,
@@ -121,6 +123,7 @@ impl World {
             story: Mutex::default(),
             offers: Mutex::default(),
             freed: Mutex::default(),
+            tally: Mutex::default(),
             paused: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             over: AtomicBool::new(false),
@@ -175,6 +178,15 @@ impl World {
 
     pub fn freed(&self) -> Freed {
         lock(&self.freed).clone()
+    }
+
+    /// Notes how a guest's call ended.
+    pub fn tally(&self, note: impl FnOnce(&mut Tally)) {
+        note(&mut lock(&self.tally));
+    }
+
+    pub fn guests(&self) -> Tally {
+        lock(&self.tally).clone()
     }
 
     pub fn broken(&self, invariant: &'static str, detail: impl Into<String>) {
@@ -303,14 +315,21 @@ impl World {
 
     /// Engines of the main pool that run now, whether they are ready or not.
     pub fn engines(&self) -> Vec<Process> {
+        self.serving_from(&self.setup.engine.binary)
+    }
+
+    /// Engines of the guests' pools that run now.
+    pub fn guest_engines(&self) -> Vec<Process> {
+        let binary = self.setup.engine.guests.as_deref();
+        binary.map_or_else(Vec::new, |binary| self.serving_from(binary))
+    }
+
+    fn serving_from(&self, binary: &Path) -> Vec<Process> {
         let Some(up) = self.keeper.up() else {
             return Vec::new();
         };
         let mut below = procs::descendants(up.pid);
-        below.retain(|process| {
-            process.executable().as_deref() == Some(self.setup.engine.binary.as_path())
-                && process.serves()
-        });
+        below.retain(|process| process.executable().as_deref() == Some(binary) && process.serves());
         below
     }
 

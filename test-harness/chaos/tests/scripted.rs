@@ -13,4 +13,6 @@ async fn two_minutes_with_the_scripted_engine_break_nothing() {
     let injected: u64 = report.faults.iter().map(|row| row.injected).sum();
     assert!(injected >= 5, "only {injected} faults in two minutes");
     assert!(report.totals.completed > 0, "no task was completed");
+    let guests = &report.guests;
+    assert!(guests.completed > 0 && guests.cancelled > 0, "{guests:?}");
 }

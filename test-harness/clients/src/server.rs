@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use provision_kit::dirs::CacheDirs;
+use provision_kit::lock::FileLock;
 use serde_json::{Value, json};
 use test_harness_e2e_haiku::client::Api;
 use test_harness_e2e_haiku::daemon::{Daemon, remove_traces};
@@ -39,16 +40,36 @@ impl Server {
     /// pool, [`Server::first`], has beyond what all have; `more` is the rest of
     /// the configuration, with further pools.
     pub async fn start(name: &'static str, first: Value, more: Value) -> Self {
-        let mut pools = vec![];
-        if let Some(further) = more["pools"].as_object() {
-            pools.extend(further.keys().cloned());
-        }
-        let settings = Settings {
+        Self::with(&Settings {
             pool: first,
             more,
             ..Settings::real(name)
-        };
-        let daemon = Daemon::launch(&settings).await;
+        })
+        .await
+    }
+
+    /// Starts a daemon whose only pool, called `model` there, is at these places.
+    pub async fn in_front_of(name: &'static str, model: &str, endpoints: Value) -> Self {
+        Self::with(&Settings {
+            pool: json!({
+                "engine": "openai", "model": model, "endpoints": endpoints,
+                // What all other pools have says nothing about engines elsewhere.
+                "profile": null, "threads": null,
+            }),
+            // These are refused where only provisioned engines may answer.
+            variables: vec![],
+            ..Settings::real(name)
+        })
+        .await
+    }
+
+    async fn with(settings: &Settings) -> Self {
+        remove_stale_traces();
+        let mut pools = vec![];
+        if let Some(further) = settings.more["pools"].as_object() {
+            pools.extend(further.keys().cloned());
+        }
+        let daemon = Daemon::launch(settings).await;
         pools.insert(0, daemon.pool.clone());
         Self { daemon, pools }
     }
@@ -105,6 +126,33 @@ impl Server {
     }
 }
 
+/// Removes the locks and logs in the machine's cache that tests left behind which
+/// failed or were ended: those with a name of theirs and the id of a process that is
+/// gone.
+fn remove_stale_traces() {
+    let cache = CacheDirs::default_root().expect("the cache directory has a name");
+    let run = cache.join("run");
+    for entry in fs::read_dir(&run).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let Some(pool) = name.to_str().and_then(|name| name.strip_suffix(".lock")) else {
+            continue;
+        };
+        let stale = process_in(pool).is_some_and(is_gone);
+        // One that is held belongs to somebody, whoever has the id now.
+        if stale && matches!(FileLock::try_acquire(&entry.path()), Ok(Some(_))) {
+            remove_traces(&run.join(format!("llamacpp-{pool}.log")), pool);
+        }
+    }
+}
+
+/// The id of the process that gave a pool its name, if a test did.
+fn process_in(pool: &str) -> Option<u32> {
+    let rest = pool
+        .strip_prefix("clients-")
+        .or(pool.strip_prefix("e2e-"))?;
+    rest.rsplit_once('-')?.1.parse().ok()
+}
+
 /// What all pools here have in common: one thread, as two starve each other as
 /// soon as anything else runs on a machine with two cores.
 pub fn pool_with(settings: &Value) -> Value {
@@ -155,4 +203,24 @@ fn parent((_, directory): &Process) -> Option<u32> {
     let status = fs::read_to_string(directory.join("status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
     line.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_tests_pools_name_a_process() {
+        assert_eq!(process_in(&pool("twin")), Some(std::process::id()));
+        assert_eq!(process_in("e2e-swap-16901"), Some(16901));
+        for other in [
+            "default",
+            "run-1",
+            "clients-7",
+            "e2e-none",
+            "my-clients-a-7",
+        ] {
+            assert_eq!(process_in(other), None, "{other}");
+        }
+    }
 }

@@ -11,8 +11,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
-use reqwest::{Client, StatusCode};
+use reqwest::Client;
 use serde_json::{Value, json};
+use test_harness_clients::calls::{ask, request, shown};
 use test_harness_clients::server::{Server, engines_of, pool, pool_with};
 use test_harness_clients::twin;
 use test_harness_e2e_haiku::engine::{counter, sha256};
@@ -41,58 +42,6 @@ struct Model {
     answers: Vec<String>,
 }
 
-fn request(pool: &str, prompt: &str, stream: bool) -> Value {
-    json!({
-        "model": pool,
-        "messages": [{ "role": "user", "content": prompt }],
-        "max_tokens": TOKENS,
-        "temperature": 0,
-        "stream": stream,
-    })
-}
-
-/// What came, and the id of the task that it came from.
-struct Answer {
-    text: String,
-    task: String,
-}
-
-async fn ask(http: &Client, url: &str, body: &Value) -> Answer {
-    let post = http.post(format!("{url}/v1/chat/completions")).json(body);
-    let answer = post.timeout(LIMIT).send().await;
-    let answer = answer.unwrap_or_else(|error| panic!("{body}: {error:?}"));
-    let status = answer.status();
-    let task = answer.headers().get("X-Task-Id");
-    let task = task.and_then(|id| id.to_str().ok()).map(str::to_owned);
-    let said = answer.text().await;
-    let said = said.unwrap_or_else(|error| panic!("{body}: {error:?}"));
-    assert_eq!(status, StatusCode::OK, "{body}: {said}");
-    let text = if body["stream"] == true {
-        streamed(&said)
-    } else {
-        let answer: Value = serde_json::from_str(&said).expect("an answer is JSON");
-        content(&answer["choices"][0]["message"])
-    };
-    Answer {
-        text,
-        task: task.expect("every answer names its task"),
-    }
-}
-
-fn content(message: &Value) -> String {
-    message["content"].as_str().unwrap_or_default().to_owned()
-}
-
-/// The text of a stream, which must be whole.
-fn streamed(said: &str) -> String {
-    assert!(said.trim_end().ends_with("data: [DONE]"), "no end: {said}");
-    let events = said.lines().filter_map(|line| line.strip_prefix("data: "));
-    let chunks = events.filter_map(|data| serde_json::from_str::<Value>(data).ok());
-    chunks
-        .map(|chunk| content(&chunk["choices"][0]["delta"]))
-        .collect()
-}
-
 /// What a model answers when it has a daemon for itself.
 async fn alone(name: &'static str, model: &str, http: &Client) -> (Vec<String>, String, Value) {
     let mut server = Server::start(name, json!({ "model": model }), json!({})).await;
@@ -100,7 +49,7 @@ async fn alone(name: &'static str, model: &str, http: &Client) -> (Vec<String>, 
     let path = server.daemon().handoff()["model"]["path"].clone();
     let mut answers = vec![];
     for prompt in PROMPTS {
-        let body = request(server.first(), prompt, false);
+        let body = request(server.first(), prompt, TOKENS, false);
         answers.push(ask(http, server.url(), &body).await.text);
     }
     let memory = server.api().json("/v2/memory").await;
@@ -226,13 +175,10 @@ async fn one_client(
     for turn in 0..REQUESTS / CLIENTS {
         let (at, prompt) = (random.below(2), random.below(PROMPTS.len()));
         let model = &models[at];
-        let body = request(&model.pool, PROMPTS[prompt], turn % 2 == 0);
+        let body = request(&model.pool, PROMPTS[prompt], TOKENS, turn % 2 == 0);
         let answer = ask(http, server.url(), &body).await;
         assert_eq!(answer.text, model.answers[prompt], "{body}");
-        let task = server
-            .api()
-            .json(&format!("/v2/tasks/{}", answer.task))
-            .await;
+        let task = shown(server.api(), &answer.task).await;
         let seen: BTreeMap<&str, &Value> = BTreeMap::from([
             ("pool", &task["pool_id"]),
             ("status", &task["status"]),

@@ -202,11 +202,6 @@ impl Daemon {
             .unwrap_or_else(|error| panic!("{}: {error}: {text}", path.display()))
     }
 
-    /// A file in the daemon's own directory, which goes with it.
-    pub fn own_file(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
     /// Where the engine's log is, which `stop` removes.
     pub fn engine_log(&self) -> PathBuf {
         let handoff = self.handoff();

@@ -165,6 +165,8 @@ impl WorkerAdapter for OpenaiAdapter {
         let Some(handle) = self.live.get(task) else {
             return Ok(CancelReport::NotRunning);
         };
+        // The server may end its answer before it says that it has.
+        handle.set_unwanted();
         let freed = match handle.upstream() {
             Some(upstream) => {
                 let path = format!("/v2/tasks/{upstream}/cancel");

@@ -140,8 +140,16 @@ impl Answer {
     }
 
     /// One step: the response's headers, or one event. May be dropped and called
-    /// again without losing anything.
+    /// again without losing anything. An answer that ends in disorder once its cancel
+    /// was asked for was cancelled: that is not the server's failure.
     async fn advance(&mut self) -> Result<(), WorkerError> {
+        self.step().await.map_err(|error| match &self.live {
+            Some(live) if live.handle.is_unwanted() => WorkerError::Cancelled,
+            _ => error,
+        })
+    }
+
+    async fn step(&mut self) -> Result<(), WorkerError> {
         loop {
             let Some(live) = &self.live else {
                 return Ok(());

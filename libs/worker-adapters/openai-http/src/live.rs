@@ -1,6 +1,7 @@
 //! Which tasks run on a server, so that they can be cancelled.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use llama_orch_types::TaskId;
@@ -16,6 +17,8 @@ pub(crate) struct LiveTasks {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Handle {
     pub(crate) cancel: CancellationToken,
+    /// Somebody has asked for the cancel, which may not have come through yet.
+    unwanted: Arc<AtomicBool>,
     /// The task's id on the server, where that is another orchestratord.
     upstream: Arc<OnceLock<TaskId>>,
 }
@@ -24,6 +27,15 @@ impl Handle {
     pub(crate) fn set_upstream(&self, task: TaskId) {
         // It has one answer, and so one id.
         let _ = self.upstream.set(task);
+    }
+
+    /// From now on a failure is what the cancel has led to.
+    pub(crate) fn set_unwanted(&self) {
+        self.unwanted.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_unwanted(&self) -> bool {
+        self.unwanted.load(Ordering::Acquire)
     }
 
     pub(crate) fn upstream(&self) -> Option<TaskId> {

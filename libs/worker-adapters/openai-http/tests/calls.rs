@@ -5,8 +5,8 @@ mod support;
 
 use llama_orch_types::TaskId;
 use support::{
-    After, Reply, Server, answer, call, chat, chunks, endpoint, first_event, replicas, rest, text,
-    waits,
+    After, Cancel, Reply, Server, answer, call, chat, chunks, endpoint, first_event, replicas,
+    rest, text, waits,
 };
 use worker_adapters_adapter_api::{
     CallApi, CancelReport, EngineHealth, TokenEvent, WorkerAdapter, WorkerError,
@@ -121,6 +121,49 @@ async fn a_cancel_closes_the_stream_and_asks_where_it_can() {
             assert_eq!(asked.line, format!("POST /v2/tasks/{upstream}/cancel"));
         }
     }
+}
+
+#[tokio::test]
+async fn an_answer_that_its_cancel_ends_is_no_failure_of_the_server() {
+    let cancel = Cancel::default();
+    let answering = async || {
+        let head = format!("x-task-id: {}\r\n", TaskId::generate());
+        let stream = Reply::Stream(head, vec![], After::Cancel(cancel.clone()));
+        let told = Reply::Cancelled(cancel.clone(), r#"{"freed_ms":7}"#.to_owned());
+        Server::start(move |request| match request.line.as_str() {
+            "GET /v1/models" => Reply::ok("{}"),
+            "POST /v1/chat/completions" => stream.clone(),
+            _ => told.clone(),
+        })
+        .await
+    };
+    let servers = [answering().await, answering().await];
+    let replicas = replicas(&[&servers[0], &servers[1]]).await;
+    let task = chat();
+    let id = task.id;
+    let stream = replicas.submit(task).await.unwrap();
+    let (report, (events, failure)) = tokio::join!(replicas.cancel(id), rest(stream));
+    assert_eq!(report.unwrap(), CancelReport::Freed { after_ms: 7 });
+    let tokens = events
+        .iter()
+        .filter(|event| !matches!(event, TokenEvent::Started));
+    assert_eq!(tokens.count(), 0, "{events:?}");
+    assert!(
+        matches!(failure, Some(WorkerError::Cancelled)),
+        "{failure:?}"
+    );
+    let asked: Vec<String> = servers
+        .iter()
+        .flat_map(Server::tasks)
+        .map(|task| task.line)
+        .collect();
+    let calls = asked.iter().filter(|line| line.ends_with("/completions"));
+    assert_eq!(calls.count(), 1, "nobody else is given it: {asked:?}");
+    let statuses = replicas.replicas();
+    assert!(
+        statuses.iter().all(|one| one.last_error.is_none()),
+        "{statuses:?}"
+    );
 }
 
 #[tokio::test]

@@ -10,6 +10,7 @@ use futures::StreamExt;
 use llama_orch_types::TaskId;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use worker_adapters_adapter_api::{
     CallApi, EngineCall, EngineTask, SamplingParams, TaskInput, TokenEvent, TokenStream,
@@ -31,12 +32,21 @@ pub(crate) struct Request {
 }
 
 /// What comes after a stream's events.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) enum After {
     End,
     /// The connection breaks, and the response is visibly incomplete.
     Cut,
     Hang,
+    /// Nothing until the cancel came, then an error, and the client is waited out.
+    Cancel(Cancel),
+}
+
+/// What a stream and the cancel of its task tell each other.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Cancel {
+    came: Arc<Notify>,
+    stream_gone: Arc<Notify>,
 }
 
 #[derive(Debug, Clone)]
@@ -45,6 +55,8 @@ pub(crate) enum Reply {
     Status(u16, String, String),
     /// Further header lines, events.
     Stream(String, Vec<String>, After),
+    /// To a cancel: it is answered when the stream's client has gone.
+    Cancelled(Cancel, String),
     Nothing,
 }
 
@@ -151,9 +163,25 @@ async fn serve(mut stream: TcpStream, seen: Arc<Mutex<Vec<Request>>>, answers: A
                 answer.push_str("0\r\n\r\n");
             }
             let _ = stream.write_all(answer.as_bytes()).await;
-            if let After::Hang = after {
-                until_gone(stream).await;
+            match after {
+                After::End | After::Cut => {}
+                After::Hang => until_gone(stream).await,
+                After::Cancel(cancel) => {
+                    cancel.came.notified().await;
+                    let error = "data: {\"error\":{\"message\":\"cancelled\"}}\n\n";
+                    let chunk = format!("{:x}\r\n{error}\r\n", error.len());
+                    let _ = stream.write_all(chunk.as_bytes()).await;
+                    until_gone(stream).await;
+                    cancel.stream_gone.notify_one();
+                }
             }
+        }
+        Reply::Cancelled(cancel, body) => {
+            cancel.came.notify_one();
+            cancel.stream_gone.notified().await;
+            let length = body.len();
+            let answer = format!("HTTP/1.1 200 X\r\n{close}content-length: {length}\r\n\r\n{body}");
+            let _ = stream.write_all(answer.as_bytes()).await;
         }
         Reply::Nothing => until_gone(stream).await,
     }
