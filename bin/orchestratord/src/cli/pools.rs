@@ -55,6 +55,7 @@ enum PoolsCommand {
     /// try, and takes a stop or an unload back that is under way. Ends with 1 if
     /// the engine cannot be had.
     Start {
+        /// The pool's id, as in the configuration.
         pool: String,
         /// Return once it has begun.
         #[arg(long)]
@@ -63,6 +64,7 @@ enum PoolsCommand {
     /// Finish what was admitted, stop the engine, and refuse tasks until it is
     /// started.
     Stop {
+        /// The pool's id, as in the configuration.
         pool: String,
         /// How long admitted tasks may go on, in seconds. Default: the
         /// configuration's `drain_seconds`.
@@ -76,6 +78,7 @@ enum PoolsCommand {
     ///
     /// Refused while tasks run or wait, unless `--yield` is given.
     Unload {
+        /// The pool's id, as in the configuration.
         pool: String,
         /// Also while it is busy: running tasks finish, no further one begins, and
         /// those that wait have the engine loaded again.

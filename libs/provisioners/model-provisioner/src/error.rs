@@ -164,7 +164,7 @@ impl Hinted for ModelError {
             Self::NotHere { name, known } => match nearest(name, known.iter().map(String::as_str)) {
                 Some(near) => format!("did you mean `{near}`?"),
                 None if known.is_empty() => "there are no models here yet; `orchestratord models pull haiku` fetches one".to_owned(),
-                None => "the list of models has every name; a digest may be shortened to its first digits".to_owned(),
+                None => "`orchestratord models list` has every name; a digest may be shortened to its first digits".to_owned(),
             },
             Self::Ambiguous { candidates, .. } => {
                 let first = &candidates[..candidates.len().min(CANDIDATES_SHOWN)];

@@ -69,6 +69,7 @@ enum ModelsCommand {
     List,
     /// Everything that is known about a model.
     Show {
+        /// A name, a file's name, or the digest's first digits.
         #[arg(value_name = "MODEL")]
         name: String,
     },
@@ -77,6 +78,7 @@ enum ModelsCommand {
     /// What was interrupted goes on where it was. A daemon goes on with its pulls
     /// by itself, also after a restart; Ctrl-C then ends the watching alone.
     Pull {
+        /// A profile such as `haiku`, or a reference such as hf:owner/repo/file.gguf.
         #[arg(required = true, value_name = "MODEL")]
         references: Vec<String>,
         /// Return once the daemon has taken it on.
@@ -85,6 +87,7 @@ enum ModelsCommand {
     },
     /// Have the daemon stop pulls. What has arrived stays for the next one.
     Cancel {
+        /// The models as they were given to `pull`.
         #[arg(required = true, value_name = "MODEL")]
         names: Vec<String>,
     },
@@ -93,11 +96,13 @@ enum ModelsCommand {
     /// A model that a pool or another program uses stays. A file that lies
     /// elsewhere is only forgotten.
     Remove {
+        /// Names, files' names, or the first digits of digests.
         #[arg(required = true, value_name = "MODEL")]
         names: Vec<String>,
     },
     /// Read whole models again and see whether they are what they were.
     Verify {
+        /// Names, files' names, or the first digits of digests.
         #[arg(required = true, value_name = "MODEL")]
         names: Vec<String>,
         /// Fetch again what is wrong.
