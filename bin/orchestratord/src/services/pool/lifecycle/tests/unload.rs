@@ -306,7 +306,7 @@ fn a_crash_that_is_seen_while_the_engine_is_stopped_counts_as_any_other() {
         assert_eq!(effects(&mut life, Event::TasksOver, now), [Effect::Rest]);
         let reaction = life.on(crash, now, 1.0).unwrap();
         assert_eq!(reaction.counted, Some(RestartCause::Crash));
-        assert_eq!(life.restarts().crash, u64::from(number));
+        assert_eq!(life.restarts().crash, u64::try_from(number).unwrap());
         assert_eq!(reaction.opened, number == policy.crashes);
         if reaction.opened {
             break;
