@@ -170,6 +170,8 @@ async fn a_pool_with_tasks_finishes_them_before_it_makes_way() {
     assert!(swaps(&daemon.get_json("/v2/memory").await) >= 2);
     let pool = state(&daemon, "a").await;
     assert_eq!(pool["engine_exits"], 0, "{pool}");
+    let measured = &pool["memory"]["measured"]["ram"];
+    assert!(measured.is_u64(), "however shortly it was there: {pool}");
 }
 
 #[tokio::test]

@@ -133,11 +133,11 @@ impl Keeper {
                 self.report(change).await;
             }
             Wanted::Rest => {
-                self.stop_engine().await;
+                let crash = self.stop_engine().await;
                 // Their tasks are over, or were given up.
                 self.retiring.shutdown().await;
                 self.lock = None;
-                self.report(Change::Stopped).await;
+                self.report(crash.unwrap_or(Change::Stopped)).await;
             }
         }
     }
@@ -252,12 +252,25 @@ impl Keeper {
         Change::Exited { cause, failure }
     }
 
-    async fn stop_engine(&mut self) {
-        if let Some(kept) = self.kept.take() {
-            self.parts.unbind(kept.engine.context());
-            kept.engine.stop().await;
-            drop(kept.place);
+    /// Ends the engine. One that had ended by itself before it was seen is a crash.
+    async fn stop_engine(&mut self) -> Option<Change> {
+        let kept = self.kept.take()?;
+        let context = kept.engine.context().clone();
+        self.parts.unbind(&context);
+        let meter = kept.engine.meter();
+        self.parts.measure_last(meter, &kept.place).await;
+        let log = kept.engine.log_lines();
+        let report = kept.engine.stop().await;
+        drop(kept.place);
+        if !report.by_itself {
+            return None;
         }
+        let exit = EngineExit {
+            status: report.status,
+            log_tail: log.lines(),
+        };
+        self.last_exit = Some((RestartCause::Crash, crashed(&context, &exit)));
+        Some(self.gone())
     }
 
     async fn end(mut self) {

@@ -19,6 +19,9 @@ use crate::services::residency::{Claim, Lease, Needs, Refused};
 /// When an engine that is ready has touched what it needs without tasks.
 const SETTLED: Duration = Duration::from_secs(2);
 
+/// How long an engine that is to end may be looked at first.
+const LAST_LOOK: Duration = Duration::from_secs(1);
+
 /// The least time between two looks at an engine.
 const PAUSE: Duration = Duration::from_secs(5);
 
@@ -30,6 +33,8 @@ const FIRST_ORDER: u64 = 1;
 pub(super) struct Place {
     lease: Lease,
     on_gpu: bool,
+    /// The pool's tasks that went to engines before this one.
+    served_before: u64,
 }
 
 /// What an engine will take, and what that was judged by.
@@ -103,18 +108,29 @@ impl Parts {
         Ok(Place {
             lease: lease.map_err(ProvisionError::Memory)?,
             on_gpu: estimate.on_gpu,
+            served_before: self.pool.snapshot().dispatched,
         })
     }
 
     /// Memory for a second engine, which nobody has to go for; or why there is
-    /// none.
-    pub(super) async fn place_beside(&self, estimate: Estimate) -> Result<Place, String> {
-        let lease = self.residency.try_acquire(self.claim(&estimate)).await;
-        let lease = lease.map_err(|refused| refused.to_string())?;
-        Ok(Place {
+    /// none beside the first.
+    ///
+    /// # Errors
+    /// There would be none without the first either, which so is kept.
+    pub(super) async fn place_beside(
+        &self,
+        estimate: Estimate,
+    ) -> Result<Result<Place, String>, ProvisionError> {
+        let lease = match self.residency.try_acquire(self.claim(&estimate)).await {
+            Ok(lease) => lease,
+            Err(Refused::Never(Never::NoRoom(why))) => return Ok(Err(why)),
+            Err(refused) => return Err(ProvisionError::Memory(refused)),
+        };
+        Ok(Ok(Place {
             lease,
             on_gpu: estimate.on_gpu,
-        })
+            served_before: self.pool.snapshot().dispatched,
+        }))
     }
 
     fn claim(&self, estimate: &Estimate) -> Claim {
@@ -188,10 +204,14 @@ impl Parts {
         std::future::pending().await
     }
 
-    /// Watches what the engine uses: once it has settled, and whenever it has
-    /// finished tasks. Never ends by itself.
+    /// Watches what the engine uses: once it has settled or finished tasks, and
+    /// whenever it has finished more. Never ends by itself.
     pub(super) async fn measure(&self, meter: Meter, place: &Place) -> Infallible {
-        tokio::time::sleep(SETTLED).await;
+        let finished = |snapshot: &PoolSnapshot| {
+            snapshot.dispatched > place.served_before && snapshot.running == 0
+        };
+        // The time is a bound.
+        let _ = tokio::time::timeout(SETTLED, self.pool.wait_for(finished)).await;
         loop {
             let served = self.pool.snapshot().dispatched;
             if let Some(used) = used(meter, place.on_gpu).await {
@@ -204,6 +224,21 @@ impl Parts {
                 // The pool is gone, and its engine soon with it.
                 return std::future::pending().await;
             }
+        }
+    }
+}
+
+impl Parts {
+    /// Looks at an engine that served, once more before it ends: it may have been
+    /// wanted too shortly to be looked at before.
+    pub(super) async fn measure_last(&self, meter: Meter, place: &Place) {
+        let served = self.pool.snapshot().dispatched > place.served_before;
+        // The daemon's end waits for nothing that nobody will ask for.
+        if !served || self.stop.is_cancelled() {
+            return;
+        }
+        if let Ok(Some(used)) = tokio::time::timeout(LAST_LOOK, used(meter, place.on_gpu)).await {
+            place.lease.measured(used);
         }
     }
 }

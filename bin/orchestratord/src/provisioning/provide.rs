@@ -73,10 +73,10 @@ impl Parts {
         let estimate = Estimate::of(&installation, &spec).await;
         let machine = Machine::look(estimate.on_gpu).await;
         let need = room::need(estimate.needs, spec.model.digest, running);
-        let place = match room::enough(need, &machine) {
-            Ok(()) => self.place_beside(estimate).await,
-            Err(why) => Err(why),
-        };
+        // Asked even where the machine has no room: what never fits is told before
+        // the old engine goes for it.
+        let place = self.place_beside(estimate).await?;
+        let place = place.and_then(|place| room::enough(need, &machine).map(|()| place));
         let place = match place {
             Ok(place) => place,
             Err(why) => {

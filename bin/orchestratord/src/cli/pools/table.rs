@@ -2,9 +2,10 @@
 
 use crate::api::pools::PoolView;
 use crate::services::pool::Phase;
+use crate::services::residency::Needs;
 
-const HEAD: [&str; 7] = [
-    "POOL", "MODEL", "STATE", "RUNNING", "QUEUED", "LOAD", "IDLE",
+const HEAD: [&str; 8] = [
+    "POOL", "MODEL", "STATE", "MEMORY", "RUNNING", "QUEUED", "LOAD", "IDLE",
 ];
 
 /// A head and one line for each pool, in columns.
@@ -31,6 +32,7 @@ fn row(pool: &PoolView) -> [String; HEAD.len()] {
         pool.pool_id.clone(),
         pool.model.clone(),
         pool.state.as_str().to_owned(),
+        memory(pool),
         format!("{}/{}", pool.running, pool.slots),
         format!(
             "{}/{}",
@@ -40,6 +42,44 @@ fn row(pool: &PoolView) -> [String; HEAD.len()] {
         load(pool),
         pool.idle_ms.map_or_else(|| "-".to_owned(), short),
     ]
+}
+
+/// What it holds of memory; in brackets what it would need, if it holds none.
+fn memory(pool: &PoolView) -> String {
+    let Some(memory) = pool.memory else {
+        return "-".to_owned();
+    };
+    let needs = memory.promised.unwrap_or_else(|| {
+        let measured = memory.measured.unwrap_or_default();
+        Needs {
+            ram: some_or(measured.ram, memory.estimated.ram),
+            vram: some_or(measured.vram, memory.estimated.vram),
+        }
+    });
+    let kinds = [(needs.ram, ""), (needs.vram, " GPU")];
+    let told: Vec<String> = kinds
+        .into_iter()
+        .filter(|(bytes, _)| *bytes > 0)
+        .map(|(bytes, kind)| format!("{}{kind}", size(bytes)))
+        .collect();
+    match (told.join(" + "), memory.promised) {
+        (none, _) if none.is_empty() => "-".to_owned(),
+        (held, Some(_)) => held,
+        (needed, None) => format!("({needed})"),
+    }
+}
+
+fn some_or(measured: u64, estimated: u64) -> u64 {
+    if measured > 0 { measured } else { estimated }
+}
+
+/// Bytes as people say them.
+fn size(bytes: u64) -> String {
+    const MIB: u64 = 1 << 20;
+    match bytes.div_ceil(MIB) {
+        mib @ 0..1024 => format!("{mib} MiB"),
+        mib => format!("{:.1} GiB", mib as f64 / 1024.0),
+    }
 }
 
 /// When it is loaded, and when it goes.
@@ -124,17 +164,26 @@ mod tests {
 
     #[test]
     fn columns_stand_under_each_other() {
-        let idle = json!({ "idle_ms": 61_000, "unloads_in_ms": 239_000 });
+        let needs = json!({ "ram": 150 << 20, "vram": 0 });
+        let promised = json!({ "ram": 3 << 29, "vram": 5u64 << 30 });
+        let idle = json!({ "idle_ms": 61_000, "unloads_in_ms": 239_000,
+            "memory": { "estimated": needs, "promised": promised } });
         let pools = [
             pool("a", "unloaded", &json!({})),
+            pool(
+                "b",
+                "unloaded",
+                &json!({ "memory": { "estimated": needs } }),
+            ),
             pool("longer-name", "ready", &idle),
         ];
         assert_eq!(
             table(&pools),
             [
-                "POOL         MODEL  STATE     RUNNING  QUEUED  LOAD                         IDLE",
-                "a            haiku  unloaded  1/2      3/64    on_demand                    -",
-                "longer-name  haiku  ready     1/2      3/64    on_demand, unloads in 3 min  61 s",
+                "POOL         MODEL  STATE     MEMORY                 RUNNING  QUEUED  LOAD                         IDLE",
+                "a            haiku  unloaded  -                      1/2      3/64    on_demand                    -",
+                "b            haiku  unloaded  (150 MiB)              1/2      3/64    on_demand                    -",
+                "longer-name  haiku  ready     1.5 GiB + 5.0 GiB GPU  1/2      3/64    on_demand, unloads in 3 min  61 s",
             ]
         );
     }

@@ -22,9 +22,15 @@ const TRANSITIONS: usize = 20;
 
 impl Actor {
     /// Takes in what the supervisor says, unless a newer order overtook it. That
-    /// an engine has retired is true under any order.
+    /// an engine has retired is true under any order, and that one ended by itself
+    /// is if all that was ordered since is its end.
     pub(super) fn report(&mut self, serial: u64, change: Change) {
-        if serial < self.serial() && !matches!(change, Change::Retired) {
+        let holds = match change {
+            Change::Retired => true,
+            Change::Exited { .. } => self.phase() == Phase::Stopping && serial + 1 == self.serial(),
+            _ => false,
+        };
+        if serial < self.serial() && !holds {
             tracing::debug!(pool = %self.settings.id, ?change, "a report that was overtaken");
             return;
         }

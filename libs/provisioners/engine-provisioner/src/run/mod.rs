@@ -25,11 +25,13 @@ mod ready;
 pub(crate) mod spec;
 mod usage;
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use llama_orch_types::{EngineKind, ProvisionedContext};
+use nix::sys::signal::Signal;
 use provision_kit::lock::{FileLock, LockError};
 use provision_kit::process::{self, ChildGroup, CommandSpec, ProcessError, ProcessIdentity};
 use provision_kit::progress::{Step, StepKind, Unit};
@@ -108,6 +110,8 @@ pub struct StopReport {
     pub status: Option<ExitStatus>,
     /// It did not end in its grace and was killed.
     pub killed: bool,
+    /// It had ended before it was asked to, or somebody else killed it.
+    pub by_itself: bool,
     pub took: Duration,
 }
 
@@ -160,6 +164,7 @@ impl RunningEngine {
     /// handoff go with it.
     pub async fn stop(mut self) -> StopReport {
         let start = Instant::now();
+        let ended_before = matches!(self.process.group.try_wait(), Ok(Some(_)));
         let ended = self.process.group.terminate(self.stop_grace).await;
         self.process.log.drain().await;
         let pool = &self.context.pool_id;
@@ -167,6 +172,9 @@ impl RunningEngine {
             Ok(ended) => StopReport {
                 status: Some(ended.status),
                 killed: ended.killed,
+                // One that is dying may take a TERM that is too late to matter.
+                by_itself: ended_before
+                    || (!ended.killed && ended.status.signal() == Some(Signal::SIGKILL as i32)),
                 took: start.elapsed(),
             },
             Err(error) => {
@@ -174,6 +182,7 @@ impl RunningEngine {
                 StopReport {
                     status: None,
                     killed: true,
+                    by_itself: false,
                     took: start.elapsed(),
                 }
             }

@@ -223,9 +223,25 @@ impl<'a> Step<'a> {
                 self.count(cause);
                 self.drained_engine_gone();
             }
-            Phase::Stopping => self.engine_is_gone(),
+            Phase::Stopping => self.crashed_while_stopping(cause),
             _ => self.ignore(),
         }
+    }
+
+    /// It ended by itself before it could be ended: its tasks had failed by that, and
+    /// so its end was asked for.
+    fn crashed_while_stopping(&mut self, cause: RestartCause) {
+        self.count(cause);
+        if self.life.drain == Some(Drain::Unload) {
+            let policy = &self.life.policy.restart;
+            let verdict = self.life.history.crashed(policy, self.now, self.random);
+            if let open @ Verdict::Open { .. } = verdict {
+                return self.after_crash(open);
+            }
+        }
+        self.engine_is_gone();
+        // One that was retiring is gone, too.
+        self.retired();
     }
 
     /// Its tasks are given back, and the next engine is soon wanted for them: it

@@ -293,3 +293,28 @@ proptest! {
         prop_assert_eq!(life.phase(), Phase::Ready);
     }
 }
+
+/// Its tasks fail by the crash, and so its end is asked for before it is known.
+#[test]
+fn a_crash_that_is_seen_while_the_engine_is_stopped_counts_as_any_other() {
+    let (mut life, now) = ready();
+    let policy = RestartPolicy::default();
+    let crash = Event::Exited(RestartCause::Crash);
+    for number in 1..=policy.crashes {
+        life.on(Event::Unload { waited_for: true }, now, 1.0)
+            .unwrap();
+        assert_eq!(effects(&mut life, Event::TasksOver, now), [Effect::Rest]);
+        let reaction = life.on(crash, now, 1.0).unwrap();
+        assert_eq!(reaction.counted, Some(RestartCause::Crash));
+        assert_eq!(life.restarts().crash, u64::try_from(number).unwrap());
+        assert_eq!(reaction.opened, number == policy.crashes);
+        if reaction.opened {
+            break;
+        }
+        assert_eq!(life.phase(), Phase::Unloaded, "the queue is kept");
+        for event in [Event::Wanted, Event::Loading, Event::Ready] {
+            life.on(event, now, 1.0).unwrap();
+        }
+    }
+    assert_eq!(life.phase(), Phase::Failed, "the breaker knows of it");
+}
