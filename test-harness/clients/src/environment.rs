@@ -60,7 +60,11 @@ async fn provide() -> PathBuf {
 async fn install(place: &Path) {
     let name = place.file_name().expect("the place has a name");
     let prefix = format!(".installing-{}-", name.to_string_lossy());
-    for entry in std::fs::read_dir(directory()).into_iter().flatten().flatten() {
+    for entry in std::fs::read_dir(directory())
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
         if entry.file_name().to_string_lossy().starts_with(&prefix) {
             // What stays costs space only.
             let _ = std::fs::remove_dir_all(entry.path());
