@@ -109,7 +109,8 @@ impl Seen {
 
 /// The words that so many pieces make up.
 fn numbered(pieces: u64) -> String {
-    (0..pieces).map(|number| format!("w{number} ")).collect()
+    let words: Vec<String> = (0..pieces).map(|number| format!("w{number} ")).collect();
+    words.concat()
 }
 
 /// A call that was taken.

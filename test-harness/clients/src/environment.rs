@@ -54,10 +54,24 @@ async fn provide() -> PathBuf {
     place
 }
 
-/// The packages appear under the final name whole or not at all.
+/// The packages appear under the final name whole or not at all. Only who holds the
+/// lock calls this, so whatever else is staged for this name was left by a process
+/// that was killed.
 async fn install(place: &Path) {
+    let name = place.file_name().expect("the place has a name");
+    let prefix = format!(".installing-{}-", name.to_string_lossy());
+    for entry in std::fs::read_dir(directory())
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        if entry.file_name().to_string_lossy().starts_with(&prefix) {
+            // What stays costs space only.
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
     let staging = tempfile::Builder::new()
-        .prefix(".installing-")
+        .prefix(&prefix)
         .tempdir_in(directory())
         .expect("the cache directory can be written to");
     let wanted: Vec<&str> = REQUIREMENTS
@@ -72,9 +86,10 @@ async fn install(place: &Path) {
     pip.install_target(&wanted, staging.path())
         .await
         .unwrap_or_else(|error| panic!("the Python SDKs cannot be installed: {error}"));
-    let staged = staging.keep();
-    std::fs::rename(&staged, place)
-        .unwrap_or_else(|error| panic!("{} → {}: {error}", staged.display(), place.display()));
+    std::fs::rename(staging.path(), place)
+        .unwrap_or_else(|error| panic!("cannot name {}: {error}", place.display()));
+    // There is nothing under its own name any more.
+    let _ = staging.keep();
 }
 
 fn python_version() -> String {

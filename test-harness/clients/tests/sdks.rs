@@ -35,7 +35,14 @@ async fn server(name: &'static str) -> Server {
         },
     });
     let chat = json!({ "profile": "throughput", "slots": 2, "aliases": [ALIAS] });
-    Server::start(name, chat, more).await
+    ready(name, chat, more).await
+}
+
+/// Clients wait a minute, an engine that has to be built first takes more.
+async fn ready(name: &'static str, first: Value, more: Value) -> Server {
+    let mut server = Server::start(name, first, more).await;
+    server.daemon().until_ready().await;
+    server
 }
 
 /// Runs a script against a daemon of its own.
