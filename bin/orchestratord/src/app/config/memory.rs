@@ -38,6 +38,9 @@ pub enum Serves {
     Rerank,
 }
 
+/// Less main memory than this was meant to have a unit.
+const LEAST: ByteSize = ByteSize(1 << 20);
+
 /// How much memory the engines may take together.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -74,11 +77,11 @@ impl MemoryConfig {
     /// Finds what does not fit the pools: the keys under `memory`, the problem and
     /// a hint.
     pub(super) fn check(&self, pools: &BTreeMap<PoolId, PoolConfig>) -> Result<(), Misfit> {
-        if self.ram == Some(ByteSize(0)) {
+        if let Some(ram) = self.ram.filter(|ram| *ram < LEAST) {
             return Err(Misfit::new(
                 &["ram"],
-                "no engine fits into 0 bytes",
-                "leave it out for what the machine has",
+                format!("no engine fits into {} bytes", ram.0),
+                "write a unit, such as 12GiB, or leave it out for what the machine has",
             ));
         }
         let mut groups = self.groups.iter();
@@ -202,7 +205,8 @@ mod tests {
         assert_eq!(unknown.problem, "there is no pool `codr`");
         assert_eq!(unknown.hint, "did you mean `coder`?");
         for (memory, said) in [
-            (r#"{"ram": 0}"#, "0 bytes"),
+            (r#"{"ram": 0}"#, " 0 bytes"),
+            (r#"{"ram": 12}"#, "12 bytes"),
             (r#"{"groups": {"g": {"pools": []}}}"#, "no pools"),
             (r#"{"groups": {"g": {"pools": ["chat", "chat"]}}}"#, "twice"),
             (

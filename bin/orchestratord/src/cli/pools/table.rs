@@ -84,6 +84,9 @@ fn size(bytes: u64) -> String {
 
 /// When it is loaded, and when it goes.
 fn load(pool: &PoolView) -> String {
+    if pool.engine == "openai" {
+        return "elsewhere".to_owned();
+    }
     // As the configuration has it.
     let value = serde_json::to_value(pool.load).unwrap_or_default();
     let mut words = vec![value.as_str().unwrap_or_default().to_owned()];
