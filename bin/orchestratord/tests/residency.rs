@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use futures::future::join_all;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use support::pools::{engine_of, quick_restarts, send};
+use support::pools::{engine_of, quick_restarts, send, until_reload};
 use support::{Daemon, Setup, id, is_alive, shape, text};
 use test_harness_fake_engine::{Script, install, starts};
 
@@ -233,6 +233,35 @@ async fn what_can_never_fit_is_refused_with_what_helps() {
         "{error}"
     );
     assert_eq!(starts(&daemon.engine_dir().with_file_name("engine-a")), 0);
+}
+
+#[tokio::test]
+async fn a_reload_to_what_can_never_fit_leaves_the_engine_alone() {
+    let budget = room_for_one().await;
+    let daemon = Setup::new(&script("a"))
+        .top("memory", budget.clone())
+        .ready()
+        .await;
+    let engine = engine_of(&daemon.pool().await);
+    // As large as the whole budget, and all but its head a hole.
+    let large = daemon.model().with_file_name("large.gguf");
+    std::fs::copy(daemon.model(), &large).unwrap();
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&large)
+        .unwrap();
+    file.set_len(budget["ram"].as_u64().unwrap()).unwrap();
+    let body = json!({ "model": large });
+    let asked = daemon.post("/v2/pools/default/reload", body).await;
+    assert_eq!(asked.status(), 202);
+    let pool = until_reload(&daemon, "rolled_back").await;
+    let error = pool["reload"]["error"].to_string();
+    assert!(error.contains("budget"), "{pool}");
+    assert_eq!(
+        (&pool["state"], engine_of(&pool)),
+        (&json!("ready"), engine)
+    );
+    answered(&daemon, "default").await;
 }
 
 #[tokio::test]

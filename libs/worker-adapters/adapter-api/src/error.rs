@@ -113,13 +113,6 @@ impl WorkerError {
 impl Hinted for WorkerError {
     fn hint(&self) -> Option<String> {
         let hint = match self {
-            // llama-server names the flag that it was started without.
-            Self::InvalidParams { message } if message.contains("`--embeddings`") => {
-                "ask a pool with `serves: embeddings`"
-            }
-            Self::InvalidParams { message } if message.contains("`--reranking`") => {
-                "ask a pool with `serves: rerank`"
-            }
             Self::ContextLengthExceeded { .. } => {
                 "shorten the prompt or lower max_tokens, or give the pool a larger `ctx`"
             }
@@ -149,24 +142,6 @@ impl Hinted for WorkerError {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_flag_that_the_engine_misses_is_told_as_the_pools_setting() {
-        let hint = |message: &str| {
-            let message = message.to_owned();
-            WorkerError::InvalidParams { message }.hint()
-        };
-        assert_eq!(
-            hint("This server does not support embeddings. Start it with `--embeddings`")
-                .as_deref(),
-            Some("ask a pool with `serves: embeddings`")
-        );
-        assert_eq!(
-            hint("This server does not support reranking. Start it with `--reranking`").as_deref(),
-            Some("ask a pool with `serves: rerank`")
-        );
-        assert_eq!(hint("`seed` is no number"), None);
-    }
 
     #[test]
     fn an_engine_that_takes_no_connection_is_not_one_that_hangs() {
