@@ -238,7 +238,7 @@ async fn what_can_never_fit_is_refused_with_what_helps() {
 #[tokio::test]
 async fn a_reload_to_what_can_never_fit_leaves_the_engine_alone() {
     let budget = room_for_one().await;
-    let daemon = Setup::new(&script("a"))
+    let daemon = Setup::new(&script("default"))
         .top("memory", budget.clone())
         .ready()
         .await;
