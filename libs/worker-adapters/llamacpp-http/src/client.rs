@@ -10,6 +10,7 @@ use serde::Serialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use worker_adapters_adapter_api::{TimeoutPhase, WorkerError};
 
+use crate::body;
 use crate::settings::AdapterSettings;
 use crate::wire::{self, ProbeAnswer, ProbeEmbedding, ProbeRequest};
 
@@ -18,9 +19,6 @@ use crate::wire::{self, ProbeAnswer, ProbeEmbedding, ProbeRequest};
 const IDLE_CONNECTION: Duration = Duration::from_secs(4);
 /// Each quiet connection holds one of the engine's few threads.
 const IDLE_CONNECTIONS: usize = 2;
-/// An answer that is longer is not the engine's protocol. `/tokenize` of a very
-/// long prompt is the longest we ask for.
-const ANSWER_LIMIT: usize = 64 << 20;
 /// Pauses before a request that the engine did not take is sent again.
 const RETRY_PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(250)];
 
@@ -285,21 +283,8 @@ impl EngineClient {
     }
 
     /// The whole body of a response, within the limit on its size.
-    pub(crate) async fn body(&self, mut response: Response) -> Result<Vec<u8>, WorkerError> {
-        let mut body = Vec::new();
-        while let Some(chunk) = response
-            .chunk()
-            .await
-            .map_err(|error| self.failure(error))?
-        {
-            if body.len() + chunk.len() > ANSWER_LIMIT {
-                return Err(WorkerError::Protocol {
-                    what: format!("an answer of more than {ANSWER_LIMIT} bytes"),
-                });
-            }
-            body.extend_from_slice(&chunk);
-        }
-        Ok(body)
+    pub(crate) async fn body(&self, response: Response) -> Result<Vec<u8>, WorkerError> {
+        body::whole(response, |error| self.failure(error)).await
     }
 
     /// Tries again, a bounded number of times, what the engine never took:

@@ -5,6 +5,7 @@
 //! - `deadlines`: how long to wait for the engine's next sign of life
 //! - `freeing`: waiting until a cancelled task's slot is free
 //! - `tagging`: which of several slots a task is in
+//! - [`body`]: whole answers, within a limit on their size
 //! - [`settings`]: where the engine is, and how long to wait for it
 //! - `client`: single requests, and how their failures are told apart
 //! - `completion`: one task's stream, from the request to its last event
@@ -18,6 +19,7 @@
 //! a failure that says the engine never took it.
 
 pub mod adapter;
+pub mod body;
 pub mod settings;
 pub mod sse;
 

@@ -10,13 +10,12 @@ use reqwest::header::{
 use reqwest::{Method, RequestBuilder, Response};
 use serde::Serialize;
 use worker_adapters_adapter_api::{TimeoutPhase, WorkerError};
+use worker_adapters_llamacpp_http::body;
 
 use crate::settings::{Endpoint, Waits};
 use crate::wire;
 
 const CORRELATION_ID: HeaderName = HeaderName::from_static("x-correlation-id");
-/// A longer answer is none of a language model.
-const ANSWER_LIMIT: usize = 64 << 20;
 /// How much of a failure's body is read.
 const FAILURE_LIMIT: usize = 64 << 10;
 
@@ -128,21 +127,8 @@ impl Client {
         ))
     }
 
-    pub(crate) async fn body(&self, mut response: Response) -> Result<Vec<u8>, WorkerError> {
-        let mut body = Vec::new();
-        while let Some(chunk) = response
-            .chunk()
-            .await
-            .map_err(|error| self.failure(error))?
-        {
-            if body.len() + chunk.len() > ANSWER_LIMIT {
-                return Err(WorkerError::Protocol {
-                    what: format!("an answer of more than {ANSWER_LIMIT} bytes"),
-                });
-            }
-            body.extend_from_slice(&chunk);
-        }
-        Ok(body)
+    pub(crate) async fn body(&self, response: Response) -> Result<Vec<u8>, WorkerError> {
+        body::whole(response, |error| self.failure(error)).await
     }
 
     /// What a broken request or a broken answer means.
