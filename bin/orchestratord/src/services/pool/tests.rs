@@ -4,6 +4,7 @@ mod calls;
 mod handover;
 mod on_demand;
 
+use std::fmt::Debug;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -31,12 +32,17 @@ use crate::services::tasks::{NewTask, TaskRecord};
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
-/// Panics over the first task and answers every later one.
+/// What an engine answers, for those of which nothing else matters.
+trait Answers: Debug + Send + Sync {
+    fn answer(&self) -> TokenStream;
+}
+
+/// An engine that is well and answers so.
 #[derive(Debug, Default)]
-struct BreaksOnce(AtomicUsize);
+struct Answering<A>(A);
 
 #[async_trait]
-impl WorkerAdapter for BreaksOnce {
+impl<A: Answers> WorkerAdapter for Answering<A> {
     async fn health(&self) -> Result<EngineHealth, WorkerError> {
         Ok(EngineHealth::Ready)
     }
@@ -50,6 +56,28 @@ impl WorkerAdapter for BreaksOnce {
     }
 
     async fn submit(&self, _: EngineTask) -> Result<TokenStream, WorkerError> {
+        Ok(self.0.answer())
+    }
+
+    async fn cancel(&self, _: TaskId) -> Result<CancelReport, WorkerError> {
+        Ok(CancelReport::NotRunning)
+    }
+
+    async fn probe(&self, _: Duration) -> Result<(), WorkerError> {
+        Ok(())
+    }
+
+    async fn engine_version(&self) -> Result<String, WorkerError> {
+        Ok("x".to_owned())
+    }
+}
+
+/// Panics over the first task and answers every later one.
+#[derive(Debug, Default)]
+struct BreaksOnce(AtomicUsize);
+
+impl Answers for BreaksOnce {
+    fn answer(&self) -> TokenStream {
         assert!(
             self.0.fetch_add(1, Ordering::Relaxed) > 0,
             "this adapter breaks once"
@@ -63,19 +91,7 @@ impl WorkerAdapter for BreaksOnce {
             finish_reason: FinishReason::Stop,
             effective: serde_json::Value::Null,
         });
-        Ok(futures::stream::iter([Ok(TokenEvent::Started), Ok(end)]).boxed())
-    }
-
-    async fn cancel(&self, _: TaskId) -> Result<CancelReport, WorkerError> {
-        Ok(CancelReport::NotRunning)
-    }
-
-    async fn probe(&self, _: Duration) -> Result<(), WorkerError> {
-        Ok(())
-    }
-
-    async fn engine_version(&self) -> Result<String, WorkerError> {
-        Ok("x".to_owned())
+        futures::stream::iter([Ok(TokenEvent::Started), Ok(end)]).boxed()
     }
 }
 
@@ -160,7 +176,7 @@ async fn ending(pool: &PoolHandle) -> TaskEvent {
 #[tokio::test]
 async fn a_run_that_breaks_ends_its_task_and_gives_its_slot_back() {
     let host = AdapterHost::new(HostSettings::default());
-    host.bind_adapter(context(), Arc::new(BreaksOnce::default()));
+    host.bind_adapter(context(), Arc::new(Answering::<BreaksOnce>::default()));
     let pool = pool(&host);
     pool.change(Change::Ready(Arc::new(context()).into())).await;
     assert!(matches!(ending(&pool).await, TaskEvent::Error(_)));
@@ -181,7 +197,7 @@ async fn a_dropped_submission_leaves_no_reader_waiting() {
 #[tokio::test]
 async fn a_configuration_is_applied_as_a_difference() {
     let host = AdapterHost::new(HostSettings::default());
-    host.bind_adapter(context(), Arc::new(BreaksOnce::default()));
+    host.bind_adapter(context(), Arc::new(Answering::<BreaksOnce>::default()));
     let pool = pool(&host);
     pool.change(Change::Ready(Arc::new(context()).into())).await;
     let mut config = (*pool.settings().config).clone();

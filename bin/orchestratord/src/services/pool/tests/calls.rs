@@ -272,40 +272,15 @@ async fn a_call_that_the_engine_refuses_costs_the_engine_no_trust() {
 #[derive(Debug, Default)]
 struct NeverEnds(AtomicUsize);
 
-#[async_trait]
-impl WorkerAdapter for NeverEnds {
-    async fn health(&self) -> Result<EngineHealth, WorkerError> {
-        Ok(EngineHealth::Ready)
-    }
-
-    async fn props(&self) -> Result<EngineProps, WorkerError> {
-        Err(WorkerError::Cancelled)
-    }
-
-    async fn count_tokens(&self, _: &TaskInput) -> Result<u32, WorkerError> {
-        Ok(1)
-    }
-
-    async fn submit(&self, _: EngineTask) -> Result<TokenStream, WorkerError> {
+impl Answers for NeverEnds {
+    fn answer(&self) -> TokenStream {
         self.0.fetch_add(1, Ordering::Relaxed);
         let answer = TokenEvent::Answer(CallAnswer {
             body: "{}".into(),
             text: String::new(),
         });
         let said = futures::stream::iter([Ok(TokenEvent::Started), Ok(answer)]);
-        Ok(said.chain(futures::stream::pending()).boxed())
-    }
-
-    async fn cancel(&self, _: TaskId) -> Result<CancelReport, WorkerError> {
-        Ok(CancelReport::NotRunning)
-    }
-
-    async fn probe(&self, _: Duration) -> Result<(), WorkerError> {
-        Ok(())
-    }
-
-    async fn engine_version(&self) -> Result<String, WorkerError> {
-        Ok("x".to_owned())
+        said.chain(futures::stream::pending()).boxed()
     }
 }
 
@@ -314,7 +289,7 @@ async fn no_call_is_answered_twice() {
     let engine = FakeEngine::start(&Script::default());
     let (host, pool) = ready(&engine).await;
     // The same engine to the pool, and another behind it.
-    let never_ends = Arc::new(NeverEnds::default());
+    let never_ends = Arc::new(Answering::<NeverEnds>::default());
     let context = ProvisionedContext {
         url: engine.url(),
         ..context()
@@ -329,6 +304,6 @@ async fn no_call_is_answered_twice() {
     let events = events(&record).await;
     assert_eq!(failure(&events).code, ErrorCode::WorkerReset);
     assert_eq!(answers(&events).len(), 1);
-    assert_eq!(never_ends.0.load(Ordering::Relaxed), 1);
+    assert_eq!(never_ends.0.0.load(Ordering::Relaxed), 1);
     assert!(new.requests().is_empty());
 }

@@ -14,21 +14,8 @@ use crate::services::tasks::Admitted;
 #[derive(Debug, Default)]
 struct Gated(CancellationToken);
 
-#[async_trait]
-impl WorkerAdapter for Gated {
-    async fn health(&self) -> Result<EngineHealth, WorkerError> {
-        Ok(EngineHealth::Ready)
-    }
-
-    async fn props(&self) -> Result<EngineProps, WorkerError> {
-        Err(WorkerError::Cancelled)
-    }
-
-    async fn count_tokens(&self, _: &TaskInput) -> Result<u32, WorkerError> {
-        Ok(1)
-    }
-
-    async fn submit(&self, _: EngineTask) -> Result<TokenStream, WorkerError> {
+impl Answers for Gated {
+    fn answer(&self) -> TokenStream {
         let end = TokenEvent::End(EndSummary {
             tokens_in: 1,
             tokens_cached: 0,
@@ -44,19 +31,7 @@ impl WorkerAdapter for Gated {
             Ok(end)
         });
         let begun = stream::iter([Ok(TokenEvent::Started)]);
-        Ok(begun.chain(end).boxed())
-    }
-
-    async fn cancel(&self, _: TaskId) -> Result<CancelReport, WorkerError> {
-        Ok(CancelReport::NotRunning)
-    }
-
-    async fn probe(&self, _: Duration) -> Result<(), WorkerError> {
-        Ok(())
-    }
-
-    async fn engine_version(&self) -> Result<String, WorkerError> {
-        Ok("x".to_owned())
+        begun.chain(end).boxed()
     }
 }
 
@@ -70,7 +45,7 @@ impl Bench {
     fn new(config: PoolConfig) -> Self {
         let host = AdapterHost::new(HostSettings::default());
         let gate = CancellationToken::new();
-        host.bind_adapter(context(), Arc::new(Gated(gate.clone())));
+        host.bind_adapter(context(), Arc::new(Answering(Gated(gate.clone()))));
         Self {
             pool: pool_of(config, &host),
             gate,
