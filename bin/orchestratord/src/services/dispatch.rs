@@ -349,7 +349,7 @@ impl TaskRun {
                 TaskEvent::Answer(Box::new(Answer {
                     body: answer.body,
                     token: Token {
-                        t: answer.text,
+                        t: answer.text.into(),
                         i: 0,
                     },
                 }))

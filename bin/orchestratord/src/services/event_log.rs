@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
+use bytestring::ByteString;
 use llama_orch_types::ErrorCode;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
@@ -60,11 +61,9 @@ impl TaskEvent {
     fn size(&self) -> usize {
         const TERMINAL: usize = 4096;
         let own = match self {
-            Self::Token(token) => token.t.capacity(),
-            Self::Chunk(chunk) => size_of::<Chunk>() + chunk.data.len() + chunk.token.t.capacity(),
-            Self::Answer(answer) => {
-                size_of::<Answer>() + answer.body.len() + answer.token.t.capacity()
-            }
+            Self::Token(token) => token.t.len(),
+            Self::Chunk(chunk) => size_of::<Chunk>() + chunk.data.len() + chunk.token.t.len(),
+            Self::Answer(answer) => size_of::<Answer>() + answer.body.len() + answer.token.t.len(),
             Self::Started(_) | Self::Metrics(_) => 0,
             Self::End(_) | Self::Error(_) => TERMINAL,
         };
@@ -92,7 +91,8 @@ pub struct Started {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Token {
     /// The text.
-    pub t: String,
+    #[schema(value_type = String)]
+    pub t: ByteString,
     /// Counts pieces: 0, 1, 2 and so on without a gap.
     pub i: u64,
 }
@@ -101,8 +101,8 @@ pub struct Token {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Chunk {
     /// Its `event:` name, where the API gives one.
-    pub name: Option<Box<str>>,
-    pub data: Box<str>,
+    pub name: Option<ByteString>,
+    pub data: ByteString,
     /// What it adds to the answer's text, if it does; `i` counts those that do.
     pub token: Token,
 }
@@ -398,7 +398,7 @@ mod tests {
 
     fn token(i: u64) -> TaskEvent {
         TaskEvent::Token(Token {
-            t: format!("t{i}"),
+            t: format!("t{i}").into(),
             i,
         })
     }
@@ -447,7 +447,7 @@ mod tests {
         assert_eq!(batch_end(&short, 0), BATCH);
         assert_eq!(batch_end(&short, 256), 300);
         let long = TaskEvent::Token(Token {
-            t: "x".repeat(BATCH_BYTES),
+            t: "x".repeat(BATCH_BYTES).into(),
             i: 0,
         });
         assert_eq!(batch_end(&[long.clone(), long], 0), 1);

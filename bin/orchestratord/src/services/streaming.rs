@@ -178,7 +178,7 @@ mod tests {
                 waited_ms: 6,
             }),
             TaskEvent::Token(Token {
-                t: "line\nbreak \"ü\"".to_owned(),
+                t: "line\nbreak \"ü\"".into(),
                 i: 0,
             }),
             TaskEvent::Metrics(Metrics {

@@ -297,7 +297,10 @@ mod tests {
             let record = record(false);
             for i in 0..10 {
                 let t = "x".repeat(1000);
-                record.log.append(TaskEvent::Token(Token { t, i })).unwrap();
+                record
+                    .log
+                    .append(TaskEvent::Token(Token { t: t.into(), i }))
+                    .unwrap();
             }
             registry.insert(Arc::clone(&record));
             record

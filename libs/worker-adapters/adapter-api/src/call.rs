@@ -5,6 +5,7 @@
 //! this program has never heard of works if the engine knows it.
 
 use bytes::Bytes;
+use bytestring::ByteString;
 
 /// One request, checked for nothing but what routing needs.
 #[derive(Debug, Clone, PartialEq)]
@@ -57,16 +58,17 @@ impl CallApi {
     }
 }
 
-/// One server-sent event of an answer.
+/// One server-sent event of an answer. Its texts may be parts of the buffer that
+/// it was read into: who keeps them for long copies them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CallChunk {
     /// Its `event:` name, where the API gives one.
-    pub name: Option<Box<str>>,
+    pub name: Option<ByteString>,
     /// Its data, as the engine sent it.
-    pub data: Box<str>,
+    pub data: ByteString,
     /// What it adds to the answer's text; empty for most events that are no
     /// token, and for thoughts and tool calls.
-    pub text: String,
+    pub text: ByteString,
     /// Tokens generated so far, as far as the engine has told.
     pub tokens_out: u64,
 }

@@ -1,5 +1,6 @@
 //! What comes back from an engine.
 
+use bytestring::ByteString;
 use serde::{Deserialize, Serialize};
 
 use crate::call::{CallAnswer, CallChunk};
@@ -13,9 +14,10 @@ pub enum TokenEvent {
     /// A piece of the answer: never empty, always whole characters. Indices
     /// count pieces: 0, 1, 2 and so on without a gap. With the prompt's tokens,
     /// and those generated up to and including this piece, by the engine's count:
-    /// a piece may be several tokens.
+    /// a piece may be several tokens. The text may be part of the buffer that it
+    /// was read into.
     Token {
-        text: String,
+        text: ByteString,
         index: u64,
         tokens_in: u64,
         tokens_out: u64,

@@ -243,7 +243,7 @@ impl Completion {
             });
         }
         self.ready.push_back(TokenEvent::Token {
-            text: chunk.content.clone().into_owned(),
+            text: chunk.content.clone().into_owned().into(),
             index: self.next_index,
             tokens_in: chunk.tokens_evaluated,
             tokens_out: chunk.tokens_predicted,

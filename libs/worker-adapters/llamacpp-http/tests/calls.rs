@@ -63,10 +63,7 @@ fn chunks(outcome: &Outcome) -> Vec<&CallChunk> {
 }
 
 fn text(outcome: &Outcome) -> String {
-    chunks(outcome)
-        .iter()
-        .map(|chunk| chunk.text.as_str())
-        .collect()
+    chunks(outcome).iter().map(|chunk| &*chunk.text).collect()
 }
 
 async fn run(adapter: &LlamaCppAdapter, task: EngineTask) -> Outcome {

@@ -269,7 +269,7 @@ impl Play {
                 continue;
             }
             return Ok(TokenEvent::Token {
-                text,
+                text: text.into(),
                 index,
                 tokens_in: count(&self.task.input) as u64,
                 tokens_out: self.sent,

@@ -1,5 +1,6 @@
 //! Answers to calls, in OpenAI's form.
 
+use bytestring::ByteString;
 use serde_json::{Value, json};
 use worker_adapters_adapter_api::{
     CallAnswer, CallApi, CallChunk, EngineCall, TokenEvent, WorkerError,
@@ -24,7 +25,7 @@ pub(crate) fn piece(api: CallApi, text: String, tokens_out: u64) -> CallChunk {
     CallChunk {
         name: None,
         data: chunk(api, &choice).to_string().into(),
-        text,
+        text: text.into(),
         tokens_out,
     }
 }
@@ -40,7 +41,7 @@ pub(crate) fn last(call: &EngineCall, text: String, tokens_out: u64, limited: bo
         return TokenEvent::Chunk(CallChunk {
             name: None,
             data: chunk(call.api, &choice).to_string().into(),
-            text: String::new(),
+            text: ByteString::new(),
             tokens_out,
         });
     }

@@ -156,7 +156,7 @@ async fn a_call_is_answered_in_chunks_or_as_a_whole() {
     let text: String = events
         .iter()
         .filter_map(|event| match event {
-            TokenEvent::Chunk(chunk) => Some(chunk.text.as_str()),
+            TokenEvent::Chunk(chunk) => Some(&*chunk.text),
             _ => None,
         })
         .collect();

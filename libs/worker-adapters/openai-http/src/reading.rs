@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use bytes::Bytes;
+use bytestring::ByteString;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::json;
@@ -113,9 +114,9 @@ impl Reader {
             Kind::Native { max_tokens } => self.token(text, u64::from(max_tokens), out)?,
             Kind::Call { usage_is_ours, .. } if usage_is_ours && only_counts => {}
             Kind::Call { .. } => out.push_back(TokenEvent::Chunk(CallChunk {
-                name,
+                name: name.map(ByteString::from),
                 data: data.into(),
-                text,
+                text: text.into(),
                 tokens_out: self.tokens_out(),
             })),
         }
@@ -230,7 +231,7 @@ impl Reader {
             });
         }
         out.push_back(TokenEvent::Token {
-            text,
+            text: text.into(),
             index: self.pieces - 1,
             tokens_in: self.usage.tokens_in,
             tokens_out: self.tokens_out(),

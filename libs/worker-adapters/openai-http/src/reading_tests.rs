@@ -14,8 +14,8 @@ fn read(reader: &mut Reader, events: &[&str]) -> Vec<TokenEvent> {
 
 fn texts(events: &[TokenEvent]) -> String {
     let text = |event: &TokenEvent| match event {
-        TokenEvent::Token { text, .. } => text.clone(),
-        TokenEvent::Chunk(chunk) => chunk.text.clone(),
+        TokenEvent::Token { text, .. } => text.to_string(),
+        TokenEvent::Chunk(chunk) => chunk.text.to_string(),
         _ => String::new(),
     };
     events.iter().map(text).collect()

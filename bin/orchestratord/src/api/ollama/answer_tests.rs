@@ -1,3 +1,5 @@
+use bytestring::ByteString;
+
 use super::*;
 use crate::services::event_log::{Chunk, EngineSays, Receipt, Started, Token};
 use serde_json::json;
@@ -7,7 +9,7 @@ pub(in super::super) fn chunk(data: &Value) -> TaskEvent {
         name: None,
         data: data.to_string().into(),
         token: Token {
-            t: String::new(),
+            t: ByteString::new(),
             i: 0,
         },
     }))

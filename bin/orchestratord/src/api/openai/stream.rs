@@ -180,6 +180,7 @@ mod tests {
 
     use super::*;
     use crate::services::event_log::{End, EventLog, Started, Token};
+    use bytestring::ByteString;
     use futures::StreamExt;
     use llama_orch_types::ErrorCode;
 
@@ -188,7 +189,7 @@ mod tests {
             name: name.map(Into::into),
             data: data.into(),
             token: Token {
-                t: String::new(),
+                t: ByteString::new(),
                 i: 0,
             },
         }))

@@ -275,7 +275,7 @@ impl WorkerAdapter for Breaks {
     async fn submit(&self, task: EngineTask) -> Result<TokenStream, WorkerError> {
         let mut tasks = self.tasks.lock().unwrap();
         let token = TokenEvent::Token {
-            text: format!("{} ", tasks.len()),
+            text: format!("{} ", tasks.len()).into(),
             index: 0,
             tokens_in: 1 + tasks.len() as u64,
             tokens_out: 2,

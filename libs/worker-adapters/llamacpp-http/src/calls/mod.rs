@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use bytestring::ByteString;
 use futures::{Stream, StreamExt, stream};
 use reqwest::Response;
 use tokio::time::{Instant, timeout};
@@ -346,9 +347,9 @@ impl Call {
 
     fn hand_out(&mut self, name: Option<String>, data: String, text: String) {
         self.ready.push_back(TokenEvent::Chunk(CallChunk {
-            name: name.map(String::into_boxed_str),
-            data: data.into_boxed_str(),
-            text,
+            name: name.map(ByteString::from),
+            data: data.into(),
+            text: text.into(),
             tokens_out: self.account.counted(),
         }));
     }

@@ -66,7 +66,7 @@ impl Outcome {
         for event in &self.events {
             if let TokenEvent::Token { text, index, .. } = event {
                 assert_eq!(*index, pieces.len() as u64, "indices have no gap");
-                pieces.push(text.as_str());
+                pieces.push(&**text);
             }
         }
         pieces

@@ -305,8 +305,8 @@ pub(crate) async fn rest(stream: TokenStream) -> (Vec<TokenEvent>, Option<Worker
 
 pub(crate) fn text(events: &[TokenEvent]) -> String {
     let text = |event: &TokenEvent| match event {
-        TokenEvent::Token { text, .. } => text.clone(),
-        TokenEvent::Chunk(chunk) => chunk.text.clone(),
+        TokenEvent::Token { text, .. } => text.to_string(),
+        TokenEvent::Chunk(chunk) => chunk.text.to_string(),
         TokenEvent::Answer(answer) => answer.text.clone(),
         _ => String::new(),
     };

@@ -122,7 +122,7 @@ async fn a_streamed_call_is_kept_chunk_by_chunk_and_has_its_receipt() {
     let indices: Vec<_> = chunks
         .iter()
         .filter(|chunk| !chunk.token.t.is_empty())
-        .map(|chunk| (chunk.token.t.as_str(), chunk.token.i))
+        .map(|chunk| (&*chunk.token.t, chunk.token.i))
         .collect();
     assert_eq!(indices, [("Hä", 0), ("llo", 1)]);
     assert_eq!(record.log.text(), ("Hällo".to_owned(), 2));

@@ -93,7 +93,7 @@ impl WorkerAdapter for Slow {
             });
         }
         let token = TokenEvent::Token {
-            text: self.word.to_owned(),
+            text: self.word.into(),
             index: 0,
             tokens_in: 1,
             tokens_out: 1,
