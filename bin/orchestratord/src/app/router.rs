@@ -4,12 +4,14 @@
 
 use std::sync::Arc;
 
+use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};
+use axum::http::header::CONTENT_TYPE;
 use axum::http::{Method, StatusCode, Uri};
 use axum::middleware::{from_fn, from_fn_with_state};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use axum::{Json, Router};
+use tokio::task::spawn_blocking;
 use utoipa::OpenApi;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{Content, OpenApi as OpenApiDescription, Ref, ResponseBuilder};
@@ -28,6 +30,7 @@ use crate::api::{
     admin, auth, catalog, correlation, health, memory, meta, metrics, ollama, openai, panics,
     pools, tasks,
 };
+use crate::services::event_log::Failure;
 
 #[derive(OpenApi)]
 #[openapi(
@@ -153,13 +156,11 @@ pub fn openapi() -> OpenApiDescription {
 
 pub fn router(state: Arc<AppState>) -> Router {
     let streams = StreamCounts::new(state.limits.clone());
-    let (routes, description) = described_routes(streams).split_for_parts();
-    let description = complete(description);
+    // The description takes megabytes and is asked for hardly ever: it is made when
+    // it is.
+    let (routes, _) = described_routes(streams).split_for_parts();
     routes
-        .route(
-            "/openapi.json",
-            get(move || async move { Json(description) }),
-        )
+        .route("/openapi.json", get(described))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(state.max_body_bytes))
@@ -170,6 +171,21 @@ pub fn router(state: Arc<AppState>) -> Router {
             correlation::correlate,
         ))
         .with_state(state)
+}
+
+/// Made off the runtime: it takes milliseconds.
+async fn described() -> Result<Response, ApiError> {
+    let written = spawn_blocking(|| serde_json::to_vec(&openapi())).await;
+    let body = match written {
+        Ok(Ok(body)) => body,
+        Ok(Err(error)) => return Err(not_described(&error)),
+        Err(error) => return Err(not_described(&error)),
+    };
+    Ok(([(CONTENT_TYPE, "application/json")], body).into_response())
+}
+
+fn not_described(error: &dyn std::error::Error) -> ApiError {
+    Failure::internal(format!("the description could not be made: {error}")).into()
 }
 
 async fn no_route(uri: Uri) -> ApiError {
