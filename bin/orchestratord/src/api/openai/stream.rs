@@ -141,11 +141,8 @@ fn data_line(out: &mut BytesMut, line: &str, end: &[u8]) {
     out.extend_from_slice(end);
 }
 
-/// Looks at every byte, since a loop that does not end early is done by many bytes at
-/// a time, and nearly every text is one line.
 fn is_one_line(text: &str) -> bool {
-    let is_end = |byte: u8| byte == b'\n' || byte == b'\r';
-    !text.bytes().fold(false, |any, byte| any | is_end(byte))
+    memchr::memchr2(b'\n', b'\r', text.as_bytes()).is_none()
 }
 
 /// Whether a chunk says what was used and nothing of the answer.

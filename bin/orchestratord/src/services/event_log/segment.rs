@@ -203,7 +203,7 @@ fn is_small_token(token: &Token) -> bool {
 
 fn is_small_chunk(chunk: &Chunk) -> bool {
     let name = chunk.name.as_ref().map_or(0, |name| name.len());
-    name <= usize::from(u8::MAX) && length(chunk) <= LARGE
+    u8::try_from(name).is_ok() && length(chunk) <= LARGE
 }
 
 fn length(chunk: &Chunk) -> usize {

@@ -12,7 +12,7 @@ use std::task::Waker;
 pub(super) struct Seat(Option<usize>);
 
 /// Everyone who waits for the same.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Waiters {
     places: Vec<Place>,
     /// The first free place, if that is not the end of the list.
@@ -28,17 +28,6 @@ enum Place {
     /// Somebody's, who does not wait now.
     Taken,
     Waiting(Waker),
-}
-
-impl Default for Waiters {
-    fn default() -> Self {
-        Self {
-            places: Vec::new(),
-            free: 0,
-            taken: 0,
-            waiting: 0,
-        }
-    }
 }
 
 impl Waiters {

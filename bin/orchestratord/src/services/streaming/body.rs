@@ -140,3 +140,61 @@ where
         Poll::Ready(Some(Ok(piece)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::services::event_log::{EventLog, TaskEvent, Token};
+    use futures::StreamExt;
+
+    fn write(out: &mut BytesMut, _: u64, event: EventRef<'_>) -> ControlFlow<()> {
+        let text = event.token().map_or("", |token| token.t);
+        out.extend_from_slice(text.as_bytes());
+        match text {
+            "last" => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        }
+    }
+
+    fn append(log: &EventLog, text: &str) {
+        let t = text.into();
+        log.append(TaskEvent::Token(Token { t, i: 0 })).unwrap();
+    }
+
+    #[tokio::test]
+    async fn pieces_that_were_let_go_make_room_for_the_next() {
+        let log = EventLog::new();
+        let mut body = LogBody::new(log.cursor(0), (), write, || None);
+        append(&log, "first");
+        let first = body.next().await.unwrap().unwrap().as_ptr().addr();
+        for _ in 0..10 * BUFFER / 8 {
+            append(&log, "12345678");
+            let piece = body.next().await.unwrap().unwrap();
+            assert!(piece.as_ptr().addr().abs_diff(first) < BUFFER);
+        }
+        // What is kept is not written over.
+        append(&log, "kept");
+        let kept = body.next().await.unwrap().unwrap();
+        for _ in 0..BUFFER {
+            append(&log, "12345678");
+            body.next().await.unwrap().unwrap();
+        }
+        assert_eq!(kept, "kept");
+        // A large piece takes its memory with it.
+        append(&log, &"x".repeat(BUFFER + 1));
+        assert_eq!(body.next().await.unwrap().unwrap().len(), BUFFER + 1);
+        assert_eq!(body.out.capacity(), 0);
+    }
+
+    #[tokio::test]
+    async fn an_event_that_ends_the_stream_is_its_last() {
+        let log = EventLog::new();
+        for text in ["a", "last", "more"] {
+            append(&log, text);
+        }
+        let mut body = LogBody::new(log.cursor(0), (), write, || None).greeting();
+        assert_eq!(body.next().await.unwrap().unwrap(), "alast");
+        assert_eq!(body.next().await, None);
+        assert_eq!(body.next().await, None);
+    }
+}
