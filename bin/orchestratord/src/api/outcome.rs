@@ -7,13 +7,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use llama_orch_types::ErrorCode;
 use tokio::time::{Instant, timeout_at};
 use worker_adapters_adapter_api::{EngineCall, FinishReason};
 
 use super::submission::{CallOptions, submit_call};
 use crate::app::state::AppState;
-use crate::services::event_log::{Answer, Cursor, Failure, TaskEvent};
+use crate::services::event_log::{Answer, EventRef, Failure};
 use crate::services::pool::PoolHandle;
 use crate::services::streaming::Presence;
 use crate::services::tasks::{Admitted, TaskRecord};
@@ -71,18 +72,14 @@ pub async fn call(
 /// Why there is none; [`ErrorCode::Cancelled`] if somebody cancelled the task.
 pub async fn answer(record: &TaskRecord) -> Result<Answer, Failure> {
     let mut cursor = record.log.cursor(0);
-    let mut answer = None;
-    while let Some(batch) = cursor.read().await {
-        for (_, event) in batch {
-            match event {
-                TaskEvent::Answer(whole) => answer = Some(*whole),
-                TaskEvent::Error(failure) => return Err(*failure),
-                TaskEvent::End(end) if end.finish_reason == FinishReason::Cancelled => {
-                    return Err(failure_of(record, Failure::cancelled()));
-                }
-                _ => {}
-            }
-        }
+    let (mut answer, mut failed) = (None, None);
+    let mut note = |_, event: EventRef<'_>| match event {
+        EventRef::Answer(whole) => answer = Some(whole.clone()),
+        other => failed = failed.take().or_else(|| failure_in(record, other)),
+    };
+    while cursor.each(&mut note).await {}
+    if let Some(failure) = failed {
+        return Err(failure);
     }
     answer.ok_or_else(|| {
         let failure = Failure::new(ErrorCode::WorkerReset, "the engine ended without an answer");
@@ -96,31 +93,50 @@ fn failure_of(record: &TaskRecord, failure: Failure) -> Failure {
     failure
 }
 
-/// The first events that say anything of the answer, if they come within the
-/// grace; what was read is kept.
+/// Why an event ends a task without its answer, if it does.
+fn failure_in(record: &TaskRecord, event: EventRef<'_>) -> Option<Failure> {
+    match event {
+        EventRef::Error(failure) => Some(failure.clone()),
+        EventRef::End(end) if end.finish_reason == FinishReason::Cancelled => {
+            Some(failure_of(record, Failure::cancelled()))
+        }
+        _ => None,
+    }
+}
+
+/// Waits for the first event that says anything of the answer, but no longer than the
+/// grace. An answer that came all at once is given back.
 ///
 /// # Errors
 /// Why the task ended before anything of its answer came.
-pub async fn beginning(
-    record: &TaskRecord,
-    cursor: &mut Cursor,
-    grace: Duration,
-) -> Result<Vec<TaskEvent>, Failure> {
+pub async fn beginning(record: &TaskRecord, grace: Duration) -> Result<Option<Bytes>, Failure> {
     let until = Instant::now() + grace;
-    let mut events = Vec::new();
-    while let Ok(Some(batch)) = timeout_at(until, cursor.read()).await {
-        events.extend(batch.into_iter().map(|(_, event)| event));
-        let said = events
-            .iter()
-            .find(|event| !matches!(event, TaskEvent::Started(_) | TaskEvent::Metrics(_)));
-        match said {
-            None => {}
-            Some(TaskEvent::Error(failure)) => return Err((**failure).clone()),
-            Some(TaskEvent::End(end)) if end.finish_reason == FinishReason::Cancelled => {
-                return Err(failure_of(record, Failure::cancelled()));
+    let mut cursor = record.log.cursor(0);
+    let mut found = None;
+    loop {
+        let look = |_, event: EventRef<'_>| {
+            if found.is_none() {
+                found = beginning_in(record, event);
             }
-            Some(_) => break,
+        };
+        let unread = timeout_at(until, cursor.each(look)).await;
+        if let Some(found) = found {
+            return found;
+        }
+        if unread != Ok(true) {
+            return Ok(None);
         }
     }
-    Ok(events)
+}
+
+/// What an event says of an answer's beginning, if it says anything.
+fn beginning_in(
+    record: &TaskRecord,
+    event: EventRef<'_>,
+) -> Option<Result<Option<Bytes>, Failure>> {
+    match event {
+        EventRef::Started(_) | EventRef::Metrics(_) => None,
+        EventRef::Answer(answer) => Some(Ok(Some(answer.body.clone()))),
+        event => Some(failure_in(record, event).map_or(Ok(None), Err)),
+    }
 }

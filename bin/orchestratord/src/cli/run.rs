@@ -208,7 +208,7 @@ async fn until_ready(pool: &PoolHandle) -> Result<(), Failure> {
 async fn print(mut cursor: Cursor) -> Result<Option<End>, Failure> {
     while let Some(batch) = cursor.read().await {
         for (_, event) in batch {
-            if event.token().is_some_and(|token| write(&token.t).is_err()) {
+            if event.token().is_some_and(|token| write(token.t).is_err()) {
                 return Ok(None);
             }
             match event {

@@ -340,7 +340,7 @@ impl TaskRun {
             TokenEvent::Chunk(chunk) => {
                 self.note_answering();
                 self.seen.saw(chunk.tokens_out, Instant::now());
-                TaskEvent::Chunk(Box::new(self.chunk(chunk)))
+                TaskEvent::Chunk(self.chunk(chunk))
             }
             TokenEvent::Answer(answer) => {
                 self.note_answering();

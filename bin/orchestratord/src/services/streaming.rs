@@ -4,16 +4,20 @@
 //! keeps up gets every token at once and one who is behind catches up in few
 //! writes. Comments keep an idle connection open.
 
+mod body;
+mod keep_alive;
+
 use std::convert::Infallible;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{BufMut, Bytes, BytesMut};
 use futures::Stream;
 use serde::Serialize;
-use tokio::time::{Instant, timeout_at};
 
-use super::event_log::{Cursor, TaskEvent};
+pub(crate) use self::body::LogBody;
+use super::event_log::{Cursor, EventRef, TokenRef};
 use super::tasks::TaskRecord;
 
 /// The usual [`View::keep_alive`]: well below the minute after which many
@@ -73,29 +77,13 @@ pub fn render_sse_for_task<P: Send + 'static>(
     cursor: Cursor,
     view: View,
     presence: P,
-    status: impl Fn() -> Option<String> + Clone + Send + 'static,
+    status: impl Fn() -> Option<String> + Send + 'static,
 ) -> impl Stream<Item = Result<Bytes, Infallible>> + Send {
-    futures::stream::unfold((cursor, presence), move |(mut cursor, presence)| {
-        let status = status.clone();
-        async move {
-            let silent_until = Instant::now() + view.keep_alive;
-            loop {
-                let chunk = match timeout_at(silent_until, cursor.read()).await {
-                    Err(_) => comment(status()),
-                    Ok(None) => return None,
-                    Ok(Some(batch)) => render_batch(&batch, view),
-                };
-                // A batch of events that this reader is not shown renders to
-                // nothing; an empty chunk would only cost a write.
-                if !chunk.is_empty() {
-                    return Some((Ok(chunk), (cursor, presence)));
-                }
-                if Instant::now() >= silent_until {
-                    return Some((Ok(comment(status())), (cursor, presence)));
-                }
-            }
-        }
-    })
+    let render = move |out: &mut BytesMut, id, event: EventRef<'_>| {
+        render_event(out, id, event, view);
+        ControlFlow::Continue(())
+    };
+    LogBody::new(cursor, presence, render, status).kept_alive(view.keep_alive)
 }
 
 /// A comment that keeps the connection open. Clients pass over it; people see
@@ -106,32 +94,45 @@ pub(crate) fn comment(status: Option<String>) -> Bytes {
     Bytes::from(format!(": {line}\n\n"))
 }
 
-fn render_batch(batch: &[(u64, TaskEvent)], view: View) -> Bytes {
-    let mut out = Vec::with_capacity(batch.len() * 64);
-    for (id, event) in batch {
-        render_event(&mut out, *id, event, view);
-    }
-    Bytes::from(out)
-}
-
-fn render_event(out: &mut Vec<u8>, id: u64, event: &TaskEvent, view: View) {
+fn render_event(out: &mut BytesMut, id: u64, event: EventRef<'_>, view: View) {
+    let fallback = view.fallback;
     match event {
-        TaskEvent::Metrics(_) if !view.verbose => {}
-        TaskEvent::Started(data) => frame(out, id, event.name(), data, view.fallback),
-        TaskEvent::Token(_) | TaskEvent::Chunk(_) | TaskEvent::Answer(_) => {
-            if let Some(data) = event.token() {
-                frame(out, id, event.name(), data, view.fallback);
+        // What native readers are shown of a call's answer is its text.
+        EventRef::Token(_) | EventRef::Chunk(_) | EventRef::Answer(_) => {
+            if let Some(token) = event.token() {
+                token_frame(out, id, token, fallback);
             }
         }
-        TaskEvent::Metrics(data) => frame(out, id, event.name(), data, view.fallback),
-        TaskEvent::End(data) => frame(out, id, event.name(), data, view.fallback),
-        TaskEvent::Error(data) => frame(out, id, event.name(), data, view.fallback),
+        EventRef::Started(data) => frame(out, id, "started", data, fallback),
+        EventRef::Metrics(data) => {
+            if view.verbose {
+                frame(out, id, "metrics", data, fallback);
+            }
+        }
+        EventRef::End(data) => frame(out, id, "end", data, fallback),
+        EventRef::Error(data) => frame(out, id, "error", data, fallback),
     }
+}
+
+/// As [`frame`] writes it. Nearly all events are tokens, so this is by hand.
+fn token_frame(out: &mut BytesMut, id: u64, token: TokenRef<'_>, fallback: bool) {
+    let mut digits = itoa::Buffer::new();
+    out.extend_from_slice(b"id: ");
+    out.extend_from_slice(digits.format(id).as_bytes());
+    out.extend_from_slice(b"\nevent: token\ndata: {\"t\":");
+    write_json(out, token.t);
+    out.extend_from_slice(b",\"i\":");
+    out.extend_from_slice(digits.format(token.i).as_bytes());
+    out.extend_from_slice(if fallback {
+        b",\"fallback\":true}\n\n"
+    } else {
+        b"}\n\n"
+    });
 }
 
 /// One event. JSON holds no raw line break, so its data is always one line.
 pub(super) fn frame<T: Serialize>(
-    out: &mut Vec<u8>,
+    out: &mut BytesMut,
     id: u64,
     name: &str,
     data: &T,
@@ -144,23 +145,32 @@ pub(super) fn frame<T: Serialize>(
         fallback: bool,
     }
 
-    out.extend_from_slice(format!("id: {id}\nevent: {name}\ndata: ").as_bytes());
-    // Writing to a Vec cannot fail, and these types hold no map with keys
-    // other than strings, which is all that JSON could refuse.
-    let written = if fallback {
-        serde_json::to_writer(&mut *out, &Marked { data, fallback })
+    out.extend_from_slice(b"id: ");
+    out.extend_from_slice(itoa::Buffer::new().format(id).as_bytes());
+    for part in ["\nevent: ", name, "\ndata: "] {
+        out.extend_from_slice(part.as_bytes());
+    }
+    if fallback {
+        write_json(out, &Marked { data, fallback });
     } else {
-        serde_json::to_writer(&mut *out, data)
-    };
-    debug_assert!(written.is_ok(), "an event that JSON cannot hold");
+        write_json(out, data);
+    }
     out.extend_from_slice(b"\n\n");
+}
+
+fn write_json<T: Serialize + ?Sized>(out: &mut BytesMut, data: &T) {
+    // Writing to memory cannot fail, and these types hold no map with keys
+    // other than strings, which is all that JSON could refuse.
+    let written = serde_json::to_writer(out.writer(), data);
+    debug_assert!(written.is_ok(), "an event that JSON cannot hold");
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::services::event_log::{End, EventLog, Metrics, Started, Token};
+    use crate::services::event_log::{End, EventLog, Metrics, Started, TaskEvent, Token};
     use futures::StreamExt;
+    use proptest::prelude::*;
     use worker_adapters_adapter_api::FinishReason;
 
     const VIEW: View = View {
@@ -265,5 +275,19 @@ mod tests {
             stream.next().await.unwrap().unwrap(),
             ": building event: x\n\n"
         );
+    }
+
+    proptest! {
+        #[test]
+        fn a_token_written_by_hand_is_as_written_by_serde(
+            t in ".*", i in any::<u64>(), id in any::<u64>(), fallback in any::<bool>(),
+        ) {
+            let token = Token { t: t.into(), i };
+            let (mut by_hand, mut by_serde) = (BytesMut::new(), BytesMut::new());
+            let event = TaskEvent::Token(token.clone());
+            render_event(&mut by_hand, id, event.view(), View { fallback, ..VIEW });
+            frame(&mut by_serde, id, "token", &token, fallback);
+            prop_assert_eq!(by_hand, by_serde);
+        }
     }
 }

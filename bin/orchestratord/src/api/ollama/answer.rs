@@ -4,6 +4,7 @@
 //! probabilities. A tool call comes in fragments, and is handed out whole, before
 //! the end.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -12,26 +13,26 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use worker_adapters_adapter_api::FinishReason;
 
-use crate::services::event_log::{End, Failure, TaskEvent};
+use crate::services::event_log::{End, EventRef, Failure};
 
 /// What one event adds to the answer.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct Piece {
-    pub(super) text: String,
-    pub(super) thinking: String,
+pub(super) struct Piece<'a> {
+    pub(super) text: Cow<'a, str>,
+    pub(super) thinking: Cow<'a, str>,
     pub(super) tool_calls: Vec<ToolCall>,
     pub(super) logprobs: Vec<Value>,
 }
 
-impl Piece {
+impl Piece<'_> {
     pub(super) fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 
     /// Takes on what comes after it.
-    pub(super) fn extend(&mut self, next: Self) {
-        self.text.push_str(&next.text);
-        self.thinking.push_str(&next.thinking);
+    pub(super) fn extend(&mut self, next: Piece<'_>) {
+        self.text.to_mut().push_str(&next.text);
+        self.thinking.to_mut().push_str(&next.thinking);
         self.tool_calls.extend(next.tool_calls);
         self.logprobs.extend(next.logprobs);
     }
@@ -66,11 +67,11 @@ pub(super) struct Figures {
 
 /// What came of one event.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Step {
+pub(super) enum Step<'a> {
     Nothing,
-    Piece(Piece),
+    Piece(Piece<'a>),
     /// The answer is complete, with what was held back until now.
-    Done(Piece, Figures),
+    Done(Piece<'static>, Figures),
     Failed(Box<Failure>),
 }
 
@@ -90,27 +91,27 @@ struct Fragments {
 }
 
 impl Reading {
-    pub(super) fn step(&mut self, event: &TaskEvent) -> Step {
+    pub(super) fn step<'a>(&mut self, event: EventRef<'a>) -> Step<'a> {
         match event {
-            TaskEvent::Started(started) => {
+            EventRef::Started(started) => {
                 self.load = Duration::from_millis(started.waited_ms);
                 Step::Nothing
             }
-            TaskEvent::Chunk(chunk) => self.read(chunk.data.as_bytes()),
+            EventRef::Chunk(chunk) => self.read(serde_json::from_str(chunk.data)),
             // Of an engine that does not stream this.
-            TaskEvent::Answer(answer) => self.read(&answer.body),
-            TaskEvent::End(end) if end.finish_reason == FinishReason::Cancelled => {
+            EventRef::Answer(answer) => self.read(serde_json::from_slice(&answer.body)),
+            EventRef::End(end) if end.finish_reason == FinishReason::Cancelled => {
                 Step::Failed(Box::new(Failure::cancelled()))
             }
-            TaskEvent::End(end) => self.end(end),
-            TaskEvent::Error(failure) => Step::Failed(failure.clone()),
+            EventRef::End(end) => self.end(end),
+            EventRef::Error(failure) => Step::Failed(Box::new(failure.clone())),
             // The words of our own API.
-            TaskEvent::Token(_) | TaskEvent::Metrics(_) => Step::Nothing,
+            EventRef::Token(_) | EventRef::Metrics(_) => Step::Nothing,
         }
     }
 
-    fn read(&mut self, data: &[u8]) -> Step {
-        let event: Event = match serde_json::from_slice(data) {
+    fn read<'a>(&mut self, event: serde_json::Result<Event<'a>>) -> Step<'a> {
+        let event = match event {
             Ok(event) => event,
             Err(error) => return unreadable(&error.to_string()),
         };
@@ -127,8 +128,8 @@ impl Reading {
             self.calls.entry(index).or_default().extend(call);
         }
         let piece = Piece {
-            text: delta.content.or(choice.text).unwrap_or_default(),
-            thinking: delta.reasoning_content.unwrap_or_default(),
+            text: delta.content.or(choice.text).unwrap_or_default().0,
+            thinking: delta.reasoning_content.unwrap_or_default().0,
             tool_calls: Vec::new(),
             logprobs: choice
                 .logprobs
@@ -142,7 +143,7 @@ impl Reading {
         }
     }
 
-    fn end(&mut self, end: &End) -> Step {
+    fn end(&mut self, end: &End) -> Step<'static> {
         let length = end.finish_reason == FinishReason::Length;
         let mut tool_calls = Vec::new();
         for (index, fragments) in std::mem::take(&mut self.calls) {
@@ -174,7 +175,7 @@ fn millis(millis: f64) -> Duration {
     Duration::try_from_secs_f64(millis / 1000.0).unwrap_or_default()
 }
 
-fn unreadable(why: &str) -> Step {
+fn unreadable(why: &str) -> Step<'static> {
     let failure = Failure::new(
         ErrorCode::WorkerReset,
         format!("the engine's answer cannot be read: {why}"),
@@ -234,8 +235,9 @@ impl Fragments {
 /// What is read of one of the engine's events, or of a whole answer.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Event {
-    choices: Vec<Choice>,
+struct Event<'a> {
+    #[serde(borrow)]
+    choices: Vec<Choice<'a>>,
     error: Option<EngineError>,
 }
 
@@ -246,12 +248,12 @@ struct EngineError {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Choice {
+struct Choice<'a> {
     /// Of a chat.
-    #[serde(alias = "message")]
-    delta: Option<Delta>,
+    #[serde(alias = "message", borrow)]
+    delta: Option<Delta<'a>>,
     /// Of a completion.
-    text: Option<String>,
+    text: Option<Text<'a>>,
     logprobs: Option<Logprobs>,
 }
 
@@ -263,12 +265,18 @@ struct Logprobs {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Delta {
-    content: Option<String>,
+struct Delta<'a> {
+    #[serde(borrow)]
+    content: Option<Text<'a>>,
     #[serde(alias = "reasoning")]
-    reasoning_content: Option<String>,
+    reasoning_content: Option<Text<'a>>,
     tool_calls: Option<Vec<CallDelta>>,
 }
+
+/// A text where it stands, unless JSON writes it in another way.
+#[derive(Debug, Default, Deserialize)]
+#[serde(transparent)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
 #[derive(Debug, Deserialize)]
 struct CallDelta {

@@ -1,18 +1,18 @@
 use bytestring::ByteString;
 
 use super::*;
-use crate::services::event_log::{Chunk, EngineSays, Receipt, Started, Token};
+use crate::services::event_log::{Chunk, EngineSays, Receipt, Started, TaskEvent, Token};
 use serde_json::json;
 
 pub(in super::super) fn chunk(data: &Value) -> TaskEvent {
-    TaskEvent::Chunk(Box::new(Chunk {
+    TaskEvent::Chunk(Chunk {
         name: None,
         data: data.to_string().into(),
         token: Token {
             t: ByteString::new(),
             i: 0,
         },
-    }))
+    })
 }
 
 pub(in super::super) fn delta(delta: &Value) -> TaskEvent {
@@ -51,10 +51,20 @@ pub(in super::super) fn started(waited_ms: u64) -> TaskEvent {
     })
 }
 
-fn last(events: &[TaskEvent]) -> Step {
+/// What comes of the last event.
+fn last(events: &[TaskEvent]) -> Step<'static> {
     let mut reading = Reading::default();
-    let mut steps: Vec<Step> = events.iter().map(|event| reading.step(event)).collect();
-    steps.pop().unwrap()
+    let steps = events.iter().map(|event| reading.step(event.view()));
+    match steps.last().unwrap() {
+        Step::Piece(piece) => {
+            let mut kept = Piece::default();
+            kept.extend(piece);
+            Step::Piece(kept)
+        }
+        Step::Nothing => Step::Nothing,
+        Step::Done(held_back, figures) => Step::Done(held_back, figures),
+        Step::Failed(failure) => Step::Failed(failure),
+    }
 }
 
 #[test]
@@ -119,7 +129,7 @@ fn thoughts_and_log_probabilities_are_told_apart() {
     let Step::Piece(piece) = thought else {
         panic!("{thought:?}")
     };
-    assert_eq!((piece.thinking.as_str(), piece.text.as_str()), ("hm", ""));
+    assert_eq!((&*piece.thinking, &*piece.text), ("hm", ""));
     let logprobs = json!({"content": [{"token": "a", "logprob": -1.0}]});
     let text = last(&[chunk(
         &json!({"choices": [{"text": "a", "logprobs": logprobs}]}),

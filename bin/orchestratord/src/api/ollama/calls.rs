@@ -1,6 +1,6 @@
 //! `/api/chat` and `/api/generate`: from a request to its answer.
 
-use std::convert::Infallible;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,12 +10,12 @@ use axum::extract::{Extension, State};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
-use futures::Stream;
+use bytes::BytesMut;
 use jiff::Timestamp;
 use llama_orch_types::ErrorCode;
 use worker_adapters_adapter_api::EngineCall;
 
-use super::answer::{Piece, Reading, Step};
+use super::answer::{Figures, Piece, Reading, Step};
 use super::errors::OllamaError;
 use super::keep_alive::KeepAlive;
 use super::lines::{Form, Lines};
@@ -26,11 +26,12 @@ use super::request::{ChatRequest, Common, GenerateRequest, Wanted, parse};
 use crate::api::correlation::CorrelationId;
 use crate::api::error::ApiError;
 use crate::api::openai::request::{Asked, Wishes};
-use crate::api::outcome::{self, Called, Reader};
+use crate::api::outcome::{self, Called};
 use crate::api::submission::{CallOptions, client_of};
 use crate::app::state::AppState;
-use crate::services::event_log::{Cursor, Failure, TaskEvent};
+use crate::services::event_log::{EventRef, Failure};
 use crate::services::pool::PoolHandle;
+use crate::services::streaming::LogBody;
 use crate::services::tasks::TaskRecord;
 
 /// How long a stream's status line waits for the first event: a refusal that comes
@@ -209,25 +210,39 @@ pub(super) fn told_at_admission(record: &TaskRecord) -> [(HeaderName, HeaderValu
 /// end drops this future.
 async fn whole(called: Called, lines: &Lines) -> Result<Response, Failure> {
     let Called { record, reader, .. } = called;
+    let (answer, figures) = read_to_end(&record).await?;
+    drop(reader);
+    let total = record.created.elapsed();
+    let body = lines.whole(&answer, &figures, total, Timestamp::now());
+    Ok(([(CONTENT_TYPE, JSON)], body).into_response())
+}
+
+async fn read_to_end(record: &TaskRecord) -> Result<(Piece<'static>, Figures), Failure> {
     let mut cursor = record.log.cursor(0);
     let (mut reading, mut answer) = (Reading::default(), Piece::default());
-    while let Some(batch) = cursor.read().await {
-        for (_, event) in &batch {
+    let mut ended = None;
+    loop {
+        let read = |_, event: EventRef<'_>| {
+            if ended.is_some() {
+                return;
+            }
             match reading.step(event) {
                 Step::Nothing => {}
                 Step::Piece(piece) => answer.extend(piece),
                 Step::Done(held_back, figures) => {
-                    drop(reader);
                     answer.extend(held_back);
-                    let total = record.created.elapsed();
-                    let body = lines.whole(&answer, &figures, total, Timestamp::now());
-                    return Ok(([(CONTENT_TYPE, JSON)], body).into_response());
+                    ended = Some(Ok(figures));
                 }
-                Step::Failed(failure) => return Err(*failure),
+                Step::Failed(failure) => ended = Some(Err(*failure)),
             }
+        };
+        let unread = cursor.each(read).await;
+        match ended {
+            Some(ended) => return ended.map(|figures| (answer, figures)),
+            None if unread => {}
+            None => return Err(ended_without_an_end()),
         }
     }
-    Err(ended_without_an_end())
 }
 
 fn ended_without_an_end() -> Failure {
@@ -236,75 +251,39 @@ fn ended_without_an_end() -> Failure {
 
 async fn streamed(called: Called, lines: Lines) -> Result<Response, Failure> {
     let Called { record, reader, .. } = called;
-    let mut cursor = record.log.cursor(0);
-    let beginning = outcome::beginning(&record, &mut cursor, GRACE).await?;
-    let stream = Streaming {
-        lines,
-        reading: Reading::default(),
-        created: record.created,
-        cursor,
-        _reader: reader,
-        over: false,
+    outcome::beginning(&record, GRACE).await?;
+    let (mut reading, created) = (Reading::default(), record.created);
+    let write = move |out: &mut BytesMut, _, event: EventRef<'_>| {
+        write_step(out, &lines, reading.step(event), created)
     };
+    let stream = LogBody::new(record.log.cursor(0), reader, write, || None);
     let headers = [
         (CONTENT_TYPE, LINES),
         // Asks proxies that know it not to hold tokens back.
         (HeaderName::from_static("x-accel-buffering"), "no"),
     ];
-    let body = Body::from_stream(stream.lines_after(beginning));
-    Ok((headers, body).into_response())
+    Ok((headers, Body::from_stream(stream)).into_response())
 }
 
-/// A stream being written. Dropping it drops the reader.
-struct Streaming {
-    lines: Lines,
-    reading: Reading,
+/// Breaks with what ends the stream.
+fn write_step(
+    out: &mut BytesMut,
+    lines: &Lines,
+    step: Step<'_>,
     created: Instant,
-    cursor: Cursor,
-    _reader: Reader,
-    over: bool,
-}
-
-impl Streaming {
-    fn lines_after(
-        self,
-        beginning: Vec<TaskEvent>,
-    ) -> impl Stream<Item = Result<Bytes, Infallible>> + Send {
-        futures::stream::unfold((self, beginning), |(mut this, beginning)| async move {
-            let mut out = Vec::new();
-            this.render(&mut out, &beginning);
-            while out.is_empty() && !this.over {
-                match this.cursor.read().await {
-                    Some(batch) => {
-                        let batch: Vec<TaskEvent> =
-                            batch.into_iter().map(|(_, event)| event).collect();
-                        this.render(&mut out, &batch);
-                    }
-                    None => this.over = true,
-                }
-            }
-            (!out.is_empty()).then(|| (Ok(Bytes::from(out)), (this, Vec::new())))
-        })
-    }
-
-    fn render(&mut self, out: &mut Vec<u8>, events: &[TaskEvent]) {
-        for event in events {
-            if self.over {
-                return;
-            }
-            match self.reading.step(event) {
-                Step::Nothing => {}
-                Step::Piece(piece) => self.lines.piece(out, &piece, Timestamp::now()),
-                Step::Done(held_back, figures) => {
-                    let (total, now) = (self.created.elapsed(), Timestamp::now());
-                    self.lines.done(out, &held_back, &figures, total, now);
-                    self.over = true;
-                }
-                Step::Failed(failure) => {
-                    Lines::failed(out, &failure);
-                    self.over = true;
-                }
-            }
+) -> ControlFlow<()> {
+    match step {
+        Step::Nothing => {}
+        Step::Piece(piece) => lines.piece(out, &piece, Timestamp::now()),
+        Step::Done(held_back, figures) => {
+            let (total, now) = (created.elapsed(), Timestamp::now());
+            lines.done(out, &held_back, &figures, total, now);
+            return ControlFlow::Break(());
+        }
+        Step::Failed(failure) => {
+            Lines::failed(out, &failure);
+            return ControlFlow::Break(());
         }
     }
+    ControlFlow::Continue(())
 }

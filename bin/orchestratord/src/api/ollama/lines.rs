@@ -4,8 +4,9 @@
 
 use std::time::Duration;
 
+use bytes::{BufMut, Bytes, BytesMut};
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 use super::answer::{Figures, Piece, ToolCall};
@@ -30,7 +31,8 @@ pub(super) struct Lines {
 #[derive(Debug, Serialize)]
 struct Line<'a> {
     model: &'a str,
-    created_at: String,
+    #[serde(serialize_with = "write_time")]
+    created_at: Timestamp,
     #[serde(skip_serializing_if = "Option::is_none")]
     message: Option<Message<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -76,17 +78,22 @@ pub(super) fn written(time: Timestamp) -> String {
     format!("{time:.6}")
 }
 
+/// As [`written`], straight into the line.
+fn write_time<S: Serializer>(time: &Timestamp, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{time:.6}"))
+}
+
 impl Lines {
     /// A line of a stream.
-    pub(super) fn piece(&self, out: &mut Vec<u8>, piece: &Piece, now: Timestamp) {
+    pub(super) fn piece(&self, out: &mut BytesMut, piece: &Piece<'_>, now: Timestamp) {
         end_line(out, &self.line(piece, now));
     }
 
     /// The last line of a stream. What was held back until then has a line before.
     pub(super) fn done(
         &self,
-        out: &mut Vec<u8>,
-        held_back: &Piece,
+        out: &mut BytesMut,
+        held_back: &Piece<'_>,
         figures: &Figures,
         total: Duration,
         now: Timestamp,
@@ -98,21 +105,21 @@ impl Lines {
     }
 
     /// The last line of a stream that failed.
-    pub(super) fn failed(out: &mut Vec<u8>, failure: &Failure) {
+    pub(super) fn failed(out: &mut BytesMut, failure: &Failure) {
         end_line(out, &OllamaError::of(failure));
     }
 
     /// A whole answer.
     pub(super) fn whole(
         &self,
-        piece: &Piece,
+        piece: &Piece<'_>,
         figures: &Figures,
         total: Duration,
         now: Timestamp,
-    ) -> Vec<u8> {
-        let mut out = Vec::new();
+    ) -> Bytes {
+        let mut out = BytesMut::new();
         end_line(&mut out, &self.ended(piece, figures, total, now));
-        out
+        out.freeze()
     }
 
     /// The answer to a request without words: that the model is in memory, or is not.
@@ -121,7 +128,7 @@ impl Lines {
         done_reason: &'static str,
         load: Duration,
         now: Timestamp,
-    ) -> Vec<u8> {
+    ) -> Bytes {
         #[derive(Serialize)]
         struct Loaded<'a> {
             #[serde(flatten)]
@@ -137,13 +144,13 @@ impl Lines {
             total_duration: nanos(load),
             load_duration: nanos(load),
         };
-        let mut out = Vec::new();
+        let mut out = BytesMut::new();
         end_line(&mut out, &loaded);
-        out
+        out.freeze()
     }
 
-    fn line<'a>(&'a self, piece: &'a Piece, now: Timestamp) -> Line<'a> {
-        let thinking = Some(piece.thinking.as_str()).filter(|thinking| !thinking.is_empty());
+    fn line<'a>(&'a self, piece: &'a Piece<'_>, now: Timestamp) -> Line<'a> {
+        let thinking = Some(&*piece.thinking).filter(|thinking| !thinking.is_empty());
         let chat = self.form == Form::Chat;
         let message = Message {
             role: "assistant",
@@ -153,9 +160,9 @@ impl Lines {
         };
         Line {
             model: &self.model,
-            created_at: written(now),
+            created_at: now,
             message: chat.then_some(message),
-            response: (!chat).then_some(piece.text.as_str()),
+            response: (!chat).then_some(&*piece.text),
             thinking: thinking.filter(|_| !chat),
             logprobs: &piece.logprobs,
             done: false,
@@ -166,7 +173,7 @@ impl Lines {
 
     fn ended<'a>(
         &'a self,
-        piece: &'a Piece,
+        piece: &'a Piece<'_>,
         figures: &Figures,
         total: Duration,
         now: Timestamp,
@@ -188,12 +195,12 @@ impl Lines {
 }
 
 /// JSON holds no raw line break, so it is always one line.
-fn end_line<T: Serialize>(out: &mut Vec<u8>, line: &T) {
-    // Writing to a Vec cannot fail, and these types hold no map with keys
+fn end_line<T: Serialize>(out: &mut BytesMut, line: &T) {
+    // Writing to memory cannot fail, and these types hold no map with keys
     // other than strings, which is all that JSON could refuse.
-    let written = serde_json::to_writer(&mut *out, line);
+    let written = serde_json::to_writer(out.writer(), line);
     debug_assert!(written.is_ok(), "a line that JSON cannot hold");
-    out.push(b'\n');
+    out.put_u8(b'\n');
 }
 
 #[cfg(test)]
@@ -215,10 +222,10 @@ mod tests {
 
     /// As a stream is written, with a clock that stands.
     fn rendered(form: Form, events: &[TaskEvent]) -> String {
-        let (lines, mut reading, mut out) = (lines(form), Reading::default(), Vec::new());
+        let (lines, mut reading, mut out) = (lines(form), Reading::default(), BytesMut::new());
         let now = Timestamp::UNIX_EPOCH;
         for event in events {
-            match reading.step(event) {
+            match reading.step(event.view()) {
                 Step::Nothing => {}
                 Step::Piece(piece) => lines.piece(&mut out, &piece, now),
                 Step::Done(held_back, figures) => {
@@ -227,7 +234,7 @@ mod tests {
                 Step::Failed(failure) => Lines::failed(&mut out, &failure),
             }
         }
-        String::from_utf8(out).unwrap()
+        String::from_utf8(out.to_vec()).unwrap()
     }
 
     #[test]
@@ -263,7 +270,7 @@ mod tests {
         insta::assert_snapshot!(rendered(CHAT, &failed), @r#"{"error":"the task was cancelled; ask again"}"#);
         let loaded =
             lines(CHAT).without_words("load", Duration::from_nanos(7), Timestamp::UNIX_EPOCH);
-        insta::assert_snapshot!(String::from_utf8(loaded).unwrap(), @r#"{"model":"haiku:latest","created_at":"1970-01-01T00:00:00.000000Z","message":{"role":"assistant","content":""},"done":true,"done_reason":"load","total_duration":7,"load_duration":7}"#);
+        insta::assert_snapshot!(String::from_utf8(loaded.to_vec()).unwrap(), @r#"{"model":"haiku:latest","created_at":"1970-01-01T00:00:00.000000Z","message":{"role":"assistant","content":""},"done":true,"done_reason":"load","total_duration":7,"load_duration":7}"#);
     }
 
     /// Any event that an engine may send, and some that none should.

@@ -19,7 +19,7 @@ use crate::api::streams::EVENT_STREAM;
 use crate::api::submission::{CallOptions, client_of};
 use crate::api::tasks::Preparation;
 use crate::app::state::AppState;
-use crate::services::event_log::{Failure, TaskEvent};
+use crate::services::event_log::Failure;
 use crate::services::pool::PoolHandle;
 use crate::services::streaming::KEEP_ALIVE;
 
@@ -99,18 +99,13 @@ async fn streamed(
     rendering: Rendering,
 ) -> Result<Response, Failure> {
     let Called { record, reader, .. } = called;
-    let mut cursor = record.log.cursor(0);
-    let beginning = outcome::beginning(&record, &mut cursor, GRACE).await?;
     // An engine that cannot stream this answers all at once.
-    let at_once = beginning.iter().find_map(|event| match event {
-        TaskEvent::Answer(answer) => Some(answer.body.clone()),
-        _ => None,
-    });
-    if let Some(body) = at_once {
+    if let Some(body) = outcome::beginning(&record, GRACE).await? {
         return Ok(json(body));
     }
     let status = move || Preparation::of(&pool).in_words();
     let correlation = record.correlation_id.clone();
-    let events = render(beginning, cursor, rendering, correlation, reader, status);
+    let cursor = record.log.cursor(0);
+    let events = render(cursor, rendering, correlation, reader, status);
     Ok((EVENT_STREAM, Body::from_stream(events)).into_response())
 }

@@ -8,19 +8,19 @@
 //! finish that means it.
 
 use std::convert::Infallible;
+use std::ops::ControlFlow;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures::Stream;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
-use tokio::time::timeout;
 use worker_adapters_adapter_api::{CallApi, FinishReason};
 
 use crate::api::dialect::Dialect;
 use crate::api::error::status_of;
-use crate::services::event_log::{Chunk, Cursor, Failure, TaskEvent};
-use crate::services::streaming::comment;
+use crate::services::event_log::{ChunkRef, Cursor, EventRef, Failure};
+use crate::services::streaming::LogBody;
 
 /// How a log is shown.
 #[derive(Debug, Clone, Copy)]
@@ -32,75 +32,49 @@ pub(super) struct Rendering {
     pub(super) keep_alive: Duration,
 }
 
-/// The body of an event stream. `beginning` was read from the log already; if
-/// there is nothing in it to show, a comment is the first that the client sees.
-/// While nothing happens, comments say what is waited for, by `status`. Dropping
-/// the stream drops `reader`.
+/// The body of an event stream. If there is nothing to show yet, a comment is the
+/// first that the client sees. While nothing happens, comments say what is waited
+/// for, by `status`. Dropping the stream drops `reader`.
 pub(super) fn render<R: Send + 'static>(
-    beginning: Vec<TaskEvent>,
     cursor: Cursor,
     rendering: Rendering,
     correlation: String,
     reader: R,
-    status: impl Fn() -> Option<String> + Clone + Send + 'static,
+    status: impl Fn() -> Option<String> + Send + 'static,
 ) -> impl Stream<Item = Result<Bytes, Infallible>> + Send {
-    let state = (Some(beginning), cursor, reader);
-    futures::stream::unfold(state, move |(beginning, mut cursor, reader)| {
-        let (status, correlation) = (status.clone(), correlation.clone());
-        async move {
-            let mut out = Vec::new();
-            if let Some(events) = beginning {
-                rendering.render_all(&mut out, &events, &correlation);
-                if out.is_empty() {
-                    out.extend_from_slice(&comment(status()));
-                }
-            }
-            while out.is_empty() {
-                match timeout(rendering.keep_alive, cursor.read()).await {
-                    Err(_) => out.extend_from_slice(&comment(status())),
-                    Ok(None) => return None,
-                    Ok(Some(batch)) => {
-                        let events = batch.iter().map(|(_, event)| event);
-                        rendering.render_all(&mut out, events, &correlation);
-                    }
-                }
-            }
-            Some((Ok(Bytes::from(out)), (None, cursor, reader)))
-        }
-    })
+    let write = move |out: &mut BytesMut, _, event: EventRef<'_>| {
+        rendering.event(out, event, &correlation);
+        ControlFlow::Continue(())
+    };
+    LogBody::new(cursor, reader, write, status)
+        .kept_alive(rendering.keep_alive)
+        .greeting()
 }
 
 impl Rendering {
-    fn render_all<'a>(
-        self,
-        out: &mut Vec<u8>,
-        events: impl IntoIterator<Item = &'a TaskEvent>,
-        correlation: &str,
-    ) {
-        for event in events {
-            match event {
-                TaskEvent::Chunk(chunk) => self.chunk(out, chunk),
-                TaskEvent::Answer(answer) => {
-                    frame(out, None, &String::from_utf8_lossy(&answer.body));
-                }
-                TaskEvent::End(end) if end.finish_reason == FinishReason::Cancelled => {
-                    self.failure(out, &Failure::cancelled(), correlation);
-                }
-                TaskEvent::End(_) => self.done(out),
-                TaskEvent::Error(failure) => self.failure(out, failure, correlation),
-                // The words of our own API.
-                TaskEvent::Started(_) | TaskEvent::Token(_) | TaskEvent::Metrics(_) => {}
+    fn event(self, out: &mut BytesMut, event: EventRef<'_>, correlation: &str) {
+        match event {
+            EventRef::Chunk(chunk) => self.chunk(out, chunk),
+            EventRef::Answer(answer) => {
+                frame(out, None, &String::from_utf8_lossy(&answer.body));
             }
+            EventRef::End(end) if end.finish_reason == FinishReason::Cancelled => {
+                self.failure(out, &Failure::cancelled(), correlation);
+            }
+            EventRef::End(_) => self.done(out),
+            EventRef::Error(failure) => self.failure(out, failure, correlation),
+            // The words of our own API.
+            EventRef::Started(_) | EventRef::Token(_) | EventRef::Metrics(_) => {}
         }
     }
 
-    fn chunk(self, out: &mut Vec<u8>, chunk: &Chunk) {
+    fn chunk(self, out: &mut BytesMut, chunk: ChunkRef<'_>) {
         // A chunk with text is never the one that is left out.
         let looked_at = !self.include_usage && self.is_openais_first() && chunk.token.t.is_empty();
-        if looked_at && is_usage_alone(&chunk.data) {
+        if looked_at && is_usage_alone(chunk.data) {
             return;
         }
-        frame(out, chunk.name.as_deref(), &chunk.data);
+        frame(out, chunk.name, chunk.data);
     }
 
     /// The APIs that have `stream_options` and `[DONE]`.
@@ -108,13 +82,13 @@ impl Rendering {
         matches!(self.api, CallApi::ChatCompletions | CallApi::Completions)
     }
 
-    fn done(self, out: &mut Vec<u8>) {
+    fn done(self, out: &mut BytesMut) {
         if self.is_openais_first() {
             frame(out, None, "[DONE]");
         }
     }
 
-    fn failure(self, out: &mut Vec<u8>, failure: &Failure, correlation: &str) {
+    fn failure(self, out: &mut BytesMut, failure: &Failure, correlation: &str) {
         let mut failure = failure.clone();
         failure
             .correlation_id
@@ -146,19 +120,29 @@ impl Rendering {
 
 /// One event. Data of several lines is written as such; a name is one line, whatever
 /// an engine says, so that it cannot begin another field.
-fn frame(out: &mut Vec<u8>, name: Option<&str>, data: &str) {
-    const LINE_ENDS: [char; 2] = ['\n', '\r'];
-    if let Some(name) = name.filter(|name| !name.contains(LINE_ENDS)) {
-        out.extend_from_slice(b"event: ");
-        out.extend_from_slice(name.as_bytes());
-        out.push(b'\n');
+fn frame(out: &mut BytesMut, name: Option<&str>, data: &str) {
+    if let Some(name) = name.filter(|name| is_one_line(name)) {
+        for part in ["event: ", name, "\n"] {
+            out.extend_from_slice(part.as_bytes());
+        }
     }
-    for line in data.split(LINE_ENDS) {
-        out.extend_from_slice(b"data: ");
-        out.extend_from_slice(line.as_bytes());
-        out.push(b'\n');
+    if is_one_line(data) {
+        return data_line(out, data, b"\n\n");
     }
-    out.push(b'\n');
+    for line in data.split(['\n', '\r']) {
+        data_line(out, line, b"\n");
+    }
+    out.extend_from_slice(b"\n");
+}
+
+fn data_line(out: &mut BytesMut, line: &str, end: &[u8]) {
+    out.extend_from_slice(b"data: ");
+    out.extend_from_slice(line.as_bytes());
+    out.extend_from_slice(end);
+}
+
+fn is_one_line(text: &str) -> bool {
+    memchr::memchr2(b'\n', b'\r', text.as_bytes()).is_none()
 }
 
 /// Whether a chunk says what was used and nothing of the answer.
@@ -179,20 +163,20 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::services::event_log::{End, EventLog, Started, Token};
+    use crate::services::event_log::{Chunk, End, EventLog, Started, TaskEvent, Token};
     use bytestring::ByteString;
     use futures::StreamExt;
     use llama_orch_types::ErrorCode;
 
     fn chunk(name: Option<&str>, data: &str) -> TaskEvent {
-        TaskEvent::Chunk(Box::new(Chunk {
+        TaskEvent::Chunk(Chunk {
             name: name.map(Into::into),
             data: data.into(),
             token: Token {
                 t: ByteString::new(),
                 i: 0,
             },
-        }))
+        })
     }
 
     fn end(finish_reason: FinishReason) -> TaskEvent {
@@ -227,10 +211,7 @@ mod tests {
         for event in events {
             log.append(event).unwrap();
         }
-        let mut cursor = log.cursor(0);
-        let beginning = cursor.read().await.unwrap();
-        let beginning = beginning.into_iter().map(|(_, event)| event).collect();
-        let stream = render(beginning, cursor, rendering, "c-1".to_owned(), (), || None);
+        let stream = render(log.cursor(0), rendering, "c-1".to_owned(), (), || None);
         let pieces: Vec<_> = stream.collect().await;
         pieces
             .into_iter()
@@ -240,10 +221,11 @@ mod tests {
 
     #[tokio::test]
     async fn nothing_that_an_engine_says_becomes_a_field_of_its_own() {
-        let events = vec![chunk(Some("x\rdata: [DONE]\n"), "{\r\"a\":1}")];
         let log = EventLog::new();
+        log.append(chunk(Some("x\rdata: [DONE]\n"), "{\r\"a\":1}"))
+            .unwrap();
         let messages = rendering(CallApi::Messages);
-        let stream = render(events, log.cursor(0), messages, String::new(), (), || None);
+        let stream = render(log.cursor(0), messages, String::new(), (), || None);
         let first = Box::pin(stream).next().await.unwrap().unwrap();
         assert_eq!(first, "data: {\ndata: \"a\":1}\n\n");
     }
@@ -332,6 +314,7 @@ mod tests {
     #[tokio::test]
     async fn a_stream_that_has_nothing_yet_begins_with_a_comment_and_is_kept_alive() {
         let log = EventLog::new();
+        log.append(started()).unwrap();
         let hasty = Rendering {
             keep_alive: Duration::from_millis(1),
             ..rendering(CallApi::ChatCompletions)
@@ -339,14 +322,7 @@ mod tests {
         let reader = Arc::new(());
         let held = Arc::clone(&reader);
         let status = || Some("preparing: x".to_owned());
-        let stream = render(
-            vec![started()],
-            log.cursor(0),
-            hasty,
-            String::new(),
-            held,
-            status,
-        );
+        let stream = render(log.cursor(0), hasty, String::new(), held, status);
         let mut stream = Box::pin(stream);
         for _ in 0..3 {
             assert_eq!(stream.next().await.unwrap().unwrap(), ": preparing: x\n\n");

@@ -6,7 +6,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures::Stream;
 use serde::Serialize;
 use tokio::sync::watch;
@@ -79,7 +79,7 @@ impl<W: Watchable> Reader<W> {
             if is_new && Instant::now() >= self.not_before {
                 self.seen = standing.event;
                 self.not_before = Instant::now() + PROGRESS_EVERY;
-                let mut out = Vec::new();
+                let mut out = BytesMut::new();
                 frame(
                     &mut out,
                     standing.event,
@@ -87,7 +87,7 @@ impl<W: Watchable> Reader<W> {
                     &standing.progress,
                     false,
                 );
-                return Some(Bytes::from(out));
+                return Some(out.freeze());
             }
             let wake = if is_new {
                 self.not_before
@@ -106,14 +106,14 @@ impl<W: Watchable> Reader<W> {
     }
 
     fn last_event(&self, standing: &Standing<W::Result>) -> Bytes {
-        let mut out = Vec::new();
+        let mut out = BytesMut::new();
         if let Some(failure) = &standing.error {
             frame(&mut out, standing.event, "error", failure, false);
         } else {
             let data = self.watched.end(standing);
             frame(&mut out, standing.event, "done", &data, false);
         }
-        Bytes::from(out)
+        out.freeze()
     }
 }
 

@@ -72,7 +72,7 @@ async fn events(record: &TaskRecord) -> Vec<TaskEvent> {
 
 fn chunks(events: &[TaskEvent]) -> Vec<&Chunk> {
     let chunks = events.iter().filter_map(|event| match event {
-        TaskEvent::Chunk(chunk) => Some(&**chunk),
+        TaskEvent::Chunk(chunk) => Some(chunk),
         _ => None,
     });
     chunks.collect()
