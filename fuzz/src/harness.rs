@@ -6,6 +6,7 @@
 use std::convert::Infallible;
 use std::path::Path;
 
+use bytes::Bytes;
 use futures::{FutureExt, StreamExt};
 use orchestratord::api::task_request::TaskRequest;
 use orchestratord::app::config::{Config, Loaded};
@@ -19,6 +20,7 @@ pub type Harness = fn(&[u8]);
 /// All of them, by the name of their target and corpus.
 pub const ALL: &[(&str, Harness)] = &[
     ("engine_sse", engine_sse),
+    ("engine_answer", engine_answer),
     ("engine_chunk", engine_chunk),
     ("gguf_header", gguf_header),
     ("config", config),
@@ -43,7 +45,8 @@ fn events_of(stream: &[u8], read: usize) -> (Vec<String>, Option<String>) {
         line_bytes: 256,
         event_bytes: 512,
     };
-    let reads = futures::stream::iter(stream.chunks(read).map(Ok::<_, Infallible>));
+    let reads = stream.chunks(read).map(Bytes::copy_from_slice);
+    let reads = futures::stream::iter(reads.map(Ok::<_, Infallible>));
     let items: Vec<_> = event_data(reads, LIMITS)
         .collect()
         .now_or_never()
@@ -53,12 +56,28 @@ fn events_of(stream: &[u8], read: usize) -> (Vec<String>, Option<String>) {
         match item {
             Ok(event) => {
                 assert!(event.len() <= LIMITS.event_bytes);
-                events.push(event);
+                events.push(event.into());
             }
             Err(error) => return (events, Some(error.to_string())),
         }
     }
     (events, None)
+}
+
+/// The engine's answer over HTTP, head and body. The first byte says how the rest is
+/// cut into reads, which must make no difference.
+pub fn engine_answer(data: &[u8]) {
+    use worker_adapters_llamacpp_http::fuzzing::answer;
+    let Some((cut, bytes)) = data.split_first() else {
+        return;
+    };
+    let whole = answer(bytes, bytes.len());
+    assert!(whole.1.len() <= bytes.len(), "more body than answer");
+    assert_eq!(
+        whole,
+        answer(bytes, usize::from(*cut)),
+        "reads of {cut} bytes"
+    );
 }
 
 /// One event of the engine's, as JSON.

@@ -5,7 +5,7 @@ use worker_adapters_adapter_api::WorkerError;
 
 /// An answer that is longer is no engine's protocol. `/tokenize` of a very long
 /// prompt is the longest we ask for ourselves.
-const LIMIT: usize = 64 << 20;
+pub(crate) const LIMIT: usize = 64 << 20;
 
 /// The whole body of a response; `failure` says what a broken one means.
 ///

@@ -11,6 +11,8 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use worker_adapters_adapter_api::{TimeoutPhase, WorkerError};
 
 use crate::body;
+use crate::http::{self, HttpError, Target};
+use crate::incoming::Incoming;
 use crate::settings::AdapterSettings;
 use crate::wire::{self, ProbeAnswer, ProbeEmbedding, ProbeRequest};
 
@@ -31,10 +33,13 @@ const PROBE: ProbeRequest = ProbeRequest {
 const PROBE_EMBEDDING: ProbeEmbedding = ProbeEmbedding { content: "a" };
 
 /// A client for one engine process. Connections are kept and used again, but
-/// for streams.
+/// for streams: those are read from connections of their own.
 #[derive(Debug)]
 pub(crate) struct EngineClient {
     http: reqwest::Client,
+    /// How streams are read without a connection's task between; `None` where that
+    /// takes more than plain HTTP.
+    direct: Option<Target>,
     pub(crate) settings: AdapterSettings,
 }
 
@@ -54,6 +59,7 @@ impl EngineClient {
             value.set_sensitive(true);
             headers.insert(AUTHORIZATION, value);
         }
+        let direct = Target::of(&settings.base_url, headers.get(AUTHORIZATION));
         let http = reqwest::Client::builder()
             .default_headers(headers)
             // The engine is where the context says; no variable may redirect us.
@@ -68,7 +74,11 @@ impl EngineClient {
                 url: settings.base_url.clone(),
                 source: error.without_url().into(),
             })?;
-        Ok(Self { http, settings })
+        Ok(Self {
+            http,
+            direct,
+            settings,
+        })
     }
 
     pub(crate) fn url(&self) -> &str {
@@ -112,8 +122,68 @@ impl EngineClient {
 
     /// Opens a completion's stream. The engine may answer only when it has its
     /// first token, so the caller sets the limit on the time.
-    pub(crate) async fn open_completion(&self, body: Bytes) -> Result<Response, WorkerError> {
-        self.retrying(|| self.open_once(body.clone())).await
+    pub(crate) async fn open_completion(&self, body: Bytes) -> Result<Incoming, WorkerError> {
+        let opened =
+            self.retrying(|| async { self.open_stream("/completion", body.clone()).await? });
+        opened.await
+    }
+
+    /// Opens the stream of a call's answer.
+    pub(crate) async fn open_streamed_call(
+        &self,
+        path: &str,
+        body: Bytes,
+    ) -> Result<Incoming, WorkerError> {
+        let opened = self.retrying(|| async {
+            let opened = self.open_stream(path, body.clone()).await?;
+            failed_itself(opened)
+        });
+        match opened.await? {
+            Ok(incoming) => Ok(incoming),
+            Err(reason) => Err(self.whose_fault(reason).await),
+        }
+    }
+
+    /// The inner error is a refusal, the outer one a connection that failed. The
+    /// engine closes the connection after a stream without saying so, and the next
+    /// request on it would be lost: none is sent.
+    async fn open_stream(
+        &self,
+        path: &str,
+        body: Bytes,
+    ) -> Result<Result<Incoming, WorkerError>, WorkerError> {
+        let Some(target) = &self.direct else {
+            let request = self.post(path, body).header(CONNECTION, "close");
+            let sent = request.send().await.map_err(|error| self.failure(error))?;
+            let accepted = self.accepted(sent).await;
+            return Ok(accepted.map(|response| Incoming::indirect(response.bytes_stream())));
+        };
+        let answer = http::send(target, path, body, self.settings.connect_timeout);
+        let answer = answer.await.map_err(|error| self.unanswered(error))?;
+        if (200..300).contains(&answer.status) {
+            return Ok(Ok(Incoming::direct(answer.body)));
+        }
+        let reading = answer.body.short(body::LIMIT);
+        let body = tokio::time::timeout(self.settings.response_timeout, reading).await;
+        let body = body.unwrap_or_default();
+        Ok(Err(wire::refusal(answer.status, &body, self.url())))
+    }
+
+    /// What it means that a request over its own connection has no answer.
+    fn unanswered(&self, error: HttpError) -> WorkerError {
+        match error {
+            HttpError::ConnectTimeout => WorkerError::Timeout {
+                phase: TimeoutPhase::Connect,
+                after: self.settings.connect_timeout,
+            },
+            HttpError::Connect(_) => WorkerError::Unreachable {
+                url: self.settings.base_url.clone(),
+                source: error.into(),
+            },
+            error => WorkerError::Reset {
+                reason: chain(&error),
+            },
+        }
     }
 
     /// A completion that streams nothing; tried once.
@@ -126,37 +196,26 @@ impl EngineClient {
         self.body(self.accepted(sent).await?).await
     }
 
-    /// Opens a call's answer, whether it streams or not. `keep` is whether its
-    /// connection may be used again: the engine closes those of streams without
-    /// saying so, and one that goes away is how it learns that a client has gone.
+    /// Opens a call's answer in one piece. `keep` is whether its connection may be
+    /// used again: one that goes away is how the engine learns that a client of a
+    /// generating call has gone.
     pub(crate) async fn open_call(
         &self,
         path: &str,
         body: Bytes,
         keep: bool,
     ) -> Result<Response, WorkerError> {
-        let opened = self.retrying(|| self.open_call_once(path, body.clone(), keep));
+        let opened = self.retrying(|| async {
+            let mut request = self.post(path, body.clone());
+            if !keep {
+                request = request.header(CONNECTION, "close");
+            }
+            let sent = request.send().await.map_err(|error| self.failure(error))?;
+            failed_itself(self.accepted(sent).await)
+        });
         match opened.await? {
             Ok(response) => Ok(response),
             Err(reason) => Err(self.whose_fault(reason).await),
-        }
-    }
-
-    /// The inner error is the engine's word that it failed by its own fault.
-    async fn open_call_once(
-        &self,
-        path: &str,
-        body: Bytes,
-        keep: bool,
-    ) -> Result<Result<Response, String>, WorkerError> {
-        let mut request = self.post(path, body);
-        if !keep {
-            request = request.header(CONNECTION, "close");
-        }
-        let sent = request.send().await.map_err(|error| self.failure(error))?;
-        match self.accepted(sent).await {
-            Err(WorkerError::Reset { reason }) => Ok(Err(reason)),
-            outcome => outcome.map(Ok),
         }
     }
 
@@ -203,17 +262,6 @@ impl EngineClient {
                 phase: TimeoutPhase::Response,
                 after: limit,
             })?
-    }
-
-    async fn open_once(&self, body: Bytes) -> Result<Response, WorkerError> {
-        let request = self
-            .post("/completion", body)
-            // The engine closes the connection after a stream without saying
-            // so; the next request on it would be lost.
-            .header(CONNECTION, "close");
-        let sent = request.send().await;
-        self.accepted(sent.map_err(|error| self.failure(error))?)
-            .await
     }
 
     /// The status of `/health`; every status is an answer.
@@ -303,6 +351,14 @@ impl EngineClient {
             }
         }
         attempt().await
+    }
+}
+
+/// Sets apart the engine's word that it failed by its own fault, as the inner error.
+fn failed_itself<T>(opened: Result<T, WorkerError>) -> Result<Result<T, String>, WorkerError> {
+    match opened {
+        Err(WorkerError::Reset { reason }) => Ok(Err(reason)),
+        outcome => outcome.map(Ok),
     }
 }
 

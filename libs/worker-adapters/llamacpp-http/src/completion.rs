@@ -11,23 +11,25 @@
 //! it for a moment. Whatever closes the stream drops the response, and the
 //! engine sees its client gone.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::{Stream, StreamExt, stream};
-use reqwest::Response;
+use bytestring::ByteString;
+use futures::Stream;
 use tokio::time::{Instant, timeout};
 use worker_adapters_adapter_api::{MetricsSnapshot, TokenEvent, TokenStream, WorkerError};
 
-use crate::client::{EngineClient, chain};
+use crate::client::EngineClient;
 use crate::deadlines::PromptSpeed;
+use crate::incoming::Incoming;
 use crate::live::LiveTask;
 use crate::patience::Patience;
-use crate::sse::{SseError, SseLimits, event_data};
 use crate::tagging::Tagging;
 use crate::wire::Chunk;
 
@@ -37,12 +39,11 @@ use crate::wire::Chunk;
 /// that works.
 pub(crate) const ACCEPT_WINDOW: Duration = Duration::from_secs(1);
 
-pub(crate) type Opening = Pin<Box<dyn Future<Output = Result<Response, WorkerError>> + Send>>;
-type Events = Pin<Box<dyn Stream<Item = Result<String, SseError<reqwest::Error>>> + Send>>;
+pub(crate) type Opening = Pin<Box<dyn Future<Output = Result<Incoming, WorkerError>> + Send>>;
 
 enum State {
     Opening(Opening),
-    Reading(Events),
+    Reading(Incoming),
     Closed,
 }
 
@@ -66,7 +67,10 @@ pub(crate) struct Completion {
     /// Gone as soon as the task is over, before its last event is handed out.
     live: Option<LiveTask>,
     state: State,
+    /// What is handed out before anything is read on.
     ready: VecDeque<TokenEvent>,
+    /// When the engine was last heard of.
+    now: Instant,
     next_index: u64,
     text_bytes: u64,
     patience: Patience,
@@ -93,9 +97,10 @@ impl Completion {
             client,
             live: Some(live),
             state: State::Opening(opening),
-            ready: VecDeque::from([TokenEvent::Started]),
+            ready: VecDeque::new(),
             next_index: 0,
             text_bytes: 0,
+            now: patience.started(),
             metrics_told: patience.started(),
             patience,
             max_tokens: u64::from(work.max_tokens),
@@ -107,42 +112,24 @@ impl Completion {
     /// Waits until the engine has taken the task, or says why it has not.
     pub(crate) async fn accepted(&mut self) -> Result<(), WorkerError> {
         // Time over means that the engine works on the prompt.
-        timeout(ACCEPT_WINDOW, self.advance())
-            .await
-            .unwrap_or(Ok(()))
+        let step = timeout(ACCEPT_WINDOW, poll_fn(|context| self.poll_step(context)));
+        if let Ok(event) = step.await
+            && let Some(event) = event?
+        {
+            self.ready.push_front(event);
+        }
+        self.ready.push_front(TokenEvent::Started);
+        Ok(())
     }
 
     pub(crate) fn into_stream(self) -> TokenStream {
-        Box::pin(stream::unfold(self, |mut completion| async {
-            let item = completion.next().await?;
-            Some((item, completion))
-        }))
-    }
-
-    async fn next(&mut self) -> Option<Result<TokenEvent, WorkerError>> {
-        loop {
-            // Nothing is handed out after a cancel, not even what is here.
-            if self.cancelled() {
-                return Some(Err(self.close(WorkerError::Cancelled)));
-            }
-            if let Some(event) = self.ready.pop_front() {
-                return Some(Ok(event));
-            }
-            match &mut self.state {
-                State::Closed => return None,
-                State::Opening(_) | State::Reading(_) => {
-                    if let Err(error) = self.advance().await {
-                        return Some(Err(self.close(error)));
-                    }
-                }
-            }
-        }
+        Box::pin(self)
     }
 
     fn cancelled(&self) -> bool {
         self.live
             .as_ref()
-            .is_some_and(|live| live.handle.cancel.is_cancelled())
+            .is_some_and(|live| live.handle.is_cancelled())
     }
 
     fn close(&mut self, error: WorkerError) -> WorkerError {
@@ -152,72 +139,66 @@ impl Completion {
         error
     }
 
-    /// One step: the response's headers, or one event. May be dropped and
-    /// called again without losing anything.
-    async fn advance(&mut self) -> Result<(), WorkerError> {
-        loop {
-            let Some(live) = &self.live else {
-                return Ok(());
-            };
-            let limit = self.patience.limit(live);
-            let cancel = &live.handle.cancel;
-            match &mut self.state {
-                State::Opening(opening) => {
-                    let Some(response) = limit.apply(cancel, opening).await? else {
-                        continue;
-                    };
-                    let response = response?;
+    /// One step: the response's headers, or one event and what it gives first.
+    fn poll_step(
+        &mut self,
+        context: &mut Context<'_>,
+    ) -> Poll<Result<Option<TokenEvent>, WorkerError>> {
+        let Some(live) = &self.live else {
+            return Poll::Ready(Ok(None));
+        };
+        match &mut self.state {
+            State::Opening(opening) => {
+                if let Poll::Ready(incoming) = opening.as_mut().poll(context) {
+                    self.state = State::Reading(incoming?);
                     live.handle.set_taken();
-                    let bytes = response.bytes_stream();
-                    self.state = State::Reading(Box::pin(event_data(bytes, SseLimits::default())));
-                    return Ok(());
+                    return Poll::Ready(Ok(None));
                 }
-                State::Reading(events) => {
-                    let Some(event) = limit.apply(cancel, events.next()).await? else {
-                        continue;
-                    };
-                    return match event {
-                        Some(Ok(data)) => self.take(&data),
-                        Some(Err(error)) => Err(broken(error)),
-                        None => Err(WorkerError::Reset {
-                            reason: "the response ended before its last event".to_owned(),
-                        }),
-                    };
-                }
-                State::Closed => return Ok(()),
             }
+            State::Reading(incoming) => {
+                if let Poll::Ready(event) = incoming.poll_event(context) {
+                    if incoming.take_has_read() {
+                        self.now = Instant::now();
+                    }
+                    let event = event.unwrap_or_else(|| Err(ended_early()))?;
+                    return Poll::Ready(self.take(&event.data));
+                }
+            }
+            State::Closed => return Poll::Ready(Ok(None)),
         }
+        self.patience.poll_over(live, context).map(Err)
     }
 
-    fn take(&mut self, data: &str) -> Result<(), WorkerError> {
+    /// What one event gives; where that is more than one, the rest is in `ready`.
+    fn take(&mut self, data: &ByteString) -> Result<Option<TokenEvent>, WorkerError> {
+        let Some(live) = &self.live else {
+            return Ok(None);
+        };
         let chunk: Chunk<'_> =
             serde_json::from_str(data).map_err(|error| WorkerError::Protocol {
                 what: format!("an event that cannot be read: {error}"),
             })?;
-        let now = Instant::now();
-        if let Some(live) = &self.live {
-            live.handle.note_gap(self.patience.waited(now));
-        }
+        let now = self.now;
+        self.patience.note_event(now, &live.handle);
         if let Some(progress) = chunk.prompt_progress.filter(|_| !chunk.stop) {
             // No token, whatever else it holds.
-            if let Some(live) = &self.live {
-                live.handle.set_telling();
-                live.handle.set_prompt_left(progress.left());
-            }
+            live.handle.set_telling();
+            live.handle.set_prompt_left(progress.left());
             self.patience.hear_of_prompt(now, progress);
-            return Ok(());
+            return Ok(None);
         }
-        let context = chunk.tokens_evaluated + chunk.tokens_predicted;
-        self.patience.hear_token(now, context);
-        if let Some(live) = &self.live {
-            live.handle.set_decoding();
-        }
-        self.take_text(&chunk)?;
+        let context = chunk
+            .tokens_evaluated
+            .saturating_add(chunk.tokens_predicted);
+        self.patience
+            .hear_streamed_token(now, context, &live.handle);
+        let token = self.token(data, &chunk)?;
         if let Some(error) = chunk.error {
             return Err(error.into_worker_error(self.client.url()));
         }
         if chunk.stop {
-            return self.take_last(&chunk);
+            self.take_last(&chunk)?;
+            return Ok(token);
         }
         if now - self.metrics_told >= self.client.settings.metrics_interval {
             self.metrics_told = now;
@@ -227,14 +208,20 @@ impl Completion {
                 elapsed_ms: (now - self.patience.started()).as_millis() as u64,
             }));
         }
-        Ok(())
+        Ok(token)
     }
 
-    fn take_text(&mut self, chunk: &Chunk<'_>) -> Result<(), WorkerError> {
-        if chunk.content.is_empty() {
-            return Ok(());
+    /// The token that an event's text is, if it has any.
+    fn token(
+        &mut self,
+        data: &ByteString,
+        chunk: &Chunk<'_>,
+    ) -> Result<Option<TokenEvent>, WorkerError> {
+        let content = &chunk.content;
+        if content.is_empty() {
+            return Ok(None);
         }
-        self.text_bytes += chunk.content.len() as u64;
+        self.text_bytes += content.len() as u64;
         // The last event may hold a piece that was held back, so one more.
         let pieces = self.max_tokens + 1;
         if self.next_index >= pieces || self.text_bytes > pieces * LONGEST_TOKEN {
@@ -242,14 +229,14 @@ impl Completion {
                 what: format!("more text than {} tokens hold", self.max_tokens),
             });
         }
-        self.ready.push_back(TokenEvent::Token {
-            text: chunk.content.clone().into_owned().into(),
-            index: self.next_index,
+        let index = self.next_index;
+        self.next_index += 1;
+        Ok(Some(TokenEvent::Token {
+            text: part_of(data, content),
+            index,
             tokens_in: chunk.tokens_evaluated,
             tokens_out: chunk.tokens_predicted,
-        });
-        self.next_index += 1;
-        Ok(())
+        }))
     }
 
     fn take_last(&mut self, chunk: &Chunk<'_>) -> Result<(), WorkerError> {
@@ -267,14 +254,41 @@ impl Completion {
     }
 }
 
-/// What a stream of events that cannot be read on means.
-pub(crate) fn broken(error: SseError<reqwest::Error>) -> WorkerError {
-    match error {
-        SseError::Transport(error) => WorkerError::Reset {
-            reason: chain(&error.without_url()),
-        },
-        error => WorkerError::Protocol {
-            what: error.to_string(),
-        },
+impl Stream for Completion {
+    type Item = Result<TokenEvent, WorkerError>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        loop {
+            // Nothing is handed out after a cancel, not even what is here.
+            if this.cancelled() {
+                return Poll::Ready(Some(Err(this.close(WorkerError::Cancelled))));
+            }
+            if let Some(event) = this.ready.pop_front() {
+                return Poll::Ready(Some(Ok(event)));
+            }
+            if matches!(this.state, State::Closed) {
+                return Poll::Ready(None);
+            }
+            match std::task::ready!(this.poll_step(context)) {
+                Ok(Some(event)) => return Poll::Ready(Some(Ok(event))),
+                Ok(None) => {}
+                Err(error) => return Poll::Ready(Some(Err(this.close(error)))),
+            }
+        }
+    }
+}
+
+/// A text out of an event's data: a part of it, unless it was written with escapes.
+pub(crate) fn part_of(data: &ByteString, text: &Cow<'_, str>) -> ByteString {
+    match text {
+        Cow::Borrowed(text) => data.slice_ref(text),
+        Cow::Owned(text) => text.as_str().into(),
+    }
+}
+
+pub(crate) fn ended_early() -> WorkerError {
+    WorkerError::Reset {
+        reason: "the response ended before its last event".to_owned(),
     }
 }

@@ -152,17 +152,18 @@ mod tests {
         assert_eq!(Looks::at(&handle), Looks::Quietly);
         handle.set_telling();
         handle.expect_batch(Duration::from_secs(5));
-        handle.note_gap(Duration::from_millis(4));
+        handle.set_longest_gap(Duration::from_millis(4));
         assert_eq!(
             Looks::at(&handle),
             Looks::QuietlyFirst,
             "no batch was seen yet"
         );
         assert_eq!(bound(&handle), Duration::from_secs(20));
-        handle.note_gap(Duration::from_millis(400));
+        handle.set_longest_gap(Duration::from_millis(400));
+        handle.set_several_events();
         assert_eq!(Looks::at(&handle), Looks::Steadily);
         assert_eq!(bound(&handle), PROMPT_BOUND);
-        handle.note_gap(Duration::from_secs(3));
+        handle.set_longest_gap(Duration::from_secs(3));
         assert_eq!(Looks::at(&handle), Looks::QuietlyFirst);
         assert_eq!(bound(&handle), Duration::from_secs(12));
         handle.set_decoding();

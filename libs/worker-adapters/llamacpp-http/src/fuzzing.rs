@@ -5,6 +5,12 @@ use worker_adapters_adapter_api::CallApi;
 use crate::calls::{events, read_answer};
 use crate::wire::{Chunk, ErrorAnswer};
 
+/// Reads an answer over HTTP in reads of `read` bytes: its status, its body, and why
+/// that ends early.
+pub fn answer(data: &[u8], read: usize) -> (Option<u16>, Vec<u8>, Option<String>) {
+    crate::http::read_all(data, read)
+}
+
 /// Reads one event of a completion's stream, and an error's body.
 pub fn chunk(data: &[u8]) {
     if let Ok(chunk) = serde_json::from_slice::<Chunk<'_>>(data) {

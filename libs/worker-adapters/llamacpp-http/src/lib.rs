@@ -8,6 +8,8 @@
 //! - [`body`]: whole answers, within a limit on their size
 //! - [`settings`]: where the engine is, and how long to wait for it
 //! - `client`: single requests, and how their failures are told apart
+//! - `http`: streams over connections of their own
+//! - `incoming`: the events of an answer, whichever way it is read
 //! - `completion`: one task's stream, from the request to its last event
 //! - `calls`: the same for requests in the engine's own API, passed on
 //! - `patience`: how long one task's engine is waited for
@@ -32,6 +34,8 @@ mod client;
 mod completion;
 mod deadlines;
 mod freeing;
+mod http;
+mod incoming;
 mod live;
 mod patience;
 mod tagging;

@@ -5,8 +5,10 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::task::Waker;
 use std::time::Duration;
 
+use futures::task::AtomicWaker;
 use llama_orch_types::TaskId;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -49,12 +51,16 @@ struct Shared {
     telling: AtomicBool,
     /// The longest time between two of its events, in milliseconds.
     longest_gap: AtomicU64,
-    events: AtomicU64,
+    /// Whether two or more have come.
+    several_events: AtomicBool,
     /// How long a batch of the prompt will take, before one was seen.
     expected_batch: AtomicU64,
     /// Tokens of its prompt that the engine has not told of yet.
     prompt_left: AtomicU64,
+    /// When it was first cancelled.
     cancelled: OnceLock<Instant>,
+    /// Of the task that reads the stream.
+    reader: AtomicWaker,
     /// The engine was not told the tag.
     untagged: AtomicBool,
 }
@@ -101,11 +107,15 @@ impl Handle {
         self.shared.prompt_left.store(tokens, Ordering::Relaxed);
     }
 
-    pub(crate) fn note_gap(&self, gap: Duration) {
+    /// The longest time between two events so far; only the stream's reader tells it.
+    pub(crate) fn set_longest_gap(&self, gap: Duration) {
         self.shared
             .longest_gap
-            .fetch_max(millis(gap), Ordering::Relaxed);
-        self.shared.events.fetch_add(1, Ordering::Relaxed);
+            .store(millis(gap), Ordering::Relaxed);
+    }
+
+    pub(crate) fn set_several_events(&self) {
+        self.shared.several_events.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn expect_batch(&self, expected: Duration) {
@@ -119,7 +129,7 @@ impl Handle {
     /// first batch, so two are needed to know.
     pub(crate) fn batch(&self) -> Duration {
         let seen = self.longest_gap();
-        if self.shared.events.load(Ordering::Relaxed) >= 2 {
+        if self.shared.several_events.load(Ordering::Relaxed) {
             return seen;
         }
         let expected = self.shared.expected_batch.load(Ordering::Relaxed);
@@ -132,8 +142,19 @@ impl Handle {
 
     /// When it was first cancelled, which is now if it was not before.
     pub(crate) fn cancelled_at(&self) -> Instant {
+        let at = *self.shared.cancelled.get_or_init(Instant::now);
         self.cancel.cancel();
-        *self.shared.cancelled.get_or_init(Instant::now)
+        self.shared.reader.wake();
+        at
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.shared.cancelled.get().is_some()
+    }
+
+    /// Has a cancel wake the stream's reader, which then looks whether it came before.
+    pub(crate) fn wake_on_cancel(&self, reader: &Waker) {
+        self.shared.reader.register(reader);
     }
 }
 

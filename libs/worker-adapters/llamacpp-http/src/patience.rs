@@ -1,11 +1,11 @@
 //! How long one task's engine is waited for, as things are now.
 
-use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use tokio::time::{Instant, timeout_at};
-use tokio_util::sync::CancellationToken;
+use tokio::time::{Instant, Sleep, sleep_until};
 use worker_adapters_adapter_api::{TimeoutPhase, WorkerError};
 
 use crate::deadlines::{Deadlines, PromptSpeed, first_batch};
@@ -36,6 +36,23 @@ pub(crate) struct Patience {
     shared_until: Option<Instant>,
     /// A guess, until the engine has counted.
     prompt_tokens: u64,
+    longest_gap: Duration,
+    /// How many signs of life have come, up to two.
+    events: u8,
+    decoding: bool,
+    alarm: Alarm,
+}
+
+/// Wakes the reader of a stream for a cancel, and when the limit is to be looked at.
+/// Made once and set anew as seldom as may be, and never for a token: limits only
+/// grow with the signs of life that come.
+#[derive(Debug, Default)]
+struct Alarm {
+    timer: Option<Pin<Box<Sleep>>>,
+    /// When the timer fires; `None` while it is not set.
+    due: Option<Instant>,
+    /// Whom it wakes.
+    reader: Option<Waker>,
 }
 
 impl Patience {
@@ -58,6 +75,10 @@ impl Patience {
             progress: None,
             shared_until: None,
             prompt_tokens,
+            longest_gap: Duration::ZERO,
+            events: 0,
+            decoding: false,
+            alarm: Alarm::default(),
         }
     }
 
@@ -65,24 +86,80 @@ impl Patience {
         self.started
     }
 
-    /// Time since the latest sign of life, or since the start.
-    pub(crate) fn waited(&self, now: Instant) -> Duration {
-        now - self.progress.map_or(self.started, |(at, _)| at)
+    /// An event has come, whatever it tells.
+    pub(crate) fn note_event(&mut self, now: Instant, handle: &Handle) {
+        let gap = now - self.progress.map_or(self.started, |(at, _)| at);
+        if gap > self.longest_gap {
+            self.longest_gap = gap;
+            handle.set_longest_gap(gap);
+        }
+        if self.events < 2 {
+            self.events += 1;
+            if self.events == 2 {
+                handle.set_several_events();
+            }
+        }
     }
 
     pub(crate) fn hear_of_prompt(&mut self, now: Instant, progress: PromptProgress) {
         self.progress = Some((now, Told::Prompt(progress)));
+        self.alarm.no_later_than(now + self.deadlines.first_token);
     }
 
+    /// With so many tokens in the context.
     pub(crate) fn hear_token(&mut self, now: Instant, context: u64) {
         self.progress = Some((now, Told::Decoding(context)));
+        self.alarm.no_later_than(now + self.deadlines.next_token);
+    }
+
+    /// The same of the task's stream, from whose first token on the engine is past
+    /// the prompt.
+    pub(crate) fn hear_streamed_token(&mut self, now: Instant, context: u64, handle: &Handle) {
+        self.hear_token(now, context);
+        if !std::mem::replace(&mut self.decoding, true) {
+            handle.set_decoding();
+        }
+    }
+
+    /// Why no more is waited for. To be asked whenever nothing has come; wakes the
+    /// context when it is to be asked again.
+    pub(crate) fn poll_over(
+        &mut self,
+        live: &LiveTask,
+        context: &mut Context<'_>,
+    ) -> Poll<WorkerError> {
+        let reader = context.waker();
+        let known = self.alarm.reader.as_ref();
+        let known = known.is_some_and(|known| known.will_wake(reader));
+        if !known {
+            live.handle.wake_on_cancel(reader);
+            self.alarm.reader = Some(reader.clone());
+        }
+        if live.handle.is_cancelled() {
+            return Poll::Ready(WorkerError::Cancelled);
+        }
+        if known && self.alarm.is_set() {
+            return Poll::Pending;
+        }
+        while self.alarm.poll_due(context).is_ready() {
+            let now = Instant::now();
+            let limit = self.limit(live, now);
+            if limit.deadline <= now {
+                return Poll::Ready(WorkerError::Timeout {
+                    phase: limit.phase,
+                    after: limit.after,
+                });
+            }
+            self.alarm.set(limit.deadline.min(now + LOOK_AGAIN));
+        }
+        Poll::Pending
     }
 
     /// How long the next sign of life is waited for.
-    pub(crate) fn limit(&mut self, live: &LiveTask) -> Limit {
+    fn limit(&mut self, live: &LiveTask, now: Instant) -> Limit {
         let others = live.other_prompts();
         if others.is_some() {
-            self.shared_until = Some(Instant::now());
+            self.shared_until = Some(now);
         }
         let speed = self.speed.tokens_per_second();
         let (since, phase, after) = match self.progress {
@@ -113,33 +190,41 @@ impl Patience {
     }
 }
 
-/// How long one step may take, as things are now.
+impl Alarm {
+    /// Looks again by then at the latest. What is set for earlier stays so.
+    fn no_later_than(&mut self, latest: Instant) {
+        if self.due.is_some_and(|due| due > latest) {
+            self.due = None;
+        }
+    }
+
+    /// Whether it is set and has not fired.
+    fn is_set(&self) -> bool {
+        let fired = self.timer.as_ref().is_none_or(|timer| timer.is_elapsed());
+        self.due.is_some() && !fired
+    }
+
+    fn set(&mut self, due: Instant) {
+        self.due = Some(due);
+        match &mut self.timer {
+            Some(timer) => timer.as_mut().reset(due),
+            None => self.timer = Some(Box::pin(sleep_until(due))),
+        }
+    }
+
+    /// Ready when the time has come, or none was set.
+    fn poll_due(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        match (&mut self.timer, self.due) {
+            (Some(timer), Some(_)) => timer.as_mut().poll(context),
+            _ => Poll::Ready(()),
+        }
+    }
+}
+
+/// Until when one step is waited for, as things are now.
 #[derive(Debug)]
-pub(crate) struct Limit {
+struct Limit {
     deadline: Instant,
     phase: TimeoutPhase,
     after: Duration,
-}
-
-impl Limit {
-    /// `None` when it is time to see whether the limit still holds.
-    pub(crate) async fn apply<T>(
-        self,
-        cancel: &CancellationToken,
-        step: impl Future<Output = T>,
-    ) -> Result<Option<T>, WorkerError> {
-        let look = self.deadline.min(Instant::now() + LOOK_AGAIN);
-        tokio::select! {
-            biased;
-            () = cancel.cancelled() => Err(WorkerError::Cancelled),
-            outcome = timeout_at(look, step) => match outcome {
-                Ok(outcome) => Ok(Some(outcome)),
-                Err(_) if look < self.deadline => Ok(None),
-                Err(_) => Err(WorkerError::Timeout {
-                    phase: self.phase,
-                    after: self.after,
-                }),
-            },
-        }
-    }
 }

@@ -1,17 +1,16 @@
 //! Server-sent events out of bytes, whatever the bytes are.
 //!
-//! `eventsource-stream` does the parsing. It may panic on a byte order mark,
-//! takes quadratic time on long lines and on bytes that are not UTF-8, loses
-//! the last event of a stream whose lines end in a bare CR, and has no size
-//! limit. So a guard stands in front of it and hands it whole lines only: each
-//! ends in one LF, is valid UTF-8, and is no longer than the limits allow.
+//! Events are found in place: where an event's data lies in one piece of what was
+//! read, it is handed out as a part of that piece and nothing is copied. Lines may
+//! end in LF, CR or CR LF, and memory is bounded by limits on lines and events.
 
-use std::collections::VecDeque;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use eventsource_stream::{EventStream, EventStreamError};
+use bytes::{Buf, Bytes};
+use bytestring::ByteString;
 use futures::{Stream, StreamExt};
+use memchr::{memchr, memchr2};
 
 const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
@@ -33,366 +32,310 @@ impl Default for SseLimits {
     }
 }
 
-/// Why a stream of events cannot be read on.
-#[derive(Debug, thiserror::Error)]
-pub enum SseError<E> {
-    #[error("the stream of bytes broke")]
-    Transport(#[source] E),
+/// Why bytes are no stream of events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Malformed {
     #[error("a line has more than {limit} bytes")]
     LineTooLong { limit: usize },
     #[error("an event has more than {limit} bytes")]
     EventTooLong { limit: usize },
     #[error("a line is not valid UTF-8")]
     NotUtf8,
-    #[error("a line is no field of an event stream")]
-    NotAField,
 }
 
-/// One complete event.
+/// Why a stream of events cannot be read on.
+#[derive(Debug, thiserror::Error)]
+pub enum SseError<E> {
+    #[error("the stream of bytes broke")]
+    Transport(#[source] E),
+    #[error(transparent)]
+    Malformed(Malformed),
+}
+
+/// One complete event. Its texts may be parts of what was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SseEvent {
     /// Its `event:` field, if it has one.
-    pub name: Option<String>,
+    pub name: Option<ByteString>,
     /// Its `data:` fields, joined by line feeds.
-    pub data: String,
+    pub data: ByteString,
 }
 
 /// The `data` of every complete event, in order, as [`events`] reads them.
-pub fn event_data<S, B, E>(
+pub fn event_data<S, E>(
     bytes: S,
     limits: SseLimits,
-) -> impl Stream<Item = Result<String, SseError<E>>>
+) -> impl Stream<Item = Result<ByteString, SseError<E>>>
 where
-    S: Stream<Item = Result<B, E>> + Unpin,
-    B: AsRef<[u8]>,
+    S: Stream<Item = Result<Bytes, E>> + Unpin,
 {
     events(bytes, limits).map(|event| event.map(|event| event.data))
 }
 
-/// What the parser calls an event that names itself not.
-const UNNAMED: &str = "message";
-
 /// Every complete event, in order. Comments and other fields are passed over; an
 /// event cut off by the end of the stream is none. The first error is the last
 /// item.
-pub fn events<S, B, E>(
+pub fn events<S, E>(
     bytes: S,
     limits: SseLimits,
 ) -> impl Stream<Item = Result<SseEvent, SseError<E>>>
 where
-    S: Stream<Item = Result<B, E>> + Unpin,
-    B: AsRef<[u8]>,
+    S: Stream<Item = Result<Bytes, E>> + Unpin,
 {
-    let lines = WholeLines {
-        bytes,
-        splitter: LineSplitter::new(limits),
-        ended: false,
-        failure: None,
-    };
-    let events = EventStream::new(lines).map(|event| match event {
-        Ok(event) => Ok(SseEvent {
-            name: (event.event != UNNAMED).then_some(event.event),
-            data: event.data,
-        }),
-        Err(EventStreamError::Transport(error)) => Err(error),
-        Err(EventStreamError::Utf8(_)) => Err(SseError::NotUtf8),
-        Err(EventStreamError::Parser(_)) => Err(SseError::NotAField),
-    });
-    events.scan(false, |failed, event| {
-        let item = (!*failed).then_some(event);
-        *failed = matches!(item, Some(Err(_)));
-        std::future::ready(item)
-    })
+    Events {
+        bytes: Some(bytes),
+        splitter: EventSplitter::new(limits),
+    }
 }
 
-/// The guard as a stream.
-struct WholeLines<S, E> {
-    bytes: S,
-    splitter: LineSplitter,
-    /// Nothing more is read from `bytes`.
-    ended: bool,
-    /// Told once, after the lines that were whole before it.
-    failure: Option<SseError<E>>,
+/// A splitter and what it is fed from.
+struct Events<S> {
+    /// Gone after the stream's end or the first error.
+    bytes: Option<S>,
+    splitter: EventSplitter,
 }
 
-impl<S, E> Unpin for WholeLines<S, E> where S: Unpin {}
-
-impl<S, B, E> Stream for WholeLines<S, E>
+impl<S, E> Stream for Events<S>
 where
-    S: Stream<Item = Result<B, E>> + Unpin,
-    B: AsRef<[u8]>,
+    S: Stream<Item = Result<Bytes, E>> + Unpin,
 {
-    type Item = Result<Vec<u8>, SseError<E>>;
+    type Item = Result<SseEvent, SseError<E>>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        loop {
-            if let Some(line) = self.splitter.lines.pop_front() {
-                return Poll::Ready(Some(Ok(line)));
-            }
-            if self.ended {
-                return Poll::Ready(self.failure.take().map(Err));
-            }
-            let Poll::Ready(item) = self.bytes.poll_next_unpin(context) else {
-                return Poll::Pending;
+        let this = &mut *self;
+        while let Some(bytes) = &mut this.bytes {
+            let failure = match this.splitter.next_event() {
+                Ok(Some(event)) => return Poll::Ready(Some(Ok(event))),
+                Err(malformed) => SseError::Malformed(malformed),
+                Ok(None) => match std::task::ready!(bytes.poll_next_unpin(context)) {
+                    Some(Ok(chunk)) => {
+                        this.splitter.push(chunk);
+                        continue;
+                    }
+                    Some(Err(error)) => SseError::Transport(error),
+                    None => break,
+                },
             };
-            let pushed = match item {
-                Some(Ok(chunk)) => self.splitter.push(chunk.as_ref()).map_err(SseError::from),
-                Some(Err(error)) => Err(SseError::Transport(error)),
-                None => {
-                    self.ended = true;
-                    Ok(())
-                }
-            };
-            if let Err(failure) = pushed {
-                self.ended = true;
-                self.failure = Some(failure);
-            }
+            this.bytes = None;
+            return Poll::Ready(Some(Err(failure)));
         }
+        this.bytes = None;
+        Poll::Ready(None)
     }
 }
 
-/// Why a line is not let through.
+/// The `data` fields of the event that is being read.
 #[derive(Debug)]
-enum LineProblem {
-    LineTooLong { limit: usize },
-    EventTooLong { limit: usize },
-    NotUtf8,
+enum Data {
+    None,
+    /// The usual case.
+    One(ByteString),
+    Several(String),
 }
 
-impl<E> From<LineProblem> for SseError<E> {
-    fn from(problem: LineProblem) -> Self {
-        match problem {
-            LineProblem::LineTooLong { limit } => Self::LineTooLong { limit },
-            LineProblem::EventTooLong { limit } => Self::EventTooLong { limit },
-            LineProblem::NotUtf8 => Self::NotUtf8,
-        }
-    }
-}
-
-/// Splits bytes into lines at LF, CR or CR LF; each line let through ends in
-/// one LF. Holds at most one unfinished line and the lines of one chunk.
+/// Finds events in the pieces of a stream. Holds one piece, one unfinished line and
+/// the fields of one unfinished event.
 #[derive(Debug)]
-struct LineSplitter {
+pub(crate) struct EventSplitter {
     limits: SseLimits,
-    lines: VecDeque<Vec<u8>>,
+    /// What is left of the latest piece.
+    rest: Bytes,
+    /// The beginning of a line that goes on in the next piece.
     unfinished: Vec<u8>,
+    /// Of all lines since the last empty one.
     event_bytes: usize,
     first_line: bool,
     /// An LF that comes next belongs to the CR before it.
     after_cr: bool,
+    name: Option<ByteString>,
+    data: Data,
 }
 
-impl LineSplitter {
-    fn new(limits: SseLimits) -> Self {
+impl EventSplitter {
+    pub(crate) fn new(limits: SseLimits) -> Self {
         Self {
             limits,
-            // A comment goes first: the parser looks for a byte order mark in
-            // the first text it gets, and that is where it may panic.
-            lines: VecDeque::from([b":\n".to_vec()]),
+            rest: Bytes::new(),
             unfinished: Vec::new(),
             event_bytes: 0,
             first_line: true,
             after_cr: false,
+            name: None,
+            data: Data::None,
         }
     }
 
-    fn push(&mut self, chunk: &[u8]) -> Result<(), LineProblem> {
-        let mut rest = chunk;
-        if std::mem::take(&mut self.after_cr) {
-            match rest.first() {
-                Some(b'\n') => rest = &rest[1..],
-                Some(_) => {}
-                None => self.after_cr = true,
+    /// Takes the next piece, once [`Self::next_event`] has nothing left in the one
+    /// before.
+    pub(crate) fn push(&mut self, piece: Bytes) {
+        debug_assert!(self.rest.is_empty(), "a piece is passed over");
+        self.rest = piece;
+    }
+
+    /// The next event in the latest piece; `None` when another piece is needed.
+    /// After an error nothing more is to be asked.
+    pub(crate) fn next_event(&mut self) -> Result<Option<SseEvent>, Malformed> {
+        while !self.rest.is_empty() {
+            if std::mem::take(&mut self.after_cr) && self.rest[0] == b'\n' {
+                self.rest.advance(1);
+                continue;
+            }
+            let Some(end) = memchr2(b'\n', b'\r', &self.rest) else {
+                self.check_line(self.unfinished.len() + self.rest.len())?;
+                self.unfinished.extend_from_slice(&self.rest);
+                break;
+            };
+            self.after_cr = self.rest[end] == b'\r';
+            let over = if self.unfinished.is_empty() && !self.first_line {
+                self.line_in_place(end)?
+            } else {
+                self.line_in_pieces(end)?
+            };
+            self.rest.advance(end + 1);
+            if over && let Some(event) = self.dispatch() {
+                self.release();
+                return Ok(Some(event));
             }
         }
-        while let Some(end) = rest.iter().position(|&byte| byte == b'\n' || byte == b'\r') {
-            self.extend(&rest[..end])?;
-            self.finish_line()?;
-            let width = match (rest[end], rest.get(end + 1)) {
-                (b'\r', Some(b'\n')) => 2,
-                (b'\r', None) => {
-                    self.after_cr = true;
-                    1
-                }
-                _ => 1,
-            };
-            rest = &rest[end + width..];
-        }
-        self.extend(rest)
+        self.rest = Bytes::new();
+        Ok(None)
     }
 
-    fn extend(&mut self, bytes: &[u8]) -> Result<(), LineProblem> {
-        if self.unfinished.len() + bytes.len() > self.limits.line_bytes {
-            let limit = self.limits.line_bytes;
-            return Err(LineProblem::LineTooLong { limit });
+    /// Lets go of a piece that has been read to its end, so that its memory can be
+    /// used again as soon as its events are.
+    fn release(&mut self) {
+        if self.rest.is_empty() {
+            self.rest = Bytes::new();
         }
-        self.unfinished.extend_from_slice(bytes);
+    }
+
+    fn check_line(&self, bytes: usize) -> Result<(), Malformed> {
+        let limit = self.limits.line_bytes;
+        if bytes > limit {
+            return Err(Malformed::LineTooLong { limit });
+        }
         Ok(())
     }
 
-    fn finish_line(&mut self) -> Result<(), LineProblem> {
+    /// Takes note of a line's length; whether it is empty and so ends an event.
+    fn count_line(&mut self, bytes: usize) -> Result<bool, Malformed> {
+        if bytes == 0 {
+            self.event_bytes = 0;
+            return Ok(true);
+        }
+        self.event_bytes += bytes;
+        let limit = self.limits.event_bytes;
+        if self.event_bytes > limit {
+            return Err(Malformed::EventTooLong { limit });
+        }
+        Ok(false)
+    }
+
+    /// A line that is the first `end` bytes of the piece; whether it ends an event.
+    fn line_in_place(&mut self, end: usize) -> Result<bool, Malformed> {
+        self.check_line(end)?;
+        if self.count_line(end)? {
+            return Ok(true);
+        }
+        match Field::of(&self.rest[..end]) {
+            Field::Data(start) => {
+                let value = text(self.rest.slice(start..end))?;
+                self.add_data(value);
+            }
+            Field::Name(start) => self.name = Some(text(self.rest.slice(start..end))?),
+            Field::Other => check_text(&self.rest[..end])?,
+        }
+        Ok(false)
+    }
+
+    /// A line that has begun in an earlier piece, or is the stream's first.
+    fn line_in_pieces(&mut self, end: usize) -> Result<bool, Malformed> {
+        self.check_line(self.unfinished.len() + end)?;
         let mut line = std::mem::take(&mut self.unfinished);
+        line.extend_from_slice(&self.rest[..end]);
+        let mut line = Bytes::from(line);
         if std::mem::take(&mut self.first_line) && line.starts_with(BYTE_ORDER_MARK) {
-            line.drain(..BYTE_ORDER_MARK.len());
+            line.advance(BYTE_ORDER_MARK.len());
         }
-        self.event_bytes = if line.is_empty() {
-            0
-        } else {
-            self.event_bytes + line.len()
+        if self.count_line(line.len())? {
+            return Ok(true);
+        }
+        match Field::of(&line) {
+            Field::Data(start) => {
+                let value = text(line.split_off(start))?;
+                self.add_data(value);
+            }
+            Field::Name(start) => self.name = Some(text(line.split_off(start))?),
+            Field::Other => check_text(&line)?,
+        }
+        Ok(false)
+    }
+
+    fn add_data(&mut self, value: ByteString) {
+        self.data = match std::mem::replace(&mut self.data, Data::None) {
+            Data::None => Data::One(value),
+            Data::One(first) => Data::Several([&*first, &*value].join("\n")),
+            Data::Several(mut lines) => {
+                lines.push('\n');
+                lines.push_str(&value);
+                Data::Several(lines)
+            }
         };
-        if self.event_bytes > self.limits.event_bytes {
-            let limit = self.limits.event_bytes;
-            return Err(LineProblem::EventTooLong { limit });
+    }
+
+    /// The event that an empty line has ended; one without data is none.
+    fn dispatch(&mut self) -> Option<SseEvent> {
+        let name = self.name.take();
+        let data = match std::mem::replace(&mut self.data, Data::None) {
+            Data::None => return None,
+            Data::One(data) => data,
+            Data::Several(lines) => lines.into(),
+        };
+        // What an event is called that names itself not.
+        let name = name.filter(|name| !matches!(&**name, "" | "message"));
+        Some(SseEvent { name, data })
+    }
+}
+
+/// What a line that is not empty holds, and where its value begins.
+enum Field {
+    Data(usize),
+    Name(usize),
+    /// A comment, or a field that means nothing to us.
+    Other,
+}
+
+impl Field {
+    fn of(line: &[u8]) -> Self {
+        let colon = if line.starts_with(b"data:") {
+            4
+        } else {
+            memchr(b':', line).unwrap_or(line.len())
+        };
+        let value = match line.get(colon + 1) {
+            Some(b' ') => colon + 2,
+            Some(_) => colon + 1,
+            None => line.len(),
+        };
+        match &line[..colon] {
+            b"data" => Self::Data(value),
+            b"event" => Self::Name(value),
+            _ => Self::Other,
         }
-        if std::str::from_utf8(&line).is_err() {
-            return Err(LineProblem::NotUtf8);
-        }
-        line.push(b'\n');
-        self.lines.push_back(line);
-        Ok(())
+    }
+}
+
+fn text(bytes: Bytes) -> Result<ByteString, Malformed> {
+    ByteString::try_from(bytes).map_err(|_| Malformed::NotUtf8)
+}
+
+fn check_text(bytes: &[u8]) -> Result<(), Malformed> {
+    match std::str::from_utf8(bytes) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(Malformed::NotUtf8),
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use futures::executor::block_on;
-    use futures::stream;
-    use proptest::prelude::*;
-    use std::convert::Infallible;
-
-    type Read = Vec<Result<String, SseError<Infallible>>>;
-
-    fn read(chunks: &[&[u8]], limits: SseLimits) -> Read {
-        let bytes = stream::iter(chunks.iter().map(|&chunk| Ok(chunk)));
-        block_on(event_data(bytes, limits).collect())
-    }
-
-    /// Reads and expects no error.
-    fn texts(chunks: &[&[u8]]) -> Vec<String> {
-        let events: Result<Vec<_>, _> = read(chunks, SseLimits::default()).into_iter().collect();
-        events.expect("the stream is valid")
-    }
-
-    fn split<'a>(bytes: &'a [u8], cuts: &[prop::sample::Index]) -> Vec<&'a [u8]> {
-        let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut.index(bytes.len() + 1)).collect();
-        cuts.sort_unstable();
-        let mut chunks = Vec::new();
-        let mut start = 0;
-        for cut in cuts {
-            chunks.push(&bytes[start..cut]);
-            start = cut;
-        }
-        chunks.push(&bytes[start..]);
-        chunks
-    }
-
-    proptest! {
-        #[test]
-        fn any_split_of_a_valid_stream_gives_the_same_events(
-            events in prop::collection::vec(prop::collection::vec("[^\r\n\0]{0,12}", 1..4), 0..6),
-            ending in prop::sample::select(vec!["\n", "\r", "\r\n"]),
-            bom: bool,
-            comment: bool,
-            cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..24),
-        ) {
-            let mut stream = String::from(if bom { "\u{feff}" } else { "" });
-            for lines in &events {
-                if comment {
-                    stream.extend([": ping", ending]);
-                }
-                for line in lines {
-                    stream.extend(["data: ", line, ending]);
-                }
-                stream += ending;
-            }
-            let expected: Vec<String> = events.iter().map(|lines| lines.join("\n")).collect();
-            prop_assert_eq!(texts(&split(stream.as_bytes(), &cuts)), expected.clone());
-            let bytewise: Vec<&[u8]> = stream.as_bytes().chunks(1).collect();
-            prop_assert_eq!(texts(&bytewise), expected);
-        }
-
-        #[test]
-        fn random_bytes_never_panic_and_any_split_reads_alike(
-            bytes in prop::collection::vec(
-                prop_oneof![any::<u8>(), prop::sample::select(b"data: \r\n\xEF\xBB\xBF".to_vec())],
-                0..200,
-            ),
-            cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..12),
-        ) {
-            let limits = SseLimits { line_bytes: 40, event_bytes: 60 };
-            let outline = |read: Read| -> Vec<Option<String>> { read.into_iter().map(Result::ok).collect() };
-            let whole = outline(read(&[&bytes], limits));
-            prop_assert_eq!(outline(read(&split(&bytes, &cuts), limits)), whole);
-        }
-    }
-
-    #[test]
-    fn events_keep_their_names() {
-        let bytes = b"event: a.b\ndata: x\n\ndata: y\n\n: ping\n\nevent: c\ndata: z\n\n";
-        let bytes = stream::iter([Ok::<_, Infallible>(&bytes[..])]);
-        let events: Vec<_> = block_on(events(bytes, SseLimits::default()).collect());
-        let events: Vec<_> = events
-            .into_iter()
-            .map(|event| event.map(|event| (event.name, event.data)))
-            .collect::<Result<_, _>>()
-            .expect("the stream is valid");
-        let event = |name: Option<&str>, data: &str| (name.map(str::to_owned), data.to_owned());
-        assert_eq!(
-            events,
-            [
-                event(Some("a.b"), "x"),
-                event(None, "y"),
-                event(Some("c"), "z")
-            ]
-        );
-    }
-
-    #[test]
-    fn a_byte_order_mark_is_taken_off_once() {
-        assert_eq!(texts(&[b"\xEF\xBB", b"\xBFdata: x\n\n"]), ["x"]);
-        // The second one makes the line another field, not a panic.
-        let twice = "\u{feff}\u{feff}data: x\n\ndata: y\n\n";
-        assert_eq!(texts(&[twice.as_bytes()]), ["y"]);
-    }
-
-    #[test]
-    fn the_last_event_of_a_cr_only_stream_is_read() {
-        assert_eq!(texts(&[b"data: x\r\rdata: y\r\r"]), ["x", "y"]);
-    }
-
-    #[test]
-    fn an_unfinished_event_is_none() {
-        assert_eq!(texts(&[b"data: x\n\ndata: y\n"]), ["x"]);
-    }
-
-    #[test]
-    fn too_much_is_an_error_after_what_was_whole() {
-        let limits = SseLimits {
-            line_bytes: 16,
-            event_bytes: 20,
-        };
-        let long_line = read(&[b"data: x\n\ndata: 0123456789012"], limits);
-        assert!(
-            matches!(&long_line[..], [Ok(x), Err(SseError::LineTooLong { limit: 16 })] if x == "x")
-        );
-        let long_event = read(&[b"data: 0123456\ndata: 0123456\n\ndata: x\n\n"], limits);
-        assert!(matches!(
-            &long_event[..],
-            [Err(SseError::EventTooLong { limit: 20 })]
-        ));
-    }
-
-    #[test]
-    fn bytes_that_are_no_text_are_an_error() {
-        let events = read(&[b"data: x\n\n", b"data: \xFF\n\n"], SseLimits::default());
-        assert!(matches!(&events[..], [Ok(x), Err(SseError::NotUtf8)] if x == "x"));
-    }
-
-    #[test]
-    fn a_broken_transport_is_told_after_the_last_event() {
-        let bytes = stream::iter([Ok(&b"data: x\n\ndata"[..]), Err("broken")]);
-        let events: Vec<_> = block_on(event_data(bytes, SseLimits::default()).collect());
-        assert!(matches!(&events[..], [Ok(x), Err(SseError::Transport("broken"))] if x == "x"));
-    }
-}
+#[path = "sse_tests.rs"]
+mod tests;

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use bytestring::ByteString;
 use futures::{Stream, StreamExt, stream};
 use provision_kit::chain::one_line;
 use reqwest::Response;
@@ -38,7 +39,7 @@ const ALIVE_AT_MOST: Duration = Duration::from_hours(1);
 const TASK_ID: HeaderName = HeaderName::from_static("x-task-id");
 
 type Opening = Pin<Box<dyn Future<Output = Result<Response, WorkerError>> + Send>>;
-type Events = Pin<Box<dyn Stream<Item = Result<String, SseError<reqwest::Error>>> + Send>>;
+type Events = Pin<Box<dyn Stream<Item = Result<ByteString, SseError<reqwest::Error>>> + Send>>;
 type Whole = Pin<Box<dyn Future<Output = Result<Vec<u8>, WorkerError>> + Send>>;
 
 enum State {
@@ -268,7 +269,7 @@ impl Answer {
 
 enum Step {
     Opened(Response),
-    Event(Option<Result<String, SseError<reqwest::Error>>>),
+    Event(Option<Result<ByteString, SseError<reqwest::Error>>>),
     Whole(Vec<u8>),
     None,
 }

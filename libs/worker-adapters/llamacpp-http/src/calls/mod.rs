@@ -19,15 +19,15 @@ pub(crate) mod events;
 mod looks;
 
 use std::collections::VecDeque;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
 use bytestring::ByteString;
 use futures::{Stream, StreamExt, stream};
-use reqwest::Response;
 use tokio::time::{Instant, timeout};
 use worker_adapters_adapter_api::{
     CallAnswer, CallApi, CallChunk, EngineCall, TokenEvent, TokenStream, WorkerError,
@@ -39,11 +39,12 @@ use self::body::{Wanted, prepare};
 use self::events::Heard;
 use self::looks::{Looks, Seen};
 use crate::client::EngineClient;
-use crate::completion::{ACCEPT_WINDOW, Opening, broken};
+use crate::completion::{ACCEPT_WINDOW, Opening, ended_early, part_of};
 use crate::deadlines::PromptSpeed;
+use crate::incoming::Incoming;
 use crate::live::LiveTask;
 use crate::patience::Patience;
-use crate::sse::{SseError, SseEvent, SseLimits, events};
+use crate::sse::SseEvent;
 use crate::wire::PromptProgress;
 
 /// The most that one answer's events may hold together, in bytes: all of them are
@@ -59,22 +60,14 @@ const UNSEEN_LIMIT: Duration = Duration::from_hours(1);
 /// What ends the streams of OpenAI's older APIs.
 const DONE: &str = "[DONE]";
 
-type Events = Pin<Box<dyn Stream<Item = Result<SseEvent, SseError<reqwest::Error>>> + Send>>;
 type Waiting = Pin<Box<dyn Future<Output = Result<Bytes, WorkerError>> + Send>>;
+type Sights = Pin<Box<dyn Stream<Item = Seen> + Send>>;
 
 enum State {
     Opening(Opening),
-    Reading(Events),
-    Waiting(Waiting, Looks),
+    Reading(Incoming),
+    Waiting(Waiting, Sights),
     Closed,
-}
-
-/// What one step gave.
-enum Step {
-    Opened(Result<Response, WorkerError>),
-    Event(Option<Result<SseEvent, SseError<reqwest::Error>>>),
-    Answer(Result<Bytes, WorkerError>),
-    Seen(Seen),
 }
 
 /// A call on its way.
@@ -82,7 +75,10 @@ pub(crate) struct Call {
     /// Gone as soon as the task is over, before its last event is handed out.
     live: Option<LiveTask>,
     state: State,
+    /// What is handed out before anything is read on.
     ready: VecDeque<TokenEvent>,
+    /// When the engine was last heard of.
+    now: Instant,
     url: String,
     api: CallApi,
     /// Whether the client wants to see the progress in the prompt itself.
@@ -126,26 +122,26 @@ impl Call {
             &live.handle,
         );
         let url = client.url().to_owned();
-        let opening = {
-            let client = Arc::clone(client);
-            async move {
-                let keep = !api.generates();
-                client.open_call(api.path(), prepared.body, keep).await
-            }
-        };
+        let engine = Arc::clone(client);
         let state = if streams {
+            let opening = async move { engine.open_streamed_call(api.path(), prepared.body).await };
             State::Opening(Box::pin(opening))
         } else {
             let tag = prepared.tagged.then(|| live.handle.tag());
             let looks = Looks::new(Arc::clone(client), tag);
-            let client = Arc::clone(client);
-            let waiting = async move { client.body(opening.await?).await.map(Bytes::from) };
-            State::Waiting(Box::pin(waiting), looks)
+            let sights = stream::unfold(looks, async |mut looks| Some((looks.next().await, looks)));
+            let waiting = async move {
+                let keep = !api.generates();
+                let response = engine.open_call(api.path(), prepared.body, keep).await?;
+                engine.body(response).await.map(Bytes::from)
+            };
+            State::Waiting(Box::pin(waiting), Box::pin(sights))
         };
         Ok(Self {
             live: Some(live),
             state,
-            ready: VecDeque::from([TokenEvent::Started]),
+            ready: VecDeque::new(),
+            now: patience.started(),
             url,
             api,
             progress_wanted: prepared.progress_wanted,
@@ -160,40 +156,23 @@ impl Call {
 
     /// Waits until the engine has taken the task, or says why it has not.
     pub(crate) async fn accepted(&mut self) -> Result<(), WorkerError> {
-        // Time over means that the engine works on it.
-        if let Ok(outcome) = timeout(ACCEPT_WINDOW, self.advance()).await {
-            return outcome;
+        let step = timeout(ACCEPT_WINDOW, poll_fn(|context| self.poll_step(context)));
+        match (step.await, &self.live) {
+            (Ok(event), _) => {
+                if let Some(event) = event? {
+                    self.ready.push_front(event);
+                }
+            }
+            // Time over means that the engine works on it.
+            (Err(_), Some(live)) => live.handle.set_taken(),
+            (Err(_), None) => {}
         }
-        if let Some(live) = &self.live {
-            live.handle.set_taken();
-        }
+        self.ready.push_front(TokenEvent::Started);
         Ok(())
     }
 
     pub(crate) fn into_stream(self) -> TokenStream {
-        Box::pin(stream::unfold(self, |mut call| async {
-            let item = call.next().await?;
-            Some((item, call))
-        }))
-    }
-
-    async fn next(&mut self) -> Option<Result<TokenEvent, WorkerError>> {
-        loop {
-            // Nothing is handed out after a cancel, not even what is here.
-            let live = self.live.as_ref();
-            if live.is_some_and(|live| live.handle.cancel.is_cancelled()) {
-                return Some(Err(self.close(WorkerError::Cancelled)));
-            }
-            if let Some(event) = self.ready.pop_front() {
-                return Some(Ok(event));
-            }
-            if matches!(self.state, State::Closed) {
-                return None;
-            }
-            if let Err(error) = self.advance().await {
-                return Some(Err(self.close(error)));
-            }
-        }
+        Box::pin(self)
     }
 
     fn close(&mut self, error: WorkerError) -> WorkerError {
@@ -203,72 +182,69 @@ impl Call {
         error
     }
 
-    /// One step: the response's headers, an event, a look, or the answer. May be
-    /// dropped and called again without losing anything.
-    async fn advance(&mut self) -> Result<(), WorkerError> {
-        loop {
-            let Some(live) = &self.live else {
-                return Ok(());
-            };
-            let limit = self.patience.limit(live);
-            let state = &mut self.state;
-            let step = async {
-                match state {
-                    State::Opening(opening) => Some(Step::Opened(opening.await)),
-                    State::Reading(events) => Some(Step::Event(events.next().await)),
-                    State::Waiting(answer, looks) => Some(tokio::select! {
-                        biased;
-                        answer = answer => Step::Answer(answer),
-                        seen = looks.next() => Step::Seen(seen),
-                    }),
-                    State::Closed => None,
-                }
-            };
-            return match limit.apply(&live.handle.cancel, step).await? {
-                None => continue,
-                Some(None) => Ok(()),
-                Some(Some(Step::Opened(response))) => {
+    /// One step: the response's headers, an event, a look, or the answer, and what it
+    /// gives first.
+    fn poll_step(
+        &mut self,
+        context: &mut Context<'_>,
+    ) -> Poll<Result<Option<TokenEvent>, WorkerError>> {
+        let Some(live) = &self.live else {
+            return Poll::Ready(Ok(None));
+        };
+        match &mut self.state {
+            State::Opening(opening) => {
+                if let Poll::Ready(incoming) = opening.as_mut().poll(context) {
                     live.handle.set_taken();
-                    let bytes = response?.bytes_stream();
-                    self.state = State::Reading(Box::pin(events(bytes, SseLimits::default())));
-                    Ok(())
+                    self.state = State::Reading(incoming?);
+                    return Poll::Ready(Ok(None));
                 }
-                Some(Some(Step::Event(Some(Ok(event))))) => self.take(event),
-                Some(Some(Step::Event(Some(Err(error))))) => Err(broken(error)),
-                Some(Some(Step::Event(None))) => Err(WorkerError::Reset {
-                    reason: "the response ended before its last event".to_owned(),
-                }),
-                Some(Some(Step::Answer(answer))) => self.take_answer(answer?),
-                Some(Some(Step::Seen(seen))) => {
+            }
+            State::Reading(incoming) => {
+                if let Poll::Ready(event) = incoming.poll_event(context) {
+                    if incoming.take_has_read() {
+                        self.now = Instant::now();
+                    }
+                    let event = event.unwrap_or_else(|| Err(ended_early()))?;
+                    return Poll::Ready(self.take(event));
+                }
+            }
+            State::Waiting(answer, sights) => {
+                if let Poll::Ready(answer) = answer.as_mut().poll(context) {
+                    return Poll::Ready(self.take_answer(answer?));
+                }
+                if let Poll::Ready(Some(seen)) = sights.poll_next_unpin(context) {
                     self.take_look(seen);
-                    continue;
+                    return Poll::Ready(Ok(None));
                 }
-            };
+            }
+            State::Closed => return Poll::Ready(Ok(None)),
         }
+        self.patience.poll_over(live, context).map(Err)
     }
 
-    /// Takes in one event of a stream.
-    fn take(&mut self, event: SseEvent) -> Result<(), WorkerError> {
-        let name = event.name.as_ref().map_or(0, String::len);
+    /// What one event of a stream gives; what follows it is in `ready`.
+    fn take(&mut self, event: SseEvent) -> Result<Option<TokenEvent>, WorkerError> {
+        let Some(live) = &self.live else {
+            return Ok(None);
+        };
+        let name = event.name.as_ref().map_or(0, |name| name.len());
         self.bytes += EVENT_COST + name + event.data.len();
         if self.bytes > STREAM_LIMIT {
             return Err(WorkerError::Protocol {
                 what: format!("an answer of more than {STREAM_LIMIT} bytes"),
             });
         }
-        let now = Instant::now();
-        if let Some(live) = &self.live {
-            live.handle.note_gap(self.patience.waited(now));
-        }
+        let now = self.now;
+        self.patience.note_event(now, &live.handle);
         if event.data == DONE {
             self.end(now);
-            return Ok(());
+            return Ok(None);
         }
         let heard = events::read(self.api, &event.data).map_err(|error| WorkerError::Protocol {
             what: format!("an event that cannot be read: {error}"),
         })?;
         if heard.nothing {
-            return Ok(());
+            return Ok(None);
         }
         if let Some(error) = heard.error {
             return Err(error.into_worker_error(&self.url));
@@ -280,18 +256,18 @@ impl Call {
                 Some(event.data)
             } else {
                 self.without_progress(&event.data, raw)
+                    .map(ByteString::from)
             };
-            if let Some(data) = shown {
-                self.hand_out(event.name, data, String::new());
-            }
-            return Ok(());
+            return Ok(shown.map(|data| self.chunk(event.name, data, ByteString::new())));
         }
-        let (text, last) = self.hear(now, heard);
-        self.hand_out(event.name, event.data, text);
+        self.hear(now, &heard);
+        let text = part_of(&event.data, &heard.text);
+        let last = heard.last;
+        let chunk = self.chunk(event.name, event.data, text);
         if last {
             self.end(now);
         }
-        Ok(())
+        Ok(Some(chunk))
     }
 
     fn hear_of_prompt(&mut self, now: Instant, progress: PromptProgress) {
@@ -303,7 +279,7 @@ impl Call {
     }
 
     /// Takes in what an event tells that is none of the prompt's.
-    fn hear(&mut self, now: Instant, heard: Heard<'_>) -> (String, bool) {
+    fn hear(&mut self, now: Instant, heard: &Heard<'_>) {
         if heard.token {
             self.account.count_token();
         }
@@ -311,9 +287,10 @@ impl Call {
         // are announced as soon as they are taken.
         if heard.token || self.first_event.is_some() {
             self.first_event.get_or_insert(now);
-            self.patience.hear_token(now, self.account.counted());
             if let Some(live) = &self.live {
-                live.handle.set_decoding();
+                let context = self.account.counted();
+                self.patience
+                    .hear_streamed_token(now, context, &live.handle);
             }
         }
         if let Some(costs) = &heard.costs {
@@ -325,7 +302,6 @@ impl Call {
         if let Some(reason) = heard.finish {
             self.account.finish(reason);
         }
-        (heard.text.into_owned(), heard.last)
     }
 
     /// An event that a client would have got without our asking for progress:
@@ -345,16 +321,16 @@ impl Call {
         })
     }
 
-    fn hand_out(&mut self, name: Option<String>, data: String, text: String) {
-        self.ready.push_back(TokenEvent::Chunk(CallChunk {
-            name: name.map(ByteString::from),
-            data: data.into(),
-            text: text.into(),
+    fn chunk(&self, name: Option<ByteString>, data: ByteString, text: ByteString) -> TokenEvent {
+        TokenEvent::Chunk(CallChunk {
+            name,
+            data,
+            text,
             tokens_out: self.account.counted(),
-        }));
+        })
     }
 
-    fn take_answer(&mut self, body: Bytes) -> Result<(), WorkerError> {
+    fn take_answer(&mut self, body: Bytes) -> Result<Option<TokenEvent>, WorkerError> {
         let read = read_answer(self.api, &body).map_err(|error| WorkerError::Protocol {
             what: format!("an answer that cannot be read: {error}"),
         })?;
@@ -365,11 +341,9 @@ impl Call {
         if let Some(reason) = read.finish {
             self.account.finish(reason);
         }
-        let text = read.text;
-        self.ready
-            .push_back(TokenEvent::Answer(CallAnswer { body, text }));
         self.end(Instant::now());
-        Ok(())
+        let text = read.text;
+        Ok(Some(TokenEvent::Answer(CallAnswer { body, text })))
     }
 
     /// A slot that got on is a sign of life, as an event of a stream would be.
@@ -409,5 +383,31 @@ impl Call {
         self.ready.push_back(TokenEvent::End(summary));
         self.live = None;
         self.state = State::Closed;
+    }
+}
+
+impl Stream for Call {
+    type Item = Result<TokenEvent, WorkerError>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        loop {
+            // Nothing is handed out after a cancel, not even what is here.
+            let live = this.live.as_ref();
+            if live.is_some_and(|live| live.handle.is_cancelled()) {
+                return Poll::Ready(Some(Err(this.close(WorkerError::Cancelled))));
+            }
+            if let Some(event) = this.ready.pop_front() {
+                return Poll::Ready(Some(Ok(event)));
+            }
+            if matches!(this.state, State::Closed) {
+                return Poll::Ready(None);
+            }
+            match ready!(this.poll_step(context)) {
+                Ok(Some(event)) => return Poll::Ready(Some(Ok(event))),
+                Ok(None) => {}
+                Err(error) => return Poll::Ready(Some(Err(this.close(error)))),
+            }
+        }
     }
 }
