@@ -76,7 +76,9 @@ impl Goal {
     pub fn median(self, summary: Option<Summary>) -> Self {
         Self {
             measured: summary.map(|summary| summary.median),
-            spread: summary.map(|summary| (summary.min, summary.max)),
+            spread: summary
+                .filter(|summary| summary.count > 1)
+                .map(|summary| (summary.min, summary.max)),
             ..self
         }
     }
@@ -107,7 +109,11 @@ impl Goal {
                 format!("no: {measured:.decimals$} too much")
             }
             (Some(false), Some(measured)) => {
-                format!("no: {:.2} of the target", measured / self.target)
+                let of = match self.bound {
+                    Bound::AtLeast => "of",
+                    Bound::AtMost => "times",
+                };
+                format!("no: {:.2} {of} the target", measured / self.target)
             }
             _ => "not measured".to_owned(),
         }
@@ -187,7 +193,10 @@ mod tests {
         assert_eq!(speed.seen(0.5).verdict(), "no: 0.50 of the target");
         let cost = Goal::at_most("cost", 4.0).in_unit("KiB", 2);
         assert_eq!(cost.clone().seen(4.0).verdict(), "reached");
-        assert_eq!(cost.clone().seen(5.0).verdict(), "no: 1.25 of the target");
+        assert_eq!(
+            cost.clone().seen(5.0).verdict(),
+            "no: 1.25 times the target"
+        );
         assert_eq!(cost.target_shown(), "≤ 4 KiB");
         assert_eq!(Goal::at_least("x", 0.99).target_shown(), "≥ 0.99");
         assert_eq!(

@@ -73,7 +73,7 @@ impl Cell {
         Self::shown(format!("{mib:.1}"), Some(mib))
     }
 
-    /// The median, and in brackets the least and the most.
+    /// The median, and in brackets the least and the most where there are several.
     pub fn summary(summary: Option<Summary>, decimals: usize) -> Self {
         let Some(summary) = summary else {
             return Self::text("-");
@@ -81,8 +81,12 @@ impl Cell {
         let Summary {
             min, median, max, ..
         } = summary;
+        let spread = match summary.count {
+            0 | 1 => String::new(),
+            _ => format!(" ({min:.decimals$}–{max:.decimals$})"),
+        };
         Self {
-            shown: format!("{median:.decimals$} ({min:.decimals$}–{max:.decimals$})"),
+            shown: format!("{median:.decimals$}{spread}"),
             value: Some(median),
             summary: Some(summary),
         }

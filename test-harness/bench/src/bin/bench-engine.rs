@@ -16,6 +16,7 @@
 )]
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -23,10 +24,14 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{Instant, sleep_until};
 
 const CTX: u32 = 1_048_576;
+
+/// A thousand streams that come at once all find room: one that does not comes
+/// again after a second.
+const BACKLOG: u32 = 4096;
 
 /// Places within the time between two tokens of a stream, in thousandths:
 /// neighbours in order of coming are far apart.
@@ -71,7 +76,11 @@ async fn main() -> io::Result<()> {
             _ => {}
         }
     }
-    let listener = TcpListener::bind((host.as_str(), port)).await?;
+    let address = format!("{host}:{port}").parse::<SocketAddr>();
+    let socket = TcpSocket::new_v4()?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address.map_err(io::Error::other)?)?;
+    let listener = socket.listen(BACKLOG)?;
     let model = model.display().to_string();
     loop {
         let (stream, _) = listener.accept().await?;
