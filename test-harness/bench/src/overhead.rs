@@ -146,8 +146,8 @@ async fn compare(
 ) -> io::Result<Vec<Seen>> {
     let sides = &comparison.sides;
     let mut seen = vec![Seen::default(); sides.len()];
-    let short = context.size.pick(160, 24, 4).max(streams) / streams;
-    let long_tokens = context.size.pick(64, 32, 16);
+    let short = context.size.pick(120, 24, 4).max(streams) / streams;
+    let long_tokens = context.size.pick(48, 16, 16);
     for number in 0..short + context.rounds {
         let tokens = if number < short {
             SHORT_TOKENS
@@ -262,7 +262,7 @@ async fn round(side: &Side, streams: usize, tokens: u32, sign: &str) -> io::Resu
         .enumerate()
         .map(|(index, connection)| {
             let ask = Ask {
-                prompt: format!("{index}{sign}: Tell me a very long story about a river."),
+                prompt: format!("{index}{sign}: Tell a long story."),
                 max_tokens: tokens,
             };
             stream(side, connection, ask)

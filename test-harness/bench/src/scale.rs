@@ -14,7 +14,7 @@ use crate::points::Point;
 use crate::processes::resident_bytes;
 use crate::report::{Cell, Table};
 use crate::scripted::Scripted;
-use crate::sides::checked;
+use crate::sides::{POOL, checked};
 use crate::stats::Summary;
 use crate::{Context, Measured};
 
@@ -116,8 +116,8 @@ async fn round(context: &Context<'_>, scripted: &Scripted, count: usize) -> io::
 async fn wake_all(address: SocketAddr, readers: Readers) -> io::Result<f64> {
     let mut connection = Connection::open(address).await?;
     let begun = Instant::now();
-    let path = "/v2/pools/default/drain";
-    checked(&mut connection, "POST", path, r#"{"deadline_ms":0}"#).await?;
+    let path = format!("/v2/pools/{POOL}/drain");
+    checked(&mut connection, "POST", &path, r#"{"deadline_ms":0}"#).await?;
     for reader in readers {
         reader.await.map_err(io::Error::other)??;
     }
@@ -132,8 +132,8 @@ async fn submit(address: SocketAddr, count: usize) -> io::Result<Vec<(String, f6
         let mut seen = Vec::new();
         for index in (own..count).step_by(SUBMITTERS) {
             let begun = Instant::now();
-            let body = r#"{"prompt":"go","max_tokens":1000}"#;
-            let answer = checked(&mut connection, "POST", "/v2/tasks", body).await?;
+            let body = format!(r#"{{"pool_id":"{POOL}","prompt":"go","max_tokens":1000}}"#);
+            let answer = checked(&mut connection, "POST", "/v2/tasks", &body).await?;
             let took = begun.elapsed().as_secs_f64() * 1000.0;
             let accepted: Value = serde_json::from_str(&answer)?;
             let stream = accepted["streams"]["sse"].as_str().unwrap_or_default();

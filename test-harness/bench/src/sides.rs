@@ -16,6 +16,10 @@ use crate::place::{Process, free_address};
 /// How long a side may take until it serves. An engine may have to be built.
 const READY_LIMIT: Duration = Duration::from_mins(20);
 
+/// Not the name that a daemon on this machine has for its own: two cannot run
+/// one pool from the same cache.
+pub const POOL: &str = "bench";
+
 /// What llama-server's events have their text in.
 const CONTENT: &[u8] = b"\"content\":\"";
 
@@ -98,11 +102,12 @@ impl Side {
                 "temperature": 0.0,
             }),
             Api::Chat => json!({
-                "model": self.model.as_deref().unwrap_or("default"), "messages": messages,
+                "model": self.model.as_deref().unwrap_or(POOL), "messages": messages,
                 "max_tokens": ask.max_tokens, "stream": true, "temperature": 0.0,
             }),
             Api::Tasks => json!({
-                "prompt": ask.prompt, "max_tokens": ask.max_tokens, "temperature": 0.0,
+                "pool_id": POOL, "prompt": ask.prompt, "max_tokens": ask.max_tokens,
+                "temperature": 0.0,
             }),
         };
         body.to_string()
@@ -156,7 +161,7 @@ pub async fn until_serving(
     Err(io::Error::other(format!("{} does not serve", process.name)))
 }
 
-/// A daemon with one pool `default`.
+/// A daemon with one pool, [`POOL`].
 #[derive(Debug)]
 pub struct Daemon {
     pub process: Process,
@@ -167,13 +172,17 @@ impl Daemon {
     /// The command that starts one in `dir`, and the address that it listens on.
     pub fn command(dir: &Path, pool: &Value) -> io::Result<(Command, SocketAddr)> {
         let address = free_address()?;
-        let config = json!({
+        let mut config = json!({
             "listen": address,
             "runtime_dir": dir.join("runtime"),
             "limits": { "connections": 24_000, "streams_per_client": 20_000 },
             "tasks": { "keep_seconds": 1 },
-            "pools": { "default": pool },
+            "pools": { POOL: pool },
         });
+        if pool["provision"]["mode"] == "system" {
+            // It provides nothing, and so keeps out of everybody's cache.
+            config["cache_dir"] = json!(dir.join("cache"));
+        }
         let file = dir.join("orchestratord.json");
         std::fs::write(&file, config.to_string())?;
         let mut command = Command::new(orchestratord(Build::Default));
@@ -188,14 +197,14 @@ impl Daemon {
     pub async fn start(dir: &Path, pool: &Value) -> io::Result<Self> {
         let (mut command, address) = Self::command(dir, pool)?;
         let mut process = Process::start("orchestratord", &mut command, dir)?;
-        until_serving(&mut process, address, "/v2/pools/default/health").await?;
+        until_serving(&mut process, address, &format!("/v2/pools/{POOL}/health")).await?;
         Ok(Self { process, address })
     }
 
     /// The pool as the daemon shows it.
     pub async fn pool(&self) -> io::Result<Value> {
         let mut connection = Connection::open(self.address).await?;
-        let text = checked(&mut connection, "GET", "/v2/pools/default", "").await?;
+        let text = checked(&mut connection, "GET", &format!("/v2/pools/{POOL}"), "").await?;
         Ok(serde_json::from_str(&text)?)
     }
 
