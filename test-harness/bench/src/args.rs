@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 
+use crate::points::Size;
+
 /// Measures what a layer in front of an engine costs, side by side.
 ///
 /// Everything that is needed is started here: the engine and the model are
@@ -27,6 +29,16 @@ pub struct Args {
     /// Threads that real engines compute with.
     #[arg(long, default_value_t = 1)]
     pub threads: u32,
+    /// A file whose lines between `<!-- bench:begin -->` and `<!-- bench:end -->`
+    /// become this run's summary.
+    #[arg(long)]
+    pub readme: Option<PathBuf>,
+    /// The executable of `bench-engine`; otherwise the one beside this program.
+    #[arg(skip)]
+    pub bench_engine: Option<PathBuf>,
+    /// Only as much as a test of the benchmark itself needs, and no real engine.
+    #[arg(skip)]
+    pub smoke: bool,
 }
 
 /// The parts of the benchmark.
@@ -50,7 +62,16 @@ impl What {
 }
 
 impl Args {
+    pub fn size(&self) -> Size {
+        match (self.smoke, self.quick) {
+            (true, _) => Size::Smoke,
+            (false, true) => Size::Quick,
+            (false, false) => Size::Full,
+        }
+    }
+
     pub fn rounds(&self) -> usize {
-        self.rounds.unwrap_or(if self.quick { 2 } else { 5 }).max(1)
+        let usual = self.size().pick(5, 2, 1);
+        self.rounds.unwrap_or(usual).max(1)
     }
 }

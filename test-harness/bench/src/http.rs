@@ -4,6 +4,7 @@
 use std::io::{self, Error, ErrorKind};
 use std::net::SocketAddr;
 
+use memchr::memmem::{self, Finder};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -163,9 +164,10 @@ impl Connection {
 
     /// Hands every event to `seen` as it comes, to the stream's end.
     pub async fn events(&mut self, mut seen: impl FnMut(&[u8])) -> io::Result<()> {
+        let gap = Finder::new(b"\n\n");
         let mut begin = 0;
         loop {
-            while let Some(end) = find(&self.body[begin..], b"\n\n") {
+            while let Some(end) = gap.find(&self.body[begin..]) {
                 seen(&self.body[begin..begin + end]);
                 begin += end + 2;
             }
@@ -179,16 +181,7 @@ impl Connection {
 }
 
 pub fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
-    let (first, rest) = needle.split_first()?;
-    let mut from = 0;
-    while let Some(place) = haystack[from..].iter().position(|byte| byte == first) {
-        let at = from + place;
-        if haystack[at + 1..].starts_with(rest) {
-            return Some(at);
-        }
-        from = at + 1;
-    }
-    None
+    memmem::find(haystack, needle)
 }
 
 #[cfg(test)]

@@ -1,305 +1,201 @@
 //! What a token costs on its way through: tokens per second and CPU seconds
 //! per million tokens of the relay alone, at named operating points.
 
-use std::fs;
 use std::io;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::time::Instant;
 
-use futures::future::try_join_all;
-use serde::Serialize;
-use serde_json::json;
-use test_harness_fake_engine::gguf::tiny_gguf;
-
-use crate::http::Connection;
+use crate::goals::Goal;
 use crate::place::{Process, on_path};
-use crate::processes::{cpu_seconds, family, peak_bytes};
+use crate::points::{Point, points};
 use crate::report::{Cell, Table};
-use crate::sides::{Api, Ask, Daemon, Side, nginx, until_serving};
-use crate::stats::Summary;
+use crate::scripted::Scripted;
+use crate::sides::{Api, Side, nginx, until_serving};
+use crate::stats::{Summary, ratios, turns};
+use crate::window::{Run, Watched, measure};
+use crate::{Context, Measured};
 
-/// How many streams, how fast each, and how many tokens of each.
-#[derive(Debug, Clone, Copy, Serialize)]
-pub struct Point {
-    pub name: &'static str,
-    pub streams: u32,
-    /// For each stream; 0 is flat out.
-    pub tokens_per_second: u32,
-    pub tokens: u32,
-}
-
-const POINTS: [Point; 6] = [
-    Point {
-        name: "100/s × 128",
-        streams: 128,
-        tokens_per_second: 100,
-        tokens: 500,
-    },
-    Point {
-        name: "1,000/s × 16",
-        streams: 16,
-        tokens_per_second: 1000,
-        tokens: 4000,
-    },
-    Point {
-        name: "flat out × 1",
-        streams: 1,
-        tokens_per_second: 0,
-        tokens: 60_000,
-    },
-    Point {
-        name: "flat out × 16",
-        streams: 16,
-        tokens_per_second: 0,
-        tokens: 8000,
-    },
-    Point {
-        name: "flat out × 128",
-        streams: 128,
-        tokens_per_second: 0,
-        tokens: 1000,
-    },
-    Point {
-        name: "flat out × 1,000",
-        streams: 1000,
-        tokens_per_second: 0,
-        tokens: 150,
-    },
-];
-
-/// What one run came to.
-#[derive(Debug, Clone, Copy)]
-struct Run {
-    tokens_per_second: f64,
-    /// Of the relay; none for the engine itself.
-    cpu_per_million: Option<f64>,
-    peak_bytes: u64,
-    lost: u64,
-}
+/// The most that an engine has.
+const SLOTS: u32 = 256;
 
 /// A side and the process that relays.
 struct Relay {
     side: Side,
     pid: Option<u32>,
+    /// The name of the side that relays the same events of the engine.
+    base: Option<&'static str>,
 }
 
-pub async fn run(dir: &Path, quick: bool, rounds: usize) -> io::Result<Vec<Table>> {
-    let engine_dir = dir.join("engine");
-    let engine = install_engine(&engine_dir)?;
-    let daemon = start_daemon(dir, &engine, 256).await?;
-    let engine_address = daemon.engine().await?;
-    let nginx = start_nginx(dir, engine_address).await?;
-    let mut relays = vec![
-        relay("engine itself", engine_address, Api::Chat, None),
-        relay(
-            "orchestratord /v2",
-            daemon.address,
-            Api::Tasks,
-            Some(&daemon.process),
-        ),
-        relay(
-            "orchestratord /v1",
-            daemon.address,
-            Api::Chat,
-            Some(&daemon.process),
-        ),
-    ];
-    if let Some((process, address)) = &nginx {
-        relays.push(relay("nginx", *address, Api::Chat, Some(process)));
-    }
-    let mut tables = Vec::new();
-    for point in points(quick) {
-        set_point(&engine_dir, point)?;
+const NGINX_NATIVE: &str = "nginx /completion";
+const NGINX_CHAT: &str = "nginx /v1";
+const OWN: [&str; 2] = ["orchestratord /v2", "orchestratord /v1"];
+
+pub async fn run(context: &Context<'_>) -> io::Result<Measured> {
+    let scripted = Scripted::install(context.dir, context.engine)?;
+    let daemon = scripted.daemon(context.dir, SLOTS).await?;
+    let (engine, engine_pid) = daemon.engine().await?;
+    let nginx = start_nginx(context, engine).await?;
+    let relays = relays(
+        engine,
+        (daemon.address, daemon.process.pid()),
+        nginx
+            .as_ref()
+            .map(|(process, address)| (*address, process.pid())),
+    );
+    let mut measured = Measured::default();
+    for point in points(context.size) {
+        scripted.set(point)?;
         let mut runs: Vec<Vec<Run>> = vec![Vec::new(); relays.len()];
-        for _ in 0..rounds {
-            for (relay, runs) in relays.iter().zip(&mut runs) {
-                runs.push(measure(relay, point).await?);
+        for round in 0..context.rounds {
+            for turn in turns(relays.len(), round) {
+                let relay = &relays[turn];
+                if relay.pid.is_none() && !point.flat_out() {
+                    // Its rate is its own; only how fast it can be tells something.
+                    continue;
+                }
+                let watched = Watched::new(relay.pid, engine_pid);
+                runs[turn].push(measure(&relay.side, &watched, point).await?);
             }
         }
-        tables.push(table(point, &relays, &runs));
+        measured.tables.push(table(point, &relays, &runs));
+        measured.goals.extend(goals(point, &relays, &runs));
     }
-    Ok(tables)
+    Ok(measured)
 }
 
-fn points(quick: bool) -> Vec<Point> {
-    let shorter = |point: Point| Point {
-        tokens: point.tokens / 5,
-        ..point
+/// Addresses and processes of those that take part.
+fn relays(
+    engine: SocketAddr,
+    daemon: (SocketAddr, u32),
+    nginx: Option<(SocketAddr, u32)>,
+) -> Vec<Relay> {
+    let relay = |name, api, (address, pid): (SocketAddr, Option<u32>), base| Relay {
+        side: Side {
+            name,
+            address,
+            api,
+            model: None,
+        },
+        pid,
+        base,
     };
-    if quick {
-        POINTS.into_iter().map(shorter).collect()
-    } else {
-        POINTS.to_vec()
+    let (bare, own) = ((engine, None), (daemon.0, Some(daemon.1)));
+    let mut relays = vec![
+        relay("engine itself", Api::Chat, bare, None),
+        relay(OWN[0], Api::Tasks, own, Some(NGINX_NATIVE)),
+        relay(OWN[1], Api::Chat, own, Some(NGINX_CHAT)),
+    ];
+    if let Some((address, pid)) = nginx {
+        let other = (address, Some(pid));
+        relays.push(relay(NGINX_NATIVE, Api::Completion, other, None));
+        relays.push(relay(NGINX_CHAT, Api::Chat, other, None));
     }
+    relays
 }
 
-fn relay(name: &'static str, address: SocketAddr, api: Api, process: Option<&Process>) -> Relay {
-    let side = Side {
-        name,
-        address,
-        api,
-        model: None,
-    };
-    Relay {
-        side,
-        pid: process.map(Process::pid),
-    }
-}
-
-/// Puts the engine under the name that a system's engine has.
-fn install_engine(dir: &Path) -> io::Result<PathBuf> {
-    fs::create_dir_all(dir)?;
-    let built = std::env::current_exe()?.with_file_name("bench-engine");
-    let built = if built.exists() {
-        built
-    } else {
-        build_engine()?
-    };
-    let place = dir.join("llama-server");
-    fs::copy(built, &place)?;
-    Ok(place)
-}
-
-fn build_engine() -> io::Result<PathBuf> {
-    let build = escargot::CargoBuild::new()
-        .package(env!("CARGO_PKG_NAME"))
-        .bin("bench-engine")
-        .current_release();
-    let run = build.run().map_err(io::Error::other)?;
-    Ok(run.path().to_owned())
-}
-
-async fn start_daemon(dir: &Path, engine: &Path, slots: u32) -> io::Result<Daemon> {
-    let model = dir.join("tiny.gguf");
-    fs::write(&model, tiny_gguf())?;
-    let pool = json!({
-        "model": model, "slots": slots, "ctx": 131_072, "queue_capacity": 20_000,
-        "provision": { "mode": "system", "path": engine },
-    });
-    Daemon::start(dir, &pool).await
-}
-
-/// A daemon whose engine has one slot and takes for ever.
-pub async fn endless(dir: &Path) -> io::Result<Daemon> {
-    let engine_dir = dir.join("engine");
-    let engine = install_engine(&engine_dir)?;
-    let slow = Point {
-        name: "endless",
-        streams: 1,
-        tokens_per_second: 1,
-        tokens: 1_000_000,
-    };
-    set_point(&engine_dir, slow)?;
-    start_daemon(dir, &engine, 1).await
-}
-
-async fn start_nginx(dir: &Path, engine: SocketAddr) -> io::Result<Option<(Process, SocketAddr)>> {
+async fn start_nginx(
+    context: &Context<'_>,
+    engine: SocketAddr,
+) -> io::Result<Option<(Process, SocketAddr)>> {
     let Some(program) = on_path("nginx") else {
         return Ok(None);
     };
-    let (mut process, address) = nginx(&program, dir, engine)?;
+    let (mut process, address) = nginx(&program, context.dir, engine)?;
     until_serving(&mut process, address, "/health").await?;
     Ok(Some((process, address)))
 }
 
-fn set_point(dir: &Path, point: Point) -> io::Result<()> {
-    let text = json!({ "tokens": point.tokens, "tokens_per_second": point.tokens_per_second });
-    let staged = dir.join("point.tmp");
-    fs::write(&staged, text.to_string())?;
-    fs::rename(staged, dir.join("bench-engine.json"))
+/// One figure of every round.
+fn each(runs: &[Run], of: impl Fn(&Run) -> Option<f64>) -> Vec<f64> {
+    runs.iter().filter_map(of).collect()
 }
 
-async fn measure(relay: &Relay, point: Point) -> io::Result<Run> {
-    let ask = Ask {
-        prompt: "go".to_owned(),
-        max_tokens: point.tokens,
-    };
-    let pids = relay.pid.map(relay_pids);
-    let before = pids.as_deref().map(cpu_seconds);
-    let begun = Instant::now();
-    let streams = (0..point.streams).map(|_| async {
-        let mut connection = Connection::open(relay.side.address).await?;
-        let mut tokens = 0_u64;
-        relay
-            .side
-            .stream(&mut connection, &ask, || tokens += 1)
-            .await?;
-        Ok::<_, io::Error>(tokens)
-    });
-    let tokens: u64 = try_join_all(streams).await?.into_iter().sum();
-    let took = begun.elapsed().as_secs_f64();
-    let expected = u64::from(point.streams) * u64::from(point.tokens);
-    let used = pids
-        .as_deref()
-        .map(cpu_seconds)
-        .zip(before)
-        .map(|(after, before)| after - before);
-    Ok(Run {
-        tokens_per_second: tokens as f64 / took,
-        cpu_per_million: used.map(|seconds| seconds * 1e6 / tokens as f64),
-        peak_bytes: pids.iter().flatten().map(|pid| peak_bytes(*pid)).sum(),
-        lost: expected.saturating_sub(tokens),
-    })
+/// The runs that one side's are compared with.
+fn base<'a>(relay: &Relay, relays: &[Relay], runs: &'a [Vec<Run>]) -> Option<&'a [Run]> {
+    let place = relays
+        .iter()
+        .position(|other| Some(other.side.name) == relay.base)?;
+    Some(&runs[place])
 }
 
-/// The relay's own processes: the daemon's engine is none of them.
-fn relay_pids(pid: u32) -> Vec<u32> {
-    let mut pids = family(pid);
-    let is_engine = |pid: &u32| {
-        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        name.trim() == "llama-server"
-    };
-    pids.retain(|pid| !is_engine(pid));
-    pids
+fn compared(own: &[Run], base: Option<&[Run]>, of: fn(&Run) -> Option<f64>) -> Option<Summary> {
+    ratios(&each(own, of), &each(base?, of))
+}
+
+const SPEED: fn(&Run) -> Option<f64> = |run| Some(run.tokens_per_second);
+const COST: fn(&Run) -> Option<f64> = |run| run.cpu_per_million;
+
+fn goals(point: Point, relays: &[Relay], runs: &[Vec<Run>]) -> Vec<Goal> {
+    let mut goals = Vec::new();
+    for (relay, own) in relays.iter().zip(runs) {
+        let Some(base_name) = relay.base else {
+            continue;
+        };
+        let base = base(relay, relays, runs);
+        let name = relay.side.name;
+        let lost: u64 = own.iter().map(|run| run.lost).sum();
+        if !point.flat_out() {
+            let goal = Goal::at_most(
+                format!("relay, {}: CPU, {name} to {base_name}", point.name),
+                1.0,
+            );
+            goals.push(goal.median(compared(own, base, COST)));
+        } else if matches!(point.streams, 16 | 128) {
+            let goal = Goal::at_least(
+                format!("relay, {}: tokens/s, {name} to {base_name}", point.name),
+                1.0,
+            );
+            goals.push(goal.median(compared(own, base, SPEED)));
+        } else if point.streams == 1000 {
+            let goal = Goal::at_most(format!("relay, 1,000 streams: tokens lost, {name}"), 0.0);
+            goals.push(goal.in_unit("", 0).seen(lost as f64));
+        }
+    }
+    goals
 }
 
 fn table(point: Point, relays: &[Relay], runs: &[Vec<Run>]) -> Table {
-    let summary = |runs: &[Run], of: fn(&Run) -> Option<f64>| {
-        let values: Vec<f64> = runs.iter().filter_map(of).collect();
-        (!values.is_empty()).then(|| Summary::of(values))
-    };
-    let speed = |run: &Run| Some(run.tokens_per_second);
-    let base = relays
-        .iter()
-        .zip(runs)
-        .find(|(relay, _)| relay.side.name == "nginx");
-    let base_speed = base.and_then(|(_, runs)| summary(runs, speed));
-    let base_cpu = base.and_then(|(_, runs)| summary(runs, |run| run.cpu_per_million));
-    let ratio = |own: Option<Summary>, base: Option<Summary>| {
-        own.zip(base).map(|(own, base)| own.median / base.median)
-    };
-    let rows = relays.iter().zip(runs).map(|(relay, runs)| {
-        let (tokens, cpu) = (
-            summary(runs, speed),
-            summary(runs, |run| run.cpu_per_million),
-        );
-        let lost: u64 = runs.iter().map(|run| run.lost).sum();
-        let peak = runs.iter().map(|run| run.peak_bytes).max().unwrap_or(0);
+    let rows = relays.iter().zip(runs).filter(|(_, runs)| !runs.is_empty());
+    let rows = rows.map(|(relay, own)| {
+        let base = base(relay, relays, runs);
+        let summary = |of: fn(&Run) -> Option<f64>| Summary::some(each(own, of));
+        let median = |of: fn(&Run) -> f64| Summary::of(own.iter().map(of)).median;
+        let cores = [
+            relay.pid.map(|_| median(|run| run.relay_cores)),
+            Some(median(|run| run.engine_cores)),
+            Some(median(|run| run.client_cores)),
+        ];
         vec![
             Cell::text(relay.side.name),
-            Cell::ratio(ratio(tokens, base_speed)),
-            Cell::ratio(ratio(cpu, base_cpu)),
-            Cell::summary(tokens, 0),
-            Cell::summary(cpu, 2),
-            Cell::mebibytes(peak),
-            Cell::count(lost),
+            Cell::spread(compared(own, base, SPEED)),
+            Cell::spread(compared(own, base, COST)),
+            Cell::summary(summary(SPEED), 0),
+            Cell::summary(summary(COST), 2),
+            Cell::summary(summary(|run| run.whole_cpu_per_million), 2),
+            Cell::list(&cores, 2),
+            Cell::mebibytes(own.iter().map(|run| run.peak_bytes).max().unwrap_or(0)),
+            Cell::count(own.iter().map(|run| run.lost).sum()),
         ]
     });
     Table {
-        name: format!("relay, {}", point.name),
+        name: format!("relay, {}, {} tokens each", point.name, point.tokens),
         columns: [
             "side",
             "tokens/s to nginx",
             "CPU to nginx",
             "tokens/s",
             "CPU s per million",
+            "with setting up",
+            "cores: relay/engine/client",
             "peak MiB",
             "lost",
         ]
         .map(str::to_owned)
         .to_vec(),
         rows: rows.collect(),
-        plotted: 2,
+        plotted: if point.flat_out() {
+            vec![3, 4]
+        } else {
+            vec![4]
+        },
     }
 }

@@ -7,6 +7,9 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use crate::Measured;
+use crate::goals::{self, Goal};
+use crate::machine::machine;
 use crate::plot;
 use crate::stats::Summary;
 
@@ -16,8 +19,8 @@ pub struct Table {
     pub name: String,
     pub columns: Vec<String>,
     pub rows: Vec<Vec<Cell>>,
-    /// The column that the plot shows.
-    pub plotted: usize,
+    /// The columns that the plot shows.
+    pub plotted: Vec<usize>,
 }
 
 /// One figure.
@@ -33,7 +36,7 @@ pub struct Cell {
 }
 
 impl Cell {
-    fn shown(shown: String, value: Option<f64>) -> Self {
+    pub fn shown(shown: String, value: Option<f64>) -> Self {
         Self {
             shown,
             value,
@@ -45,11 +48,17 @@ impl Cell {
         Self::shown(text.into(), None)
     }
 
-    pub fn ratio(ratio: Option<f64>) -> Self {
-        Self::shown(
-            ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.3}")),
-            ratio,
-        )
+    /// A ratio's median, and in brackets the least and the most.
+    pub fn spread(summary: Option<Summary>) -> Self {
+        Self::summary(summary, 3)
+    }
+
+    /// Several figures that are read together.
+    pub fn list(values: &[Option<f64>], decimals: usize) -> Self {
+        let shown = values.iter().map(|value| {
+            value.map_or_else(|| "-".to_owned(), |value| format!("{value:.decimals$}"))
+        });
+        Self::text(shown.collect::<Vec<_>>().join(" / "))
     }
 
     pub fn count(count: u64) -> Self {
@@ -64,7 +73,7 @@ impl Cell {
         Self::shown(format!("{mib:.1}"), Some(mib))
     }
 
-    /// The median, and in brackets the least and the most.
+    /// The median, and in brackets the least and the most where there are several.
     pub fn summary(summary: Option<Summary>, decimals: usize) -> Self {
         let Some(summary) = summary else {
             return Self::text("-");
@@ -72,8 +81,12 @@ impl Cell {
         let Summary {
             min, median, max, ..
         } = summary;
+        let spread = match summary.count {
+            0 | 1 => String::new(),
+            _ => format!(" ({min:.decimals$}–{max:.decimals$})"),
+        };
         Self {
-            shown: format!("{median:.decimals$} ({min:.decimals$}–{max:.decimals$})"),
+            shown: format!("{median:.decimals$}{spread}"),
             value: Some(median),
             summary: Some(summary),
         }
@@ -86,8 +99,13 @@ impl Cell {
 }
 
 impl Table {
-    /// In the form of Markdown, whose columns line up on the terminal too.
+    /// With its name as a heading.
     pub fn shown(&self) -> String {
+        format!("### {}\n\n{}", self.name, self.grid())
+    }
+
+    /// In the form of Markdown, whose columns line up on the terminal too.
+    pub fn grid(&self) -> String {
         let widths: Vec<usize> = (0..self.columns.len())
             .map(|column| {
                 let cells = self
@@ -107,8 +125,7 @@ impl Table {
             });
             format!("|{}|\n", padded.collect::<Vec<_>>().join("|"))
         };
-        let mut out = format!("### {}\n\n", self.name);
-        out += &line(self.columns.iter().map(String::as_str).collect());
+        let mut out = line(self.columns.iter().map(String::as_str).collect());
         let rules: Vec<String> = widths.iter().map(|width| "-".repeat(*width)).collect();
         out += &line(rules.iter().map(String::as_str).collect());
         for row in &self.rows {
@@ -124,32 +141,65 @@ pub struct Report {
     /// RFC 3339, in UTC.
     pub date: String,
     pub machine: String,
+    /// The engine, the model and the peers.
+    pub with: Vec<String>,
+    pub rounds: usize,
     /// What was left out, and why.
     pub notes: Vec<String>,
+    pub goals: Vec<Goal>,
     pub tables: Vec<Table>,
 }
 
-impl Default for Report {
+impl Report {
     /// An empty one of now and here.
-    fn default() -> Self {
+    pub fn new(rounds: usize) -> Self {
         Self {
             date: format!("{:.0}", jiff::Timestamp::now()),
             machine: machine(),
+            with: Vec::new(),
+            rounds,
             notes: Vec::new(),
+            goals: Vec::new(),
             tables: Vec::new(),
         }
     }
-}
 
-impl Report {
-    /// The whole report as Markdown.
-    pub fn shown(&self) -> String {
-        let mut out = format!("{}, {}\n\n", self.date, self.machine);
+    pub fn add(&mut self, measured: Measured) {
+        self.tables.extend(measured.tables);
+        self.goals.extend(measured.goals);
+        for with in measured.with {
+            if !self.with.contains(&with) {
+                self.with.push(with);
+            }
+        }
+    }
+
+    /// When, where and with what, and each figure with its target.
+    pub fn summary(&self) -> String {
+        let rounds = match self.rounds {
+            1 => "1 round".to_owned(),
+            rounds => format!("{rounds} rounds"),
+        };
+        let mut facts = vec![self.date.clone(), self.machine.clone()];
+        facts.extend(self.with.clone());
+        facts.push(rounds);
+        let mut out = format!("{}\n\n", facts.join("; "));
         for note in &self.notes {
             // Writing to a String cannot fail.
             let _ = writeln!(out, "- {note}");
         }
+        if !self.notes.is_empty() {
+            out.push('\n');
+        }
+        out + &goals::table(&self.goals).grid()
+    }
+
+    /// The whole report as Markdown.
+    pub fn shown(&self) -> String {
+        let mut out = self.summary();
+        out.push('\n');
         for table in &self.tables {
+            // Writing to a String cannot fail.
             let _ = writeln!(out, "{}", table.shown());
         }
         out
@@ -164,18 +214,6 @@ impl Report {
     }
 }
 
-fn machine() -> String {
-    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = info
-        .lines()
-        .find_map(|line| line.strip_prefix("model name"));
-    let model = model
-        .and_then(|line| line.split_once(':'))
-        .map_or("unknown CPU", |(_, name)| name.trim());
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    format!("{cores} cores of {model}")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -186,7 +224,7 @@ mod tests {
             name: "n".to_owned(),
             columns: vec!["side".to_owned(), "x".to_owned()],
             rows: vec![vec![Cell::text("a"), Cell::figure(1.25, 1)]],
-            plotted: 1,
+            plotted: vec![1],
         };
         let shown = table.shown();
         assert!(shown.contains("| side | x   |"), "{shown}");

@@ -5,37 +5,69 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
+use crate::goals::Goal;
 use crate::http::Connection;
+use crate::machine;
 use crate::overhead::{Provided, provided};
 use crate::place::{Process, free_address};
+use crate::points::Size;
+use crate::processes::{family, name};
 use crate::report::{Cell, Table};
+use crate::scripted::Scripted;
 use crate::sides::{Api, Ask, Daemon, Side, until_serving};
-use crate::stats::Summary;
+use crate::stats::{Summary, ratios, turns};
+use crate::{Context, Measured};
 
 const LIMIT: Duration = Duration::from_mins(1);
+
+/// Pairs of starts in each round: one takes less than a second.
+const PAIRS: usize = 4;
 
 /// One start, in milliseconds since the process was started.
 #[derive(Debug, Clone, Copy)]
 struct Start {
     listens: f64,
+    /// When the engine's process was there.
+    engine: f64,
     first_token: f64,
 }
 
-pub async fn run(dir: &Path, rounds: usize, threads: u32) -> io::Result<Vec<Table>> {
-    let pool = json!({ "model": "haiku", "threads": threads });
+pub async fn run(context: &Context<'_>) -> io::Result<Measured> {
+    let (dir, pool) = (context.dir, pool(context)?);
     let provided = {
         // Provides whatever is missing; its engine's flags are everybody's.
         let daemon = Daemon::start(dir, &pool).await?;
         provided(&daemon.pool().await?)?
     };
+    // What is cached and what is not is the same for both from the first pair on.
+    hand(dir, &provided).await?;
+    daemon(dir, &pool).await?;
     let (mut by_hand, mut by_daemon) = (Vec::new(), Vec::new());
-    for _ in 0..rounds * 2 {
-        by_hand.push(hand(dir, &provided).await?);
-        by_daemon.push(daemon(dir, &pool).await?);
+    for pair in 0..context.rounds * PAIRS {
+        for turn in turns(2, pair) {
+            match turn {
+                0 => by_hand.push(hand(dir, &provided).await?),
+                _ => by_daemon.push(daemon(dir, &pool).await?),
+            }
+        }
     }
-    Ok(vec![table(&by_hand, &by_daemon)])
+    let with = machine::engine(Path::new(&provided.program))
+        .filter(|_| context.size != Size::Smoke)
+        .map(|version| format!("llama-server {version}"));
+    Ok(Measured {
+        tables: vec![table(&by_hand, &by_daemon)],
+        goals: goals(&by_hand, &by_daemon),
+        with: with.into_iter().collect(),
+    })
+}
+
+fn pool(context: &Context<'_>) -> io::Result<Value> {
+    if context.size == Size::Smoke {
+        return Ok(Scripted::install(context.dir, context.engine)?.pool(1));
+    }
+    Ok(json!({ "model": "haiku", "threads": context.threads }))
 }
 
 async fn hand(dir: &Path, provided: &Provided) -> io::Result<Start> {
@@ -46,25 +78,48 @@ async fn hand(dir: &Path, provided: &Provided) -> io::Result<Start> {
     until_listening(address).await?;
     let listens = millis(begun);
     until_serving(&mut process, address, "/health").await?;
-    first_token(address, Api::Chat, begun, listens).await
+    Ok(Start {
+        listens,
+        engine: 0.0,
+        first_token: first_token(address, Api::Completion, begun).await?,
+    })
 }
 
-async fn daemon(dir: &Path, pool: &serde_json::Value) -> io::Result<Start> {
+async fn daemon(dir: &Path, pool: &Value) -> io::Result<Start> {
     let (mut command, address) = Daemon::command(dir, pool)?;
     let begun = Instant::now();
-    let _process = Process::start("orchestratord", &mut command, dir)?;
-    until_listening(address).await?;
-    let listens = millis(begun);
-    // The task waits for the engine by itself.
-    first_token(address, Api::Tasks, begun, listens).await
+    let process = Process::start("orchestratord", &mut command, dir)?;
+    let asked = async {
+        until_listening(address).await?;
+        let listens = millis(begun);
+        // The task waits for the engine by itself.
+        let first_token = first_token(address, Api::Tasks, begun).await?;
+        Ok::<_, io::Error>((listens, first_token))
+    };
+    let (asked, engine) = futures::future::join(asked, engine_seen(process.pid(), begun)).await;
+    let (listens, first_token) = asked?;
+    Ok(Start {
+        listens,
+        engine,
+        first_token,
+    })
 }
 
-async fn first_token(
-    address: SocketAddr,
-    api: Api,
-    begun: Instant,
-    listens: f64,
-) -> io::Result<Start> {
+/// When the daemon had started its engine, to a millisecond.
+async fn engine_seen(daemon: u32, begun: Instant) -> f64 {
+    while begun.elapsed() < LIMIT {
+        if family(daemon)
+            .iter()
+            .any(|pid| name(*pid) == "llama-server")
+        {
+            return millis(begun);
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    millis(begun)
+}
+
+async fn first_token(address: SocketAddr, api: Api, begun: Instant) -> io::Result<f64> {
     let side = Side {
         name: "start",
         address,
@@ -81,11 +136,7 @@ async fn first_token(
         first.get_or_insert_with(|| millis(begun));
     })
     .await?;
-    let first_token = first.ok_or_else(|| io::Error::other("no token came"))?;
-    Ok(Start {
-        listens,
-        first_token,
-    })
+    first.ok_or_else(|| io::Error::other("no token came"))
 }
 
 async fn until_listening(address: SocketAddr) -> io::Result<()> {
@@ -103,28 +154,45 @@ fn millis(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1000.0
 }
 
+fn each(starts: &[Start], of: fn(&Start) -> f64) -> Vec<f64> {
+    starts.iter().map(of).collect()
+}
+
+fn compared(own: &[Start], base: &[Start]) -> Option<Summary> {
+    let first = |start: &Start| start.first_token;
+    ratios(&each(own, first), &each(base, first))
+}
+
+fn goals(by_hand: &[Start], by_daemon: &[Start]) -> Vec<Goal> {
+    let listens = Summary::some(each(by_daemon, |start| start.listens));
+    vec![
+        Goal::at_most("start: first token, to llama-server by hand", 1.05)
+            .median(compared(by_daemon, by_hand)),
+        Goal::at_most("start: the daemon listens after", 30.0)
+            .in_unit("ms", 1)
+            .median(listens),
+    ]
+}
+
 fn table(by_hand: &[Start], by_daemon: &[Start]) -> Table {
-    let first = |starts: &[Start]| Summary::of(starts.iter().map(|start| start.first_token));
-    let base = first(by_hand).median;
     let row = |name: &str, starts: &[Start]| {
-        let (first, listens) = (
-            first(starts),
-            Summary::of(starts.iter().map(|start| start.listens)),
-        );
+        let summary = |of| Summary::some(each(starts, of));
         vec![
             Cell::text(name),
-            Cell::ratio(Some(first.median / base)),
-            Cell::summary(Some(first), 1),
-            Cell::summary(Some(listens), 1),
+            Cell::spread(compared(starts, by_hand)),
+            Cell::summary(summary(|start| start.first_token), 1),
+            Cell::summary(summary(|start| start.listens), 1),
+            Cell::summary(summary(|start| start.engine), 1),
         ]
     };
     Table {
-        name: "start, everything cached".to_owned(),
+        name: format!("start, everything cached, {} pairs", by_hand.len()),
         columns: [
             "side",
             "first token to by hand",
             "first token ms",
             "listens ms",
+            "engine's process ms",
         ]
         .map(str::to_owned)
         .to_vec(),
@@ -132,6 +200,6 @@ fn table(by_hand: &[Start], by_daemon: &[Start]) -> Table {
             row("llama-server by hand", by_hand),
             row("orchestratord", by_daemon),
         ],
-        plotted: 1,
+        plotted: vec![2],
     }
 }

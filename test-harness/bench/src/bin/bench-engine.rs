@@ -5,21 +5,37 @@
 //! How many tokens and how fast is read from `bench-engine.json` beside the
 //! executable for every request, so that one process serves every operating
 //! point.
+//!
+//! At a rate, streams do not emit in step: each has its own place within the
+//! time between two of its tokens, given out in turn, so that every side meets
+//! the same pattern whenever its requests come. The timers have steps of a
+//! millisecond.
 #![allow(
     clippy::print_stderr,
     reason = "like the real engine, it answers --version on stderr"
 )]
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{Instant, sleep_until};
 
-const CTX: u32 = 131_072;
+const CTX: u32 = 1_048_576;
+
+/// A thousand streams that come at once all find room: one that does not comes
+/// again after a second.
+const BACKLOG: u32 = 4096;
+
+/// Places within the time between two tokens of a stream, in thousandths:
+/// neighbours in order of coming are far apart.
+const PLACE_STEP: u32 = 382;
 
 #[derive(Debug, Clone, Deserialize)]
 struct Point {
@@ -60,7 +76,11 @@ async fn main() -> io::Result<()> {
             _ => {}
         }
     }
-    let listener = TcpListener::bind((host.as_str(), port)).await?;
+    let address = format!("{host}:{port}").parse::<SocketAddr>();
+    let socket = TcpSocket::new_v4()?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address.map_err(io::Error::other)?)?;
+    let listener = socket.listen(BACKLOG)?;
     let model = model.display().to_string();
     loop {
         let (stream, _) = listener.accept().await?;
@@ -72,10 +92,10 @@ async fn main() -> io::Result<()> {
 /// Requests of one connection, one after the other, until the client goes.
 async fn serve(mut stream: TcpStream, slots: u32, model: String) {
     let mut buffer = Vec::new();
-    while let Ok(Some(path)) = next_request(&mut stream, &mut buffer).await {
+    while let Ok(Some(Request { path, most })) = next_request(&mut stream, &mut buffer).await {
         let answered = match path.as_str() {
-            "/completion" => emit(&mut stream, &Native).await,
-            "/v1/chat/completions" => emit(&mut stream, &Chat).await,
+            "/completion" => emit(&mut stream, &Native, most).await,
+            "/v1/chat/completions" => emit(&mut stream, &Chat, most).await,
             _ => answer(&mut stream, &fixed(&path, slots, &model)).await,
         };
         if answered.is_err() {
@@ -84,8 +104,15 @@ async fn serve(mut stream: TcpStream, slots: u32, model: String) {
     }
 }
 
-/// Reads one request whole; its path, or `None` at the end.
-async fn next_request(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> io::Result<Option<String>> {
+/// What is looked at of a request.
+struct Request {
+    path: String,
+    /// The most tokens that its body asks for.
+    most: u32,
+}
+
+/// Reads one request whole; `None` at the end.
+async fn next_request(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> io::Result<Option<Request>> {
     loop {
         if let Some(end) = find(buffer, b"\r\n\r\n") {
             let head = String::from_utf8_lossy(&buffer[..end]).into_owned();
@@ -97,15 +124,27 @@ async fn next_request(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> io::Resul
                 .unwrap_or(0);
             let whole = end + 4 + length;
             if buffer.len() >= whole {
+                let most = most_tokens(&buffer[end + 4..whole]);
                 buffer.drain(..whole);
                 let path = head.split(' ').nth(1).unwrap_or_default();
-                return Ok(Some(path.split('?').next().unwrap_or_default().to_owned()));
+                let path = path.split('?').next().unwrap_or_default().to_owned();
+                return Ok(Some(Request { path, most }));
             }
         }
         if stream.read_buf(buffer).await? == 0 {
             return Ok(None);
         }
     }
+}
+
+fn most_tokens(body: &[u8]) -> u32 {
+    #[derive(Deserialize)]
+    struct Body {
+        #[serde(alias = "max_tokens")]
+        n_predict: Option<u32>,
+    }
+    let body: Option<Body> = serde_json::from_slice(body).ok();
+    body.and_then(|body| body.n_predict).unwrap_or(u32::MAX)
 }
 
 fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
@@ -200,13 +239,14 @@ fn push(out: &mut Vec<u8>, event: std::fmt::Arguments<'_>) {
     out.extend_from_slice(b"\r\n");
 }
 
-async fn emit(stream: &mut TcpStream, events: &impl Events) -> io::Result<()> {
+async fn emit(stream: &mut TcpStream, events: &impl Events, most: u32) -> io::Result<()> {
     let point = point();
+    let tokens = point.tokens.min(most);
     let head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nServer: llama.cpp\r\n\r\n";
     stream.write_all(head.as_bytes()).await?;
-    let begun = Instant::now();
+    let begun = Instant::now() + place(point.tokens_per_second);
     let mut out = Vec::with_capacity(1024);
-    for index in 0..point.tokens {
+    for index in 0..tokens {
         if point.tokens_per_second > 0 {
             let due = f64::from(index) / f64::from(point.tokens_per_second);
             sleep_until(begun + Duration::from_secs_f64(due)).await;
@@ -220,7 +260,23 @@ async fn emit(stream: &mut TcpStream, events: &impl Events) -> io::Result<()> {
         }
     }
     out.clear();
-    events.last(&mut out, point.tokens);
+    events.last(&mut out, tokens);
     out.extend_from_slice(b"0\r\n\r\n");
     stream.write_all(&out).await
+}
+
+/// How long from now a stream's first token is due, so that it falls on the
+/// stream's own place within the time between two tokens.
+fn place(tokens_per_second: u32) -> Duration {
+    static STREAMS: AtomicU32 = AtomicU32::new(0);
+    static ORIGIN: OnceLock<Instant> = OnceLock::new();
+    if tokens_per_second == 0 {
+        return Duration::ZERO;
+    }
+    let stream = STREAMS.fetch_add(1, Ordering::Relaxed);
+    let share = f64::from(stream.wrapping_mul(PLACE_STEP) % 1000) / 1000.0;
+    let since = ORIGIN.get_or_init(Instant::now).elapsed().as_secs_f64();
+    let between = 1.0 / f64::from(tokens_per_second);
+    let wait = (share - since / between).rem_euclid(1.0) * between;
+    Duration::from_secs_f64(wait)
 }

@@ -1,0 +1,72 @@
+//! The engine without a model, and a daemon before it.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use test_harness_fake_engine::gguf::tiny_gguf;
+
+use crate::points::Point;
+use crate::sides::Daemon;
+
+/// A directory with `bench-engine` under the name that a system's engine has,
+/// and a model that is none.
+#[derive(Debug)]
+pub struct Scripted {
+    dir: PathBuf,
+    program: PathBuf,
+    model: PathBuf,
+}
+
+impl Scripted {
+    /// `built` is the executable of `bench-engine`, where the caller knows it.
+    pub fn install(dir: &Path, built: Option<&Path>) -> io::Result<Self> {
+        let built = built.map_or_else(executable, |built| Ok(built.to_owned()))?;
+        let dir = dir.join("engine");
+        fs::create_dir_all(&dir)?;
+        let program = dir.join("llama-server");
+        fs::copy(built, &program)?;
+        let model = dir.join("tiny.gguf");
+        fs::write(&model, tiny_gguf())?;
+        Ok(Self {
+            dir,
+            program,
+            model,
+        })
+    }
+
+    /// What a daemon serves it with.
+    pub fn pool(&self, slots: u32) -> Value {
+        json!({
+            "model": self.model, "slots": slots, "ctx": 1_048_576, "queue_capacity": 20_000,
+            "provision": { "mode": "system", "path": self.program },
+        })
+    }
+
+    /// What it answers from now on.
+    pub fn set(&self, point: Point) -> io::Result<()> {
+        let text = json!({ "tokens": point.tokens, "tokens_per_second": point.tokens_per_second });
+        let staged = self.dir.join("point.tmp");
+        fs::write(&staged, text.to_string())?;
+        fs::rename(staged, self.dir.join("bench-engine.json"))
+    }
+
+    pub async fn daemon(&self, dir: &Path, slots: u32) -> io::Result<Daemon> {
+        Daemon::start(dir, &self.pool(slots)).await
+    }
+}
+
+/// The one beside this program, or a fresh build.
+fn executable() -> io::Result<PathBuf> {
+    let beside = std::env::current_exe()?.with_file_name("bench-engine");
+    if beside.exists() {
+        return Ok(beside);
+    }
+    let build = escargot::CargoBuild::new()
+        .package(env!("CARGO_PKG_NAME"))
+        .bin("bench-engine")
+        .current_release();
+    let run = build.run().map_err(io::Error::other)?;
+    Ok(run.path().to_owned())
+}
