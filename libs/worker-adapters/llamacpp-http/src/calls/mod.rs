@@ -86,6 +86,7 @@ pub(crate) struct Call {
     /// Whether a word about the prompt was handed out, or dropped, before.
     progress_seen: bool,
     bytes: usize,
+    reader: events::Reader,
     account: Account,
     patience: Patience,
     speed: Arc<PromptSpeed>,
@@ -147,6 +148,7 @@ impl Call {
             progress_wanted: prepared.progress_wanted,
             progress_seen: false,
             bytes: 0,
+            reader: events::Reader::default(),
             account: Account::new(api),
             patience,
             speed,
@@ -240,9 +242,12 @@ impl Call {
             self.end(now);
             return Ok(None);
         }
-        let heard = events::read(self.api, &event.data).map_err(|error| WorkerError::Protocol {
-            what: format!("an event that cannot be read: {error}"),
-        })?;
+        let heard =
+            self.reader
+                .read(self.api, &event.data)
+                .map_err(|error| WorkerError::Protocol {
+                    what: format!("an event that cannot be read: {error}"),
+                })?;
         if heard.nothing {
             return Ok(None);
         }
