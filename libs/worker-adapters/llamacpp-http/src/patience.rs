@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use tokio::task::unconstrained;
 use tokio::time::{Instant, Sleep, sleep_until};
 use worker_adapters_adapter_api::{TimeoutPhase, WorkerError};
 
@@ -215,7 +216,9 @@ impl Alarm {
     /// Ready when the time has come, or none was set.
     fn poll_due(&mut self, context: &mut Context<'_>) -> Poll<()> {
         match (&mut self.timer, self.due) {
-            (Some(timer), Some(_)) => timer.as_mut().poll(context),
+            // It is polled once for each time it is set, and must then know whom to
+            // wake, however much the task has done in one go.
+            (Some(timer), Some(_)) => std::pin::pin!(unconstrained(timer.as_mut())).poll(context),
             _ => Poll::Ready(()),
         }
     }

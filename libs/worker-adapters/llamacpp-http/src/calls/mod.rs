@@ -63,6 +63,10 @@ const DONE: &str = "[DONE]";
 type Waiting = Pin<Box<dyn Future<Output = Result<Bytes, WorkerError>> + Send>>;
 type Sights = Pin<Box<dyn Stream<Item = Seen> + Send>>;
 
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one for each task, on the heap, and large for as long as the task reads"
+)]
 enum State {
     Opening(Opening),
     Reading(Incoming),
@@ -266,8 +270,8 @@ impl Call {
             return Ok(shown.map(|data| self.chunk(event.name, data, ByteString::new())));
         }
         self.hear(now, &heard);
-        let text = part_of(&event.data, &heard.text);
         let last = heard.last;
+        let text = part_of(&event.data, heard.text);
         let chunk = self.chunk(event.name, event.data, text);
         if last {
             self.end(now);
