@@ -41,6 +41,10 @@ pub(crate) const ACCEPT_WINDOW: Duration = Duration::from_secs(1);
 
 pub(crate) type Opening = Pin<Box<dyn Future<Output = Result<Incoming, WorkerError>> + Send>>;
 
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one for each task, on the heap, and large for as long as the task reads"
+)]
 enum State {
     Opening(Opening),
     Reading(Incoming),
@@ -174,7 +178,7 @@ impl Completion {
         let Some(live) = &self.live else {
             return Ok(None);
         };
-        let chunk: Chunk<'_> =
+        let mut chunk: Chunk<'_> =
             serde_json::from_str(data).map_err(|error| WorkerError::Protocol {
                 what: format!("an event that cannot be read: {error}"),
             })?;
@@ -192,7 +196,7 @@ impl Completion {
             .saturating_add(chunk.tokens_predicted);
         self.patience
             .hear_streamed_token(now, context, &live.handle);
-        let token = self.token(data, &chunk)?;
+        let token = self.token(data, &mut chunk)?;
         if let Some(error) = chunk.error {
             return Err(error.into_worker_error(self.client.url()));
         }
@@ -215,9 +219,9 @@ impl Completion {
     fn token(
         &mut self,
         data: &ByteString,
-        chunk: &Chunk<'_>,
+        chunk: &mut Chunk<'_>,
     ) -> Result<Option<TokenEvent>, WorkerError> {
-        let content = &chunk.content;
+        let content = std::mem::take(&mut chunk.content);
         if content.is_empty() {
             return Ok(None);
         }
@@ -280,10 +284,10 @@ impl Stream for Completion {
 }
 
 /// A text out of an event's data: a part of it, unless it was written with escapes.
-pub(crate) fn part_of(data: &ByteString, text: &Cow<'_, str>) -> ByteString {
+pub(crate) fn part_of(data: &ByteString, text: Cow<'_, str>) -> ByteString {
     match text {
         Cow::Borrowed(text) => data.slice_ref(text),
-        Cow::Owned(text) => text.as_str().into(),
+        Cow::Owned(text) => text.into(),
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use tokio::task::unconstrained;
 use tokio::time::{Instant, Sleep, sleep_until};
 use worker_adapters_adapter_api::{TimeoutPhase, WorkerError};
 
@@ -215,7 +216,9 @@ impl Alarm {
     /// Ready when the time has come, or none was set.
     fn poll_due(&mut self, context: &mut Context<'_>) -> Poll<()> {
         match (&mut self.timer, self.due) {
-            (Some(timer), Some(_)) => timer.as_mut().poll(context),
+            // It is polled once for each time it is set, and must then know whom to
+            // wake, however much the task has done in one go.
+            (Some(timer), Some(_)) => std::pin::pin!(unconstrained(timer.as_mut())).poll(context),
             _ => Poll::Ready(()),
         }
     }
@@ -227,4 +230,43 @@ struct Limit {
     deadline: Instant,
     phase: TimeoutPhase,
     after: Duration,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::live::LiveTasks;
+    use futures::task::noop_waker;
+    use llama_orch_types::TaskId;
+
+    #[tokio::test]
+    async fn the_alarm_is_set_anew_only_where_a_limit_ends_sooner() {
+        let live = Arc::new(LiveTasks::default()).register(TaskId::generate());
+        let live = live.expect("no other task has the id");
+        let waker = noop_waker();
+        let mut context = Context::from_waker(&waker);
+        for (next_token, sooner) in [(30_000, false), (20, true)] {
+            let mut settings = AdapterSettings::new("http://127.0.0.1:1");
+            settings.next_token_timeout = Duration::from_millis(next_token);
+            let mut patience = Patience::new(&settings, Arc::default(), 1, &live.handle);
+            assert!(patience.poll_over(&live, &mut context).is_pending());
+            let set = patience.alarm.due;
+            for tokens in 1..5 {
+                patience.hear_streamed_token(patience.started, tokens, &live.handle);
+                if !sooner {
+                    assert!(patience.poll_over(&live, &mut context).is_pending());
+                    assert_eq!(patience.alarm.due, set, "not for a token");
+                }
+            }
+            if sooner {
+                assert_eq!(patience.alarm.due, None, "to be set anew");
+                let over = std::future::poll_fn(|context| patience.poll_over(&live, context));
+                let WorkerError::Timeout { phase, after } = over.await else {
+                    panic!("another end")
+                };
+                assert_eq!(phase, TimeoutPhase::NextToken);
+                assert_eq!(after, settings.next_token_timeout);
+            }
+        }
+    }
 }

@@ -279,8 +279,8 @@ fn broken(error: SseError<reqwest::Error>) -> WorkerError {
         SseError::Transport(error) => WorkerError::Reset {
             reason: one_line(&error.without_url()),
         },
-        error => WorkerError::Protocol {
-            what: error.to_string(),
+        SseError::Malformed(malformed) => WorkerError::Protocol {
+            what: malformed.to_string(),
         },
     }
 }

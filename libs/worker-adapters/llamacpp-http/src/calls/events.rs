@@ -41,6 +41,22 @@ pub(crate) struct Heard<'a> {
     pub(crate) nothing: bool,
 }
 
+impl<'a> Heard<'a> {
+    /// The text of an event that tells of nothing else, written without escapes.
+    fn plain_token(&self) -> Option<&'a str> {
+        let alone = self.progress.is_none()
+            && self.finish.is_none()
+            && self.costs.is_none()
+            && self.error.is_none()
+            && !self.last
+            && !self.nothing;
+        match self.text {
+            Cow::Borrowed(text) if alone && self.token && !text.is_empty() => Some(text),
+            _ => None,
+        }
+    }
+}
+
 /// A word about the prompt.
 #[derive(Debug)]
 pub(crate) struct Progress<'a> {
@@ -56,6 +72,65 @@ pub(crate) fn read(api: CallApi, data: &str) -> Result<Heard<'_>, serde_json::Er
         let _: IgnoredAny = serde_json::from_str(data)?;
         Ok(Heard::default())
     })
+}
+
+/// Reads the events of one stream, most of which differ in their text alone: what is
+/// before and after it is then known, and is not read again.
+#[derive(Debug, Default)]
+pub(crate) struct Reader {
+    /// Of the latest event that was a plain token: up to its text, and from there on.
+    before: String,
+    after: String,
+}
+
+impl Reader {
+    /// The same as [`read`].
+    pub(crate) fn read<'a>(
+        &mut self,
+        api: CallApi,
+        data: &'a str,
+    ) -> Result<Heard<'a>, serde_json::Error> {
+        if let Some(text) = self.text_of_one_like_the_last(data) {
+            return Ok(Heard {
+                text: Cow::Borrowed(text),
+                token: true,
+                ..Heard::default()
+            });
+        }
+        let heard = read(api, data)?;
+        self.remember(data, &heard);
+        Ok(heard)
+    }
+
+    /// JSON that is the same but for what stands between the quotes of one text is
+    /// read the same but for that text, so long as it is one text still.
+    fn text_of_one_like_the_last<'a>(&self, data: &'a str) -> Option<&'a str> {
+        if self.before.is_empty() {
+            return None;
+        }
+        let text = data.strip_prefix(self.before.as_str())?;
+        let text = text.strip_suffix(self.after.as_str())?;
+        let plain = |byte| byte >= b' ' && byte != b'"' && byte != b'\\';
+        (!text.is_empty() && text.bytes().all(plain)).then_some(text)
+    }
+
+    fn remember(&mut self, data: &str, heard: &Heard<'_>) {
+        self.before.clear();
+        self.after.clear();
+        let Some(text) = heard.plain_token() else {
+            return;
+        };
+        let start = (text.as_ptr() as usize).wrapping_sub(data.as_ptr() as usize);
+        if let (Some(before), Some(after)) = (
+            data.get(..start),
+            data.get(start.saturating_add(text.len())..),
+        ) && before.ends_with('"')
+            && after.starts_with('"')
+        {
+            self.before.push_str(before);
+            self.after.push_str(after);
+        }
+    }
 }
 
 fn understand(api: CallApi, data: &str) -> Result<Heard<'_>, serde_json::Error> {

@@ -134,3 +134,54 @@ proptest! {
         }
     }
 }
+
+/// Everything that an event tells, to be compared.
+fn told(heard: Result<Heard<'_>, serde_json::Error>) -> String {
+    format!("{:?}", heard.map_err(|error| error.to_string()))
+}
+
+#[test]
+fn an_event_like_the_last_is_told_from_its_text() {
+    let mut reader = Reader::default();
+    reader.read(CallApi::ChatCompletions, CHAT).unwrap();
+    let next = CHAT.replace(" How", " are");
+    assert_eq!(reader.text_of_one_like_the_last(&next), Some(" are"));
+    let quoted = CHAT.replace(" How", r#"","role":""#);
+    assert_eq!(reader.text_of_one_like_the_last(&quoted), None);
+    reader.read(CallApi::ChatCompletions, CHAT_LAST).unwrap();
+    assert_eq!(reader.text_of_one_like_the_last(&next), None);
+}
+
+proptest! {
+    #[test]
+    fn a_reader_of_a_stream_reads_every_event_as_it_is(
+        events in prop::collection::vec(
+            (0..8usize, prop_oneof!["[ -~é]{0,6}", r#"(\\n|\\"|","|\\u0041|\t| x|\}|:0){0,4}"#], any::<bool>()),
+            1..12,
+        ),
+        api in prop::sample::select(vec![
+            CallApi::ChatCompletions, CallApi::Completions, CallApi::Responses, CallApi::Messages,
+        ]),
+    ) {
+        let mut reader = Reader::default();
+        for (form, text, escaped) in events {
+            let text = if escaped {
+                let text = serde_json::to_string(&text).unwrap();
+                text[1..text.len() - 1].to_owned()
+            } else {
+                text
+            };
+            let data = match form {
+                0 => CHAT.replace(" How", &text),
+                1 => CHAT.replace("\"index\":0", "\"index\":1").replace(" How", &text),
+                2 => DELTA.replace("He\\nllo", &text),
+                3 => BLOCK.replace("Hello", &text),
+                4 => format!(r#"{{"choices":[{{"text":"{text}","index":0}}]}}"#),
+                5 => format!(r#"{{"choices":[{{"index":0,"delta":{{"reasoning_content":"{text}"}}}}]}}"#),
+                6 => CHAT_LAST.to_owned(),
+                _ => CHAT_PROGRESS.to_owned(),
+            };
+            prop_assert_eq!(told(reader.read(api, &data)), told(read(api, &data)), "{}", data);
+        }
+    }
+}

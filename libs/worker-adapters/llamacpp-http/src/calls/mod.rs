@@ -63,6 +63,10 @@ const DONE: &str = "[DONE]";
 type Waiting = Pin<Box<dyn Future<Output = Result<Bytes, WorkerError>> + Send>>;
 type Sights = Pin<Box<dyn Stream<Item = Seen> + Send>>;
 
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one for each task, on the heap, and large for as long as the task reads"
+)]
 enum State {
     Opening(Opening),
     Reading(Incoming),
@@ -86,6 +90,7 @@ pub(crate) struct Call {
     /// Whether a word about the prompt was handed out, or dropped, before.
     progress_seen: bool,
     bytes: usize,
+    reader: events::Reader,
     account: Account,
     patience: Patience,
     speed: Arc<PromptSpeed>,
@@ -147,6 +152,7 @@ impl Call {
             progress_wanted: prepared.progress_wanted,
             progress_seen: false,
             bytes: 0,
+            reader: events::Reader::default(),
             account: Account::new(api),
             patience,
             speed,
@@ -240,9 +246,12 @@ impl Call {
             self.end(now);
             return Ok(None);
         }
-        let heard = events::read(self.api, &event.data).map_err(|error| WorkerError::Protocol {
-            what: format!("an event that cannot be read: {error}"),
-        })?;
+        let heard =
+            self.reader
+                .read(self.api, &event.data)
+                .map_err(|error| WorkerError::Protocol {
+                    what: format!("an event that cannot be read: {error}"),
+                })?;
         if heard.nothing {
             return Ok(None);
         }
@@ -261,8 +270,8 @@ impl Call {
             return Ok(shown.map(|data| self.chunk(event.name, data, ByteString::new())));
         }
         self.hear(now, &heard);
-        let text = part_of(&event.data, &heard.text);
         let last = heard.last;
+        let text = part_of(&event.data, heard.text);
         let chunk = self.chunk(event.name, event.data, text);
         if last {
             self.end(now);

@@ -59,8 +59,7 @@ pub(crate) async fn send(
             // has said counts, and not that it then closed the connection.
             outcome = &mut sent => match (outcome, head.await) {
                 (_, Ok(head)) => head,
-                (Err(error), Err(_)) => return Err(error),
-                (Ok(()), Err(error)) => return Err(error),
+                (Err(error), Err(_)) | (Ok(()), Err(error)) => return Err(error),
             },
             head = &mut head => {
                 let head = head?;

@@ -90,7 +90,8 @@ async fn a_refusal_before_the_request_is_read_is_the_answer() {
             .write_all(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
             .unwrap();
         // Lets the client send on until it has gone.
-        while stream.read(&mut [0; 1 << 16]).is_ok_and(|read| read > 0) {}
+        let mut scratch = vec![0; 1 << 16];
+        while stream.read(&mut scratch).is_ok_and(|read| read > 0) {}
     });
     let body = Bytes::from(vec![b'x'; 64 << 20]);
     let answer = send(&target, "/x", body, CONNECT).await.unwrap();

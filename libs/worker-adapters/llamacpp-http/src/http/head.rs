@@ -48,10 +48,10 @@ impl Target {
         if !plain {
             return None;
         }
-        let mut fields = format!("host: {host}");
-        if let Some(port) = url.port() {
-            fields += &format!(":{port}");
-        }
+        let port_given = url
+            .port()
+            .map_or_else(String::new, |port| format!(":{port}"));
+        let mut fields = format!("host: {host}{port_given}");
         fields += "\r\naccept: */*\r\ncontent-type: application/json\r\nconnection: close\r\n";
         let mut fields = fields.into_bytes();
         if let Some(bearer) = bearer {
