@@ -132,8 +132,7 @@ impl ModelProvisioner {
     /// Makes sure that the model is on this machine and verified. The model
     /// counts as in use from then on.
     pub async fn ensure(&self, reference: &str) -> Result<ModelMetadata, ModelError> {
-        let (model, recording) = self.ensure_ahead(reference).await?;
-        recording.written().await;
+        let (model, _) = self.ensure_recording(reference, true).await?;
         Ok(model)
     }
 
@@ -142,6 +141,14 @@ impl ModelProvisioner {
     pub async fn ensure_ahead(
         &self,
         reference: &str,
+    ) -> Result<(ModelMetadata, Recording), ModelError> {
+        self.ensure_recording(reference, false).await
+    }
+
+    async fn ensure_recording(
+        &self,
+        reference: &str,
+        recorded: bool,
     ) -> Result<(ModelMetadata, Recording), ModelError> {
         let wanted = Wanted::resolve(reference, &self.profiles, self.config.verify)?;
         let (downloads, locks) = (self.downloads.clone(), self.locks.clone());
@@ -159,7 +166,13 @@ impl ModelProvisioner {
             wanted.expected.size,
         );
         match self.provide(&wanted, &mut step).await {
-            Ok((provided, recording)) => {
+            Ok((provided, mut recording)) => {
+                if recorded {
+                    let writing = std::mem::replace(&mut recording, Recording::done());
+                    if let Some(trouble) = writing.trouble().await {
+                        step.note(trouble);
+                    }
+                }
                 step.finish();
                 Ok((metadata(wanted.id, provided.record), recording))
             }
@@ -232,10 +245,7 @@ impl ModelProvisioner {
         }
         // The model is verified: a record that cannot be written does not change that.
         if let Err(error) = self.write_provenance(wanted, &provided).await {
-            step.note(format!(
-                "the model is fine, but no record of it was written: {}",
-                one_line(&error)
-            ));
+            step.note(recording::unrecorded(&error));
         }
         self.enforce_limit(step).await;
         Ok((provided, Recording::done()))

@@ -13,7 +13,7 @@ use crate::store::{ModelRecord, Store};
 /// unless the program ends before.
 #[derive(Debug)]
 #[must_use = "a program that ends at once loses the records of what it used"]
-pub struct Recording(Option<JoinHandle<()>>);
+pub struct Recording(Option<JoinHandle<Option<String>>>);
 
 impl Recording {
     /// Everything is written already.
@@ -33,18 +33,32 @@ impl Recording {
             if let Err(error) = store.used(&used, &line.reference) {
                 tracing::warn!(path = %used.path.display(), error = %one_line(&error), "a model is used, but its record was not written");
             }
-            if let Err(error) = provenance::append(&directory, &line) {
-                tracing::warn!(path = %used.path.display(), error = %one_line(&error), "the model is fine, but no record of it was written");
-            }
+            provenance::append(&directory, &line)
+                .err()
+                .map(|error| unrecorded(&error))
         })))
     }
 
-    /// Waits until the records are written, or are known not to be, which was logged.
+    /// Waits until the records are written, or are known not to be, which is logged.
     pub async fn written(self) {
-        if let Some(writing) = self.0
-            && let Err(error) = writing.await
-        {
-            tracing::error!(%error, "the record of a model's use broke off");
+        if let Some(trouble) = self.trouble().await {
+            tracing::warn!("{trouble}");
         }
     }
+
+    /// Waits as long; why there is no record, if there is none.
+    pub(super) async fn trouble(self) -> Option<String> {
+        match self.0?.await {
+            Ok(trouble) => trouble,
+            Err(broken) => Some(unrecorded(&broken)),
+        }
+    }
+}
+
+/// What is told of a model whose use is not recorded.
+pub(super) fn unrecorded(why: &dyn std::error::Error) -> String {
+    format!(
+        "the model is fine, but no record of it was written: {}",
+        one_line(why)
+    )
 }
