@@ -309,10 +309,11 @@ impl EngineProvisioner {
         let mut files = RunFiles::default();
         files.add(pid_path.to_owned());
         let named = pid_file(&process.group, None, port)?;
-        match &named {
-            Some(named) => named.write(pid_path)?,
+        if let Some(named) = &named {
+            named.write(pid_path)?;
+        } else {
             // Gone already; the wait below says why.
-            None => tracing::debug!("the engine ended before it could be looked at"),
+            tracing::debug!("the engine ended before it could be looked at");
         }
 
         let url = format!("http://127.0.0.1:{port}");
