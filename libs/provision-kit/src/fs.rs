@@ -110,6 +110,23 @@ pub fn create_dir_all(path: &Path) -> Result<(), FsError> {
 /// Writes a file whole: readers see the old content or the new, and after a
 /// crash too. The directory is made if it is missing.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), FsError> {
+    let staged = stage(path, bytes)?;
+    let flushed = staged.as_file().sync_all();
+    flushed.map_err(FsError::at("write", path))?;
+    name_staged(staged, path)?;
+    sync_dir(parent_of(path))
+}
+
+/// The same, but for a file that speaks of processes: readers see the old
+/// content or the new, whenever we are killed, but the disk is not waited for.
+/// After a failure of power, which ends the processes too, the file may be
+/// empty or not there.
+pub fn write_unflushed(path: &Path, bytes: &[u8]) -> Result<(), FsError> {
+    name_staged(stage(path, bytes)?, path)
+}
+
+/// The bytes in a file beside `path`, which is removed unless it gets that name.
+fn stage(path: &Path, bytes: &[u8]) -> Result<tempfile::NamedTempFile, FsError> {
     let directory = parent_of(path);
     create_dir_all(directory)?;
     let failed = |source| FsError {
@@ -123,9 +140,14 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), FsError> {
         .map_err(failed)?;
     staged.write_all(bytes).map_err(failed)?;
     make_readable(staged.as_file()).map_err(failed)?;
-    staged.as_file().sync_all().map_err(failed)?;
-    staged.persist(path).map_err(|error| failed(error.error))?;
-    sync_dir(directory)
+    Ok(staged)
+}
+
+fn name_staged(staged: tempfile::NamedTempFile, path: &Path) -> Result<(), FsError> {
+    match staged.persist(path) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(FsError::at("write", path)(error.error)),
+    }
 }
 
 /// Gives a complete file or directory its final name, on the same file system,
@@ -327,6 +349,8 @@ mod tests {
     fn a_file_is_replaced_whole_and_nothing_else_stays() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a/b.json");
+        write_unflushed(&path, b"none").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"none");
         write_atomic(&path, b"one").unwrap();
         write_atomic(&path, b"two").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"two");

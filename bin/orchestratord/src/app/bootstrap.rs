@@ -16,7 +16,7 @@ use std::time::{Duration, Instant, SystemTime};
 use adapter_host::{AdapterHost, HostSettings};
 use llama_orch_types::Hinted;
 use provision_kit::dirs::{CacheDirs, NoCacheDir, RuntimeDirs};
-use provision_kit::fs::{create_dir_all, remove_file_if_there, write_atomic};
+use provision_kit::fs::{create_dir_all, remove_file_if_there, write_unflushed};
 use provision_kit::process::all_ended;
 use provision_kit::progress::Reporter;
 #[cfg(feature = "provisioning")]
@@ -246,7 +246,7 @@ pub fn check_directories(config: &Config) -> Result<(), StartError> {
     ] {
         let probe = dir.join(format!(".probe-{}", std::process::id()));
         let usable = create_dir_all(&dir)
-            .and_then(|()| write_atomic(&probe, b""))
+            .and_then(|()| write_unflushed(&probe, b""))
             .and_then(|()| remove_file_if_there(&probe));
         usable.map_err(|source| StartError::Directory { key, dir, source })?;
     }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use provision_kit::fs::write_atomic;
+use provision_kit::fs::write_unflushed;
 use provision_kit::lock::FileLock;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
@@ -128,7 +128,7 @@ impl Presence {
         // Numbers and strings only, which JSON always holds.
         let mut text = serde_json::to_vec_pretty(&listening).unwrap_or_default();
         text.push(b'\n');
-        write_atomic(&path, &text).map_err(|source| StartError::Write {
+        write_unflushed(&path, &text).map_err(|source| StartError::Write {
             what: format!("{}", path.display()),
             source,
         })?;

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use provision_kit::process::CommandSpec;
+use provisioners_engine_provisioner::machine::find_on_path;
 
 use crate::app::config::MemoryConfig;
 use crate::services::residency::{Budget, Limit};
@@ -131,8 +132,10 @@ fn left_in_group(max: &str, current: &str, stat: &str) -> Option<u64> {
     Some(max.saturating_sub(current.saturating_sub(files)))
 }
 
-/// What the NVIDIA driver's tool says; `None` where there is none.
+/// What the NVIDIA driver's tool says; `None` where there is none, for which no process is begun:
+/// it would hold up the engine's.
 async fn ask_gpu(tool: &str, query: &str) -> Option<String> {
+    let tool = find_on_path(tool)?;
     let command = CommandSpec::new(tool).args([query, "--format=csv,noheader,nounits"]);
     let output = provision_kit::process::output(command, GPU_LIMIT).await;
     output.ok().map(|output| output.stdout)

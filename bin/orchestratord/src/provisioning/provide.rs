@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use llama_orch_types::{ModelMetadata, ProvisionedContext, ReplicaId};
 use metrics::histogram;
 use provisioners_engine_provisioner::{EngineInstallation, LaunchSpec, PoolLock};
+use provisioners_model_provisioner::Recording;
 
 use super::keeper::{Beside, Kept};
 use super::machine::Machine;
@@ -32,7 +33,7 @@ impl Parts {
     ) -> Result<Kept, ProvisionError> {
         let begun = Instant::now();
         self.pool.report(order, Change::Provisioning).await;
-        let (model, installation) = Box::pin(self.provide(Some(order), config)).await?;
+        let (model, recording, installation) = Box::pin(self.provide(Some(order), config)).await?;
         let spec = self.launch_spec(config, model);
         let estimate = Estimate::of(&installation, &spec).await;
         // Before the engine, and so given back after it.
@@ -43,6 +44,8 @@ impl Parts {
             None => self.engines.start(&installation, spec).await,
         };
         let engine = started.map_err(ProvisionError::Start)?;
+        // Written while the engine loaded.
+        recording.written().await;
         if prove {
             self.host
                 .prove(engine.context(), PROOF_LIMIT)
@@ -68,7 +71,8 @@ impl Parts {
         running: &Running,
         lock: PoolLock,
     ) -> Result<Beside, ProvisionError> {
-        let (model, installation) = Box::pin(self.provide(None, config)).await?;
+        let (model, recording, installation) = Box::pin(self.provide(None, config)).await?;
+        recording.written().await;
         let spec = self.launch_spec(config, model);
         let estimate = Estimate::of(&installation, &spec).await;
         let machine = Machine::look(estimate.on_gpu).await;
@@ -105,14 +109,15 @@ impl Parts {
 
     /// Model and engine side by side: they do not depend on each other, and one's
     /// failure does not throw away what the other has done so far. But it is
-    /// told at once, under `order`, if there is one.
+    /// told at once, under `order`, if there is one. The recording of the model's use goes on
+    /// beside what follows.
     async fn provide(
         &self,
         order: Option<u64>,
         config: &PoolConfig,
-    ) -> Result<(ModelMetadata, EngineInstallation), ProvisionError> {
+    ) -> Result<(ModelMetadata, Recording, EngineInstallation), ProvisionError> {
         let model = async {
-            let model = self.models.ensure(&config.model).await;
+            let model = self.models.ensure_ahead(&config.model).await;
             model.map_err(ProvisionError::Model)
         };
         let engine = async {
@@ -123,7 +128,8 @@ impl Parts {
             self.telling_failure(order, model),
             self.telling_failure(order, engine)
         );
-        Ok((model?, engine?))
+        let (model, recording) = model?;
+        Ok((model, recording, engine?))
     }
 
     async fn telling_failure<T>(

@@ -69,7 +69,7 @@ pub(crate) struct Stamp {
 
 impl Stamp {
     /// A symbolic link is looked at itself.
-    fn of(path: &Path) -> Result<Self, FsError> {
+    pub(crate) fn of(path: &Path) -> Result<Self, FsError> {
         let facts = fs::symlink_metadata(path).map_err(FsError::at("look at", path))?;
         Ok(Self {
             size: facts.size(),

@@ -97,9 +97,9 @@ async fn an_engine_loads_serves_and_stops() {
             .unwrap()
             .contains(&"--metrics".into())
     );
-    assert_eq!(machine.provenance()[0]["event"], "started");
 
     let report = running.stop().await;
+    assert_eq!(machine.provenance()[0]["event"], "started");
     assert!(!report.killed);
     gone(engine_process).await;
     assert!(!machine.pid_file().exists());

@@ -39,6 +39,37 @@ async fn a_named_engine_is_taken_whatever_its_version() {
     assert_eq!(machine.provenance()[0]["mode"], "system");
 }
 
+/// What the engine would say is changed behind its back: who gets the old answer ran no engine.
+#[tokio::test]
+async fn an_engine_is_run_and_read_again_only_when_it_changed() {
+    let machine = Machine::new();
+    let home = machine.path().join("engine");
+    let says = |build| Script {
+        build,
+        ..Script::default()
+    };
+    let engine = install(&home, &says(5));
+    // A file of its own: the links of other tests change the time of its last change.
+    let copy = home.join("copy");
+    let replace = || {
+        let copied = std::process::Command::new("cp")
+            .args([&engine, &copy])
+            .status();
+        assert!(copied.unwrap().success());
+        std::fs::rename(&copy, &engine).unwrap();
+    };
+    replace();
+    let version = async || {
+        let ensured = machine.provisioner().ensure(&config(engine.clone())).await;
+        ensured.unwrap().version
+    };
+    assert_eq!(version().await, "b5");
+    install(&home, &says(6));
+    assert_eq!(version().await, "b5");
+    replace();
+    assert_eq!(version().await, "b6");
+}
+
 #[tokio::test]
 async fn a_named_engine_that_is_not_there_is_an_error_and_nothing_else_is_tried() {
     let machine = Machine::new();

@@ -109,7 +109,8 @@ impl Gate {
         Ok(self.record(claim, path, published, fetched.digest, facts))
     }
 
-    /// The stored file of this digest, if it is there and still what it was.
+    /// The stored file of this digest, if it is there and still what it was. That it is used again
+    /// is for the caller to write down.
     pub(crate) fn admit_stored(
         &self,
         claim: &Claim,
@@ -124,7 +125,7 @@ impl Gate {
         if let Some(record) = known.as_ref()
             && record.is_as_verified(stamp)
         {
-            return Ok(Some(self.used_again(claim, record.clone())));
+            return Ok(Some(record.clone()));
         }
         let (actual, size) = (self.hashed.digest(&path, stamp)?, stamp.size_bytes);
         if actual != digest {
@@ -147,7 +148,7 @@ impl Gate {
         Ok(Some(self.record(&claim, path, stamp, digest, facts)))
     }
 
-    /// A file that lies elsewhere.
+    /// A file that lies elsewhere. That it is used again is for the caller to write down.
     ///
     /// Of a split model this is the first part, and digest and signature speak
     /// of that part alone: the engine finds the others beside it, unverified.
@@ -162,7 +163,7 @@ impl Gate {
             && record.is_as_verified(stamp)
         {
             self.check_digest(claim, path, record.digest)?;
-            return Ok(self.used_again(claim, record.clone()));
+            return Ok(record.clone());
         }
         // The header first: it is quick, and hashing a useless file is not.
         let facts = read_facts(path, &path.display().to_string())?;
@@ -210,12 +211,6 @@ impl Gate {
             seen.spoilt_since.get_or_insert(now);
         }
         Ok(Some((self.save(seen), actual, size)))
-    }
-
-    fn used_again(&self, claim: &Claim, mut record: ModelRecord) -> ModelRecord {
-        record.last_used = Timestamp::now();
-        record.references.insert(claim.id.clone());
-        self.save(record)
     }
 
     /// `stamp` is from before the file was read.

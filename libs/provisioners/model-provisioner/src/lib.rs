@@ -35,7 +35,7 @@ pub use config::{HubSettings, ModelProvisionerConfig, VerifyPolicy};
 pub use error::ModelError;
 pub use evict::EvictionPlan;
 pub use profile::{Profile, ProfileConfig, Profiles};
-pub use provisioner::ModelProvisioner;
 pub use provisioner::manage::{Condition, Identity, ModelEntry, Removed, Verified};
+pub use provisioner::{ModelProvisioner, Recording};
 pub use reference::ModelRef;
 pub use store::ModelRecord;

@@ -10,6 +10,7 @@
 
 pub(crate) mod manage;
 mod mend;
+mod recording;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -38,6 +39,8 @@ use crate::store::{ModelRecord, Store};
 use crate::verify::SignatureVerifier;
 use crate::wanted::Wanted;
 use mend::Mended;
+
+pub use recording::Recording;
 
 /// How long a model that is just being removed is waited for.
 const REMOVAL_WAIT: Duration = Duration::from_secs(10);
@@ -129,6 +132,24 @@ impl ModelProvisioner {
     /// Makes sure that the model is on this machine and verified. The model
     /// counts as in use from then on.
     pub async fn ensure(&self, reference: &str) -> Result<ModelMetadata, ModelError> {
+        let (model, _) = self.ensure_recording(reference, true).await?;
+        Ok(model)
+    }
+
+    /// The same, but the records of the use of a model that was here already are written while
+    /// the caller goes on.
+    pub async fn ensure_ahead(
+        &self,
+        reference: &str,
+    ) -> Result<(ModelMetadata, Recording), ModelError> {
+        self.ensure_recording(reference, false).await
+    }
+
+    async fn ensure_recording(
+        &self,
+        reference: &str,
+        recorded: bool,
+    ) -> Result<(ModelMetadata, Recording), ModelError> {
         let wanted = Wanted::resolve(reference, &self.profiles, self.config.verify)?;
         let (downloads, locks) = (self.downloads.clone(), self.locks.clone());
         blocking(move || {
@@ -145,9 +166,15 @@ impl ModelProvisioner {
             wanted.expected.size,
         );
         match self.provide(&wanted, &mut step).await {
-            Ok(provided) => {
+            Ok((provided, mut recording)) => {
+                if recorded {
+                    let writing = std::mem::replace(&mut recording, Recording::done());
+                    if let Some(trouble) = writing.trouble().await {
+                        step.note(trouble);
+                    }
+                }
                 step.finish();
-                Ok(metadata(wanted.id, provided.record))
+                Ok((metadata(wanted.id, provided.record), recording))
             }
             Err(error) => {
                 step.fail(one_line(&error));
@@ -183,7 +210,11 @@ impl ModelProvisioner {
         blocking(move || eviction::evict(&store, &leases, limit)).await
     }
 
-    async fn provide(&self, wanted: &Wanted, step: &mut Step) -> Result<Provided, ModelError> {
+    async fn provide(
+        &self,
+        wanted: &Wanted,
+        step: &mut Step,
+    ) -> Result<(Provided, Recording), ModelError> {
         let (held, found) = match self.lock(wanted, step).await {
             Ok(held) => (Some(held), self.use_cached(wanted).await),
             // A cache that cannot be written to serves what it holds.
@@ -206,17 +237,18 @@ impl ModelProvisioner {
             Err(error) => self.mend(wanted, error, step).await?,
         };
         drop(held);
+        if matches!(provided.how, How::Cached | How::InPlace) {
+            let line = provenance_of(wanted, &provided);
+            let (store, used) = (self.gate.store.clone(), provided.record.clone());
+            let recording = Recording::begin(store, used, self.provenance.clone(), line);
+            return Ok((provided, recording));
+        }
         // The model is verified: a record that cannot be written does not change that.
         if let Err(error) = self.write_provenance(wanted, &provided).await {
-            step.note(format!(
-                "the model is fine, but no record of it was written: {}",
-                one_line(&error)
-            ));
+            step.note(recording::unrecorded(&error));
         }
-        if matches!(provided.how, How::Fetched | How::Mended) {
-            self.enforce_limit(step).await;
-        }
-        Ok(provided)
+        self.enforce_limit(step).await;
+        Ok((provided, Recording::done()))
     }
 
     /// The lock under which this model is provided.
@@ -405,15 +437,7 @@ impl ModelProvisioner {
         wanted: &Wanted,
         provided: &Provided,
     ) -> Result<(), ModelError> {
-        let line = ModelProvenance {
-            at: Timestamp::now(),
-            reference: wanted.id.clone(),
-            source: provided.record.source.clone(),
-            digest: provided.record.digest,
-            size_bytes: provided.record.stamp.size_bytes,
-            how: provided.how,
-            path: provided.record.path.clone(),
-        };
+        let line = provenance_of(wanted, provided);
         let directory = self.provenance.clone();
         blocking(move || Ok(provenance::append(&directory, &line)?)).await
     }
@@ -490,6 +514,18 @@ fn all_failed(wanted: &Wanted, mut attempts: Vec<(String, FetchError)>) -> Model
             ModelError::AllSources { id, attempts }
         }
         None => ModelError::AllSources { id, attempts },
+    }
+}
+
+fn provenance_of(wanted: &Wanted, provided: &Provided) -> ModelProvenance {
+    ModelProvenance {
+        at: Timestamp::now(),
+        reference: wanted.id.clone(),
+        source: provided.record.source.clone(),
+        digest: provided.record.digest,
+        size_bytes: provided.record.stamp.size_bytes,
+        how: provided.how,
+        path: provided.record.path.clone(),
     }
 }
 

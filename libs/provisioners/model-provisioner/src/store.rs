@@ -219,24 +219,39 @@ impl Store {
         Ok(path)
     }
 
+    /// Writes down that a model was used now, as this reference. Of one that has no record there is
+    /// nothing to write.
+    pub fn used(&self, used: &ModelRecord, reference: &str) -> Result<(), SaveError> {
+        let _lock = FileLock::acquire_blocking(&self.lock, RECORD_LOCK_TIMEOUT)?;
+        let path = self.record_path(self.place_of(used));
+        // What was found out about the file meanwhile stands.
+        if let Some(mut record) = read_record(&path).filter(|record| record.digest == used.digest) {
+            record.last_used = Timestamp::now();
+            record.references.insert(reference.to_owned());
+            write_record(&path, &record)?;
+        }
+        Ok(())
+    }
+
+    fn place_of<'a>(&self, record: &'a ModelRecord) -> Place<'a> {
+        if self.is_stored(record) {
+            Place::Stored(record.digest)
+        } else {
+            Place::Elsewhere(&record.path)
+        }
+    }
+
     /// Writes a record. What an older record of the same file was asked for
     /// as is kept.
     pub fn save(&self, mut record: ModelRecord) -> Result<ModelRecord, SaveError> {
         let _lock = FileLock::acquire_blocking(&self.lock, RECORD_LOCK_TIMEOUT)?;
-        let place = if self.is_stored(&record) {
-            Place::Stored(record.digest)
-        } else {
-            Place::Elsewhere(&record.path)
-        };
-        let path = self.record_path(place);
+        let path = self.record_path(self.place_of(&record));
         if let Some(before) = read_record(&path)
             && before.digest == record.digest
         {
             record.references.extend(before.references);
         }
-        let json = serde_json::to_vec_pretty(&record)
-            .map_err(|error| FsError::at("write", &path)(error.into()))?;
-        write_atomic(&path, &json)?;
+        write_record(&path, &record)?;
         Ok(record)
     }
 
@@ -276,6 +291,12 @@ pub enum SaveError {
     File(#[from] FsError),
     #[error(transparent)]
     Lock(#[from] LockError),
+}
+
+fn write_record(path: &Path, record: &ModelRecord) -> Result<(), FsError> {
+    let json = serde_json::to_vec_pretty(record)
+        .map_err(|error| FsError::at("write", path)(error.into()))?;
+    write_atomic(path, &json)
 }
 
 fn read_record(path: &Path) -> Option<ModelRecord> {
@@ -332,6 +353,26 @@ mod tests {
         let again = put(&store, dir.path(), b"one", "hf:o/r/m.gguf", 2);
         assert_eq!(again.references.len(), 2);
         assert!(store.find("haiku").unwrap().is_some());
+    }
+
+    #[test]
+    fn a_use_changes_nothing_else_that_is_known_and_makes_no_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = store(dir.path());
+        let before = put(&store, dir.path(), b"one", "haiku", 1);
+        let spoilt = ModelRecord {
+            spoilt_since: Some(Timestamp::from_second(2).unwrap()),
+            ..before.clone()
+        };
+        store.save(spoilt.clone()).unwrap();
+        store.used(&before, "again").unwrap();
+        let after = store.record(Place::Stored(before.digest)).unwrap();
+        assert_eq!(after.spoilt_since, spoilt.spoilt_since);
+        assert!(after.last_used > before.last_used);
+        assert!(after.references.contains("haiku") && after.references.contains("again"));
+        store.remove(before.digest).unwrap();
+        store.used(&before, "again").unwrap();
+        assert_eq!(store.record(Place::Stored(before.digest)), None);
     }
 
     #[test]

@@ -213,9 +213,7 @@ impl Gpu {
         let (nvcc, glslc) = tokio::join!(nvcc(), probe("glslc"));
         let exists = |path: &str| Path::new(path).exists();
         Self {
-            nvidia_driver: std::fs::read_to_string("/proc/driver/nvidia/version")
-                .ok()
-                .and_then(|text| parse_driver_version(&text)),
+            nvidia_driver: nvidia_driver(),
             nvcc,
             glslc,
             vulkan_headers: exists("/usr/include/vulkan/vulkan.h")
@@ -224,6 +222,16 @@ impl Gpu {
             vulkan_runtime: has_entries("/usr/share/vulkan/icd.d", "")
                 || has_entries("/etc/vulkan/icd.d", ""),
         }
+    }
+
+    /// What files alone say about the devices and their drivers, as one line to compare.
+    pub(crate) fn by_files() -> String {
+        format!(
+            "nvidia={} render={} vulkan={}",
+            nvidia_driver().unwrap_or_default(),
+            has_entries("/dev/dri", "renderD"),
+            has_entries("/usr/share/vulkan/icd.d", "") || has_entries("/etc/vulkan/icd.d", "")
+        )
     }
 
     pub fn can_build_cuda(&self) -> bool {
@@ -237,6 +245,11 @@ impl Gpu {
     pub fn can_run_vulkan(&self) -> bool {
         self.vulkan_runtime && (self.render_node || self.nvidia_driver.is_some())
     }
+}
+
+fn nvidia_driver() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/driver/nvidia/version").ok()?;
+    parse_driver_version(&text)
 }
 
 /// Whether a card of NVIDIA's is there, with a driver or without.

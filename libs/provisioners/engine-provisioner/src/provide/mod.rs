@@ -12,6 +12,7 @@
 mod build;
 mod cache;
 mod git;
+mod known;
 mod leftovers;
 pub(crate) mod plan;
 mod provenance;

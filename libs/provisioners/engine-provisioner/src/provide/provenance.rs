@@ -2,8 +2,9 @@
 
 use llama_orch_types::{Digest, ProvisionedContext};
 use provision_kit::dirs::RuntimeDirs;
-use provision_kit::fs::append_jsonl;
+use provision_kit::fs::{FsError, append_jsonl};
 use serde::Serialize;
+use tokio::task::JoinHandle;
 
 use super::{EngineInstallation, blocking};
 use crate::manifest::{Manifest, Recipe};
@@ -48,20 +49,26 @@ pub(super) async fn record_provided(
     append(runtime, record).await;
 }
 
-/// Records that an engine became ready.
-pub(crate) async fn record_start(runtime: &RuntimeDirs, context: &ProvisionedContext) {
+/// Records that an engine became ready, beside whatever the caller does next.
+pub(crate) fn record_start(runtime: &RuntimeDirs, context: &ProvisionedContext) -> JoinHandle<()> {
     let record = Started {
         at: now(),
         event: "started",
         context: context.clone(),
     };
-    append(runtime, record).await;
+    let path = runtime.provenance().join("engines.jsonl");
+    // Off the runtime's threads from the start: it is not given up half-way.
+    tokio::task::spawn_blocking(move || told(append_jsonl(&path, &record)))
 }
 
 /// An engine that works is not given up because a record of it could not be written.
 async fn append(runtime: &RuntimeDirs, record: impl Serialize + Send + 'static) {
     let path = runtime.provenance().join("engines.jsonl");
-    if let Err(error) = blocking(move || append_jsonl(&path, &record)).await {
+    told(blocking(move || append_jsonl(&path, &record)).await);
+}
+
+fn told(result: Result<(), FsError>) {
+    if let Err(error) = result {
         tracing::warn!(error = %crate::error::chain(&error), "provenance is not recorded");
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use provision_kit::fs::sha256_file;
 use provision_kit::process::{self, CommandSpec};
 
+use super::known::{Known, Look, Rest};
 use super::{BINARY, EngineInstallation, EngineProvisioner, blocking, provenance};
 use crate::config::{Accelerator, EngineConfig, Mode};
 use crate::error::EngineError;
@@ -21,27 +22,80 @@ pub(super) async fn provide(
     config: &EngineConfig,
 ) -> Result<EngineInstallation, EngineError> {
     let binary = locate(config)?;
-    let found = version::ask(&binary).await?;
+    let (look, recalled) = recall(provisioner, &binary).await?;
+    let found = match &recalled {
+        Some(known) => known.version.clone(),
+        None => version::ask(&binary).await?,
+    };
     // A binary that the user names is the user's word; one that merely lies on PATH is not.
     if config.path.is_none() && found != config.version {
+        if recalled.is_none() {
+            let known = Known {
+                version: found.clone(),
+                rest: None,
+            };
+            keep(provisioner, look, known).await;
+        }
         return Err(EngineError::WrongVersion {
             path: binary,
             found,
             wanted: config.version.clone(),
         });
     }
-    let accelerator = ask_accelerator(&binary).await;
-    let path = binary.clone();
-    let (digest, _) = blocking(move || sha256_file(&path)).await?;
+    let rest = match recalled.and_then(|known| known.rest) {
+        Some(rest) => rest,
+        None => learn(provisioner, look, &binary, found.clone()).await?,
+    };
     let installation = EngineInstallation {
         binary,
         version: found,
-        digest,
+        digest: rest.digest,
         mode: Mode::System.into(),
-        accelerator,
+        accelerator: rest.accelerator,
     };
     provenance::record_provided(&provisioner.runtime, &installation, None).await;
     Ok(installation)
+}
+
+/// How the engine looks, and what was learnt of one that looked the same.
+async fn recall(
+    provisioner: &EngineProvisioner,
+    binary: &Path,
+) -> Result<(Look, Option<Known>), EngineError> {
+    let (run, path) = (provisioner.cache.run(), binary.to_owned());
+    blocking(move || {
+        let look = Look::at(&path)?;
+        let known = look.recall(&run);
+        Ok((look, known))
+    })
+    .await
+}
+
+/// Learns the rest about an engine that has told its version, and keeps it.
+async fn learn(
+    provisioner: &EngineProvisioner,
+    look: Look,
+    binary: &Path,
+    version: String,
+) -> Result<Rest, EngineError> {
+    let accelerator = ask_accelerator(binary).await;
+    let path = binary.to_owned();
+    let (digest, _) = blocking(move || sha256_file(&path)).await?;
+    let rest = Rest {
+        digest,
+        accelerator,
+    };
+    let known = Known {
+        version,
+        rest: Some(rest),
+    };
+    keep(provisioner, look, known).await;
+    Ok(rest)
+}
+
+async fn keep(provisioner: &EngineProvisioner, look: Look, known: Known) {
+    let run = provisioner.cache.run();
+    blocking(move || look.keep(&run, &known)).await;
 }
 
 pub(super) fn locate(config: &EngineConfig) -> Result<PathBuf, EngineError> {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use llama_orch_types::{PoolId, ProvisionedContext};
 use provision_kit::dirs::RuntimeDirs;
-use provision_kit::fs::write_atomic;
+use provision_kit::fs::write_unflushed;
 use serde::Serialize;
 
 use super::spec::Profile;
@@ -38,7 +38,8 @@ pub(super) fn pool_of(name: &str) -> Option<PoolId> {
     pool.parse().ok()
 }
 
-/// Writes the handoff, whole or not at all.
+/// Writes the handoff, whole or not at all. It speaks of a process, which does not outlive the
+/// machine either, so the disk is not waited for.
 pub(super) fn write_handoff(
     path: &Path,
     context: &ProvisionedContext,
@@ -55,7 +56,7 @@ pub(super) fn write_handoff(
         path: path.to_owned(),
         source,
     })?;
-    Ok(write_atomic(path, &text)?)
+    Ok(write_unflushed(path, &text)?)
 }
 
 #[cfg(test)]

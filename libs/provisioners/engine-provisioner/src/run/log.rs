@@ -11,6 +11,7 @@ use std::time::Duration;
 use provision_kit::fs::{FsError, create_dir_all};
 use tokio::fs::{self, File};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 /// How many lines are kept in memory.
@@ -30,6 +31,8 @@ struct Ring {
     lines: Arc<Mutex<VecDeque<String>>>,
     /// How many there ever were.
     count: Arc<AtomicU64>,
+    /// Told when there are new lines.
+    said: Arc<Notify>,
 }
 
 impl Ring {
@@ -116,6 +119,11 @@ impl LogPump {
         self.ring.lines()
     }
 
+    /// Waits until the engine says something; at once if it has since the last call.
+    pub(super) async fn said(&self) {
+        self.ring.said.notified().await;
+    }
+
     /// How many lines the engine has written so far.
     pub(super) fn lines_read(&self) -> u64 {
         self.ring.count.load(Ordering::Relaxed)
@@ -150,6 +158,10 @@ async fn pump(
             lines = streams.1.read(), if !streams.1.ended => lines,
             else => break,
         };
+        if !lines.is_empty() {
+            // Before the disk is waited for.
+            ring.said.notify_one();
+        }
         for line in lines {
             // The engine must never be held up by its log: with a full disk the lines go on into
             // memory only.

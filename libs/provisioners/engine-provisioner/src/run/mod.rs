@@ -19,6 +19,7 @@ pub(crate) mod environment;
 mod handoff;
 mod load_watch;
 mod log;
+mod pace;
 mod pid_file;
 mod port;
 mod ready;
@@ -35,9 +36,10 @@ use nix::sys::signal::Signal;
 use provision_kit::lock::{FileLock, LockError};
 use provision_kit::process::{self, ChildGroup, CommandSpec, ProcessError, ProcessIdentity};
 use provision_kit::progress::{Step, StepKind, Unit};
+use tokio::task::JoinHandle;
 
 use crate::error::{EngineError, brief, chain};
-use crate::provide::{EngineInstallation, EngineProvisioner, blocking, record_start};
+use crate::provide::{EngineInstallation, EngineProvisioner, record_start};
 use crate::version;
 use beside::Seat;
 use environment::scrub;
@@ -71,6 +73,9 @@ pub struct RunningEngine {
     context: ProvisionedContext,
     profile: Profile,
     stop_grace: Duration,
+    /// Writes the start's record: nobody who waits for the engine waits for the disk. It ends by
+    /// itself, and is waited for when the engine is stopped.
+    record: JoinHandle<()>,
 }
 
 /// Sees what an engine uses. Once that is gone it sees nothing, or, if the number was given out
@@ -167,6 +172,10 @@ impl RunningEngine {
         let ended_before = matches!(self.process.group.try_wait(), Ok(Some(_)));
         let ended = self.process.group.terminate(self.stop_grace).await;
         self.process.log.drain().await;
+        // Long written, but for an engine that is stopped as it becomes ready.
+        if let Err(error) = (&mut self.record).await {
+            tracing::error!(%error, "the record of a start broke off");
+        }
         let pool = &self.context.pool_id;
         let report = match ended {
             Ok(ended) => StopReport {
@@ -252,7 +261,7 @@ impl EngineProvisioner {
             let attempt = self.attempt(installation, spec, seat, step).await?;
             if let Attempt::Ready(ready) = attempt {
                 let (process, files, context) = *ready;
-                record_start(&self.runtime, &context).await;
+                let record = record_start(&self.runtime, &context);
                 return Ok(RunningEngine {
                     process,
                     files,
@@ -260,6 +269,7 @@ impl EngineProvisioner {
                     context,
                     profile: spec.profile,
                     stop_grace: spec.stop_grace,
+                    record,
                 });
             }
             step.note("somebody took the engine's port: trying another");
@@ -298,7 +308,10 @@ impl EngineProvisioner {
         let mut process = spawn(installation, spec, &flags, &log_path).await?;
         let mut files = RunFiles::default();
         files.add(pid_path.to_owned());
-        if write_pid_file(&process.group, None, port, pid_path)?.is_none() {
+        let named = pid_file(&process.group, None, port)?;
+        if let Some(named) = &named {
+            named.write(pid_path)?;
+        } else {
             // Gone already; the wait below says why.
             tracing::debug!("the engine ended before it could be looked at");
         }
@@ -312,8 +325,9 @@ impl EngineProvisioner {
             load_timeout: spec.load_timeout,
         };
         let client = ready::loopback_client()?;
-        match ready::wait_ready(&client, &mut process.group, &process.log, &waited).await? {
-            Readiness::Ready => {}
+        let waiting = ready::wait_ready(&client, &mut process.group, &process.log, &waited);
+        let listener = match waiting.await? {
+            Readiness::Ready(listener) => listener,
             Readiness::Ended(status) => {
                 process.log.drain().await;
                 let tail = process.log.tail();
@@ -337,19 +351,25 @@ impl EngineProvisioner {
                     tail: process.log.tail(),
                 });
             }
-        }
+        };
         // A wrapper script has become the engine by now, or runs it as its child: the file must
         // name what runs.
-        let group = process.group.pid();
-        let listener = match blocking(move || port::listener(group, port)).await {
-            Listener::Member(pid) if pid != group => Some(pid),
+        let listener = match listener {
+            Listener::Member(pid) if pid != process.group.pid() => Some(pid),
             _ => None,
         };
-        write_pid_file(&process.group, listener, port, pid_path)?;
-        if let Some(warning) = ready::probe_metrics(&client, &waited).await {
+        let runs = pid_file(&process.group, listener, port)?;
+        if let Some(runs) = runs.filter(|runs| named.as_ref() != Some(runs)) {
+            runs.write(pid_path)?;
+        }
+        let (warning, props) = tokio::join!(
+            ready::probe_metrics(&client, &waited),
+            ready::ask_props(&client, &waited)
+        );
+        if let Some(warning) = warning {
             step.note(warning);
         }
-        let props = ready::ask_props(&client, &waited).await?;
+        let props = props?;
         let context = describe(
             installation,
             spec,
@@ -384,21 +404,20 @@ async fn spawn(
     Ok(EngineProcess { group, log })
 }
 
-/// Writes down who the engine and its owner are, and who listens, if that is another process;
-/// `None` if the engine is gone already.
-fn write_pid_file(
+/// Who the engine and its owner are, and who listens, if that is another process; `None` if the
+/// engine is gone already.
+fn pid_file(
     group: &ChildGroup,
     listener: Option<u32>,
     port: u16,
-    path: &Path,
-) -> Result<Option<()>, EngineError> {
+) -> Result<Option<PidFile>, EngineError> {
     let identity =
         |pid: u32| ProcessIdentity::of(pid).map_err(|source| EngineError::Identity { pid, source });
     let own = std::process::id();
     let (Some(engine), Some(owner)) = (identity(group.pid())?, identity(own)?) else {
         return Ok(None);
     };
-    let file = PidFile {
+    Ok(Some(PidFile {
         engine,
         listener: match listener {
             Some(pid) => identity(pid)?,
@@ -407,8 +426,7 @@ fn write_pid_file(
         port,
         owner_pid: own,
         owner,
-    };
-    file.write(path).map(Some)
+    }))
 }
 
 fn refused_port(tail: &[String]) -> bool {

@@ -10,7 +10,7 @@ use llama_orch_types::PoolId;
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use provision_kit::fs::{FsError, remove_file_if_there, write_atomic};
+use provision_kit::fs::{FsError, remove_file_if_there, write_unflushed};
 use provision_kit::process::ProcessIdentity;
 use serde::{Deserialize, Serialize};
 
@@ -45,7 +45,7 @@ impl PidFile {
             path: path.to_owned(),
             source,
         })?;
-        Ok(write_atomic(path, &text)?)
+        Ok(write_unflushed(path, &text)?)
     }
 
     /// Reads a PID file. One that cannot be read as such names nobody.

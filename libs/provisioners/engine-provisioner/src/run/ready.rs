@@ -10,18 +10,14 @@ use serde::Deserialize;
 
 use super::load_watch::{LoadWatch, Sample};
 use super::log::LogPump;
+use super::pace::{self, MAX_PAUSE};
 use super::port::{self, Listener};
 use super::usage;
 use crate::error::EngineError;
 use crate::provide::blocking;
 
-/// The first wait between two looks, and the longest.
-const FIRST_POLL: Duration = Duration::from_millis(5);
-const MAX_POLL: Duration = Duration::from_millis(50);
-/// The longest wait once a load is a long one: each look is work for the engine, too.
-const LONG_POLL: Duration = Duration::from_millis(500);
-/// From when on a load is a long one.
-const LONG_LOAD: Duration = Duration::from_secs(10);
+/// Between two questions for what a ready engine runs.
+const PROPS_POLL: Duration = Duration::from_millis(50);
 /// Longest that one answer may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 /// How long a ready engine may take to describe itself.
@@ -30,7 +26,7 @@ const PROPS_LIMIT: Duration = Duration::from_secs(10);
 /// How the wait for readiness ended.
 #[derive(Debug)]
 pub(super) enum Readiness {
-    Ready,
+    Ready(Listener),
     /// The engine ended.
     Ended(std::process::ExitStatus),
     /// It made no progress for as long as it may.
@@ -85,7 +81,8 @@ pub(super) fn loopback_client() -> Result<Client, EngineError> {
         .map_err(EngineError::HttpClient)
 }
 
-/// Looks at `/health` until it is 200 and it is our engine that says so.
+/// Looks at `/health` until it is 200 and it is our engine that says so: at once when the engine
+/// writes a line, and else as [`pace`] says.
 pub(super) async fn wait_ready(
     client: &Client,
     group: &mut ChildGroup,
@@ -95,7 +92,9 @@ pub(super) async fn wait_ready(
     let begin = Instant::now();
     let mut watch = LoadWatch::new(engine.load_timeout);
     let health = format!("{}/health", engine.url);
-    let mut poll = FIRST_POLL;
+    // What the engine uses is looked at more seldom than it is asked: that reads all of `/proc`.
+    let look_every = (engine.load_timeout / 10).min(MAX_PAUSE / 2);
+    let mut looked_at = Duration::ZERO;
     loop {
         let answer = client.get(&health).send();
         let stranger = tokio::select! {
@@ -104,26 +103,24 @@ pub(super) async fn wait_ready(
             status = group.wait() => return Ok(Readiness::Ended(status.map_err(|source| engine.process_error(source))?)),
             answer = answer => {
                 let ready = answer.is_ok_and(|answer| answer.status() == StatusCode::OK);
-                if ready && is_ours(client, group, engine).await {
-                    return Ok(Readiness::Ready);
+                if ready && let Some(listener) = our_listener(client, group, engine).await {
+                    return Ok(Readiness::Ready(listener));
                 }
                 ready
             }
         };
-        let sample = look_at(group.pid(), log).await;
         let after = begin.elapsed();
-        if watch.is_stuck(after, sample) {
-            return Ok(Readiness::TimedOut { after, stranger });
+        if after.saturating_sub(looked_at) >= look_every {
+            looked_at = after;
+            let sample = look_at(group.pid(), log).await;
+            if watch.is_stuck(after, sample) {
+                return Ok(Readiness::TimedOut { after, stranger });
+            }
         }
-        let longest = if after < LONG_LOAD {
-            MAX_POLL
-        } else {
-            LONG_POLL
-        };
         tokio::select! {
             biased;
             status = group.wait() => return Ok(Readiness::Ended(status.map_err(|source| engine.process_error(source))?)),
-            () = tokio::time::sleep(poll) => poll = (poll * 2).min(longest),
+            () = pace::until_next(after, log.said()) => {}
         }
     }
 }
@@ -157,11 +154,16 @@ impl Waited<'_> {
     }
 }
 
-/// Whether it is our engine that answers on the port, and not a stranger who took it before our
-/// engine could: the kernel knows, and where it does not say, the answer's model path does.
-async fn is_ours(client: &Client, group: &ChildGroup, engine: &Waited<'_>) -> bool {
+/// Who of our engine listens on the port; `None` if it is a stranger who took it before our engine
+/// could: the kernel knows, and where it does not say, the answer's model path does.
+async fn our_listener(
+    client: &Client,
+    group: &ChildGroup,
+    engine: &Waited<'_>,
+) -> Option<Listener> {
     let (pid, number) = (group.pid(), engine.port);
-    let ours = match blocking(move || port::listener(pid, number)).await {
+    let listener = blocking(move || port::listener(pid, number)).await;
+    let ours = match listener {
         Listener::Member(_) => true,
         Listener::NotOurs => false,
         Listener::Unknown => props(client, engine.url)
@@ -174,7 +176,7 @@ async fn is_ours(client: &Client, group: &ChildGroup, engine: &Waited<'_>) -> bo
             "a stranger answers on the engine's port"
         );
     }
-    ours
+    ours.then_some(listener)
 }
 
 /// Asks a ready engine what it runs.
@@ -191,7 +193,7 @@ pub(super) async fn ask_props(client: &Client, engine: &Waited<'_>) -> Result<Pr
                 reason,
             });
         }
-        tokio::time::sleep(MAX_POLL).await;
+        tokio::time::sleep(PROPS_POLL).await;
     }
 }
 

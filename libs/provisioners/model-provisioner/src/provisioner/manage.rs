@@ -333,10 +333,7 @@ impl ModelProvisioner {
             return Err(changed());
         }
         if let Err(error) = self.write_provenance(&wanted, &provided).await {
-            step.note(format!(
-                "the model is fine, but no record of it was written: {}",
-                one_line(&error)
-            ));
+            step.note(super::recording::unrecorded(&error));
         }
         Ok(provided.record)
     }
