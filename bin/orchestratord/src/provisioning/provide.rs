@@ -14,6 +14,7 @@ use super::memory::Estimate;
 use super::room::{self, Running};
 use super::{Parts, ProvisionError, STOP_GRACE};
 use crate::app::config::{PoolConfig, shown_model};
+use crate::runtimes::apart;
 use crate::services::pool::Change;
 use crate::services::telemetry;
 
@@ -111,14 +112,16 @@ impl Parts {
         order: Option<u64>,
         config: &PoolConfig,
     ) -> Result<(ModelMetadata, EngineInstallation), ProvisionError> {
-        let model = async {
-            let model = self.models.ensure(&config.model).await;
+        let (models, model) = (Arc::clone(&self.models), config.model.clone());
+        let model = apart("model", async move {
+            let model = models.ensure(&model).await;
             model.map_err(ProvisionError::Model)
-        };
-        let engine = async {
-            let engine = self.engines.ensure(&config.provision).await;
+        });
+        let (engines, engine) = (self.engines.clone(), config.provision.clone());
+        let engine = apart("engine", async move {
+            let engine = engines.ensure(&engine).await;
             engine.map_err(ProvisionError::Engine)
-        };
+        });
         let (model, engine) = tokio::join!(
             self.telling_failure(order, model),
             self.telling_failure(order, engine)
