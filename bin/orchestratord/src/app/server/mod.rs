@@ -187,8 +187,6 @@ impl Front {
         let header_bytes = as_usize(self.limits.header_bytes);
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
-            // A token's three pieces are cheaper copied together than gathered.
-            .writev(false)
             // The guard tells a slow head from an idle connection.
             .header_read_timeout(None)
             .max_headers(as_usize(self.limits.headers))
