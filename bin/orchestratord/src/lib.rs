@@ -11,6 +11,7 @@
 //! - [`api`]: the HTTP API, one file for each resource
 //! - [`ui`]: progress and logs as people see them
 //! - [`remote_pool`]: pools whose engine runs elsewhere
+//! - [`runtimes`]: which thread does what
 //! - `env_shim`, `mock_pool`: development only, off by default
 
 pub mod api;
@@ -24,6 +25,7 @@ pub mod mock_pool;
 #[cfg(feature = "provisioning")]
 pub mod provisioning;
 pub mod remote_pool;
+pub mod runtimes;
 pub mod services;
 pub mod ui;
 

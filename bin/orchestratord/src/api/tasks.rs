@@ -22,6 +22,7 @@ use super::streams::EVENT_STREAM;
 use super::submission::{client_of, submit_to};
 use super::task_request::TaskRequest;
 use crate::app::state::AppState;
+use crate::runtimes::computed;
 use crate::services::event_log::{End, Failure, TaskEvent};
 use crate::services::pool::{Cancelled, Escalation, Phase, PoolHandle};
 use crate::services::preparation::PreparationStep;
@@ -196,8 +197,13 @@ pub async fn submit(
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<TaskAccepted>), ApiError> {
-    let request = TaskRequest::parse(&body?)?;
-    request.check_length(state.limits.max_prompt_bytes)?;
+    let (body, most) = (body?, state.limits.max_prompt_bytes);
+    let bytes = body.len();
+    let read = move || {
+        let request = TaskRequest::parse(&body)?;
+        request.check_length(most).map(|()| request)
+    };
+    let request = computed(bytes, read).await?;
     let pool = state.pool_for(request.pool_id.as_deref(), request.model.as_deref())?;
     let client = client_of(&headers, &correlation);
     let (record, admitted) = submit_to(&state, &pool, &request, &correlation.0, client).await?;

@@ -38,6 +38,7 @@ use super::server;
 use super::shutdown::Shutdown;
 use super::state::AppState;
 use crate::api::repeats::Repeats;
+use crate::runtimes::blocking;
 use crate::services::pool::Leaving;
 use crate::services::pulls::{Fetch, Pulls};
 use crate::services::residency::Residency;
@@ -404,7 +405,8 @@ async fn sweep(state: Arc<AppState>, stop: CancellationToken) {
         tokio::select! {
             _ = tick.tick() => {
                 state.tasks.sweep(Instant::now());
-                state.metrics.run_upkeep();
+                let metrics = state.metrics.clone();
+                blocking(move || metrics.run_upkeep()).await;
             }
             () = stop.cancelled() => return,
         }

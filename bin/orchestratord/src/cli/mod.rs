@@ -20,6 +20,7 @@ use indicatif::MultiProgress;
 use self::config::ConfigCommand;
 use crate::app::config::Source;
 use crate::app::env;
+use crate::runtimes::Serving;
 use crate::ui::logging::{self, LogFormat};
 
 /// Turns a bare machine into a working LLM endpoint.
@@ -163,17 +164,14 @@ pub(crate) fn main() -> ExitCode {
         log_format: cli.common.log_format,
         bars,
     };
-    let runtime = match tokio::runtime::Runtime::new() {
-        Ok(runtime) => runtime,
+    let serving = match Serving::new() {
+        Ok(serving) => serving,
         Err(error) => {
             report::aside(format!("error: could not start the runtime: {error}"));
             return ExitCode::FAILURE;
         }
     };
-    let code = runtime.block_on(dispatch(command, context));
-    // Nothing of ours blocks for long; what still does must not hold the exit.
-    runtime.shutdown_timeout(std::time::Duration::from_secs(2));
-    code
+    serving.run(dispatch(command, context))
 }
 
 async fn dispatch(command: Command, context: Context) -> ExitCode {

@@ -57,7 +57,7 @@ pub struct Supervisor {
 struct Parts {
     pool: PoolHandle,
     host: AdapterHost,
-    models: ModelProvisioner,
+    models: Arc<ModelProvisioner>,
     engines: EngineProvisioner,
     residency: Residency,
     stop: CancellationToken,
@@ -146,7 +146,7 @@ impl Supervisor {
         let parts = Parts {
             pool,
             host,
-            models,
+            models: Arc::new(models),
             engines,
             residency,
             stop,

@@ -15,6 +15,7 @@ use super::memory::Estimate;
 use super::room::{self, Running};
 use super::{Parts, ProvisionError, STOP_GRACE};
 use crate::app::config::{PoolConfig, shown_model};
+use crate::runtimes::apart;
 use crate::services::pool::Change;
 use crate::services::telemetry;
 
@@ -116,14 +117,16 @@ impl Parts {
         order: Option<u64>,
         config: &PoolConfig,
     ) -> Result<(ModelMetadata, Recording, EngineInstallation), ProvisionError> {
-        let model = async {
-            let model = self.models.ensure_ahead(&config.model).await;
+        let (models, model) = (Arc::clone(&self.models), config.model.clone());
+        let model = apart("model", async move {
+            let model = models.ensure_ahead(&model).await;
             model.map_err(ProvisionError::Model)
-        };
-        let engine = async {
-            let engine = self.engines.ensure(&config.provision).await;
+        });
+        let (engines, engine) = (self.engines.clone(), config.provision.clone());
+        let engine = apart("engine", async move {
+            let engine = engines.ensure(&engine).await;
             engine.map_err(ProvisionError::Engine)
-        };
+        });
         let (model, engine) = tokio::join!(
             self.telling_failure(order, model),
             self.telling_failure(order, engine)

@@ -4,8 +4,10 @@
 mod fit;
 mod trouble;
 
+use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use adapter_host::AdapterHost;
@@ -44,6 +46,9 @@ const HELD_AT_MOST: Duration = Duration::from_mins(30);
 
 /// Between two waits for such a slot, each of which has bounds of its own.
 const HELD_PAUSE: Duration = Duration::from_millis(200);
+
+/// How many events go to the log before the readers have their turn.
+const AT_ONCE: u32 = 128;
 
 /// Everything one run needs. It owns the engine's stream and is the only one
 /// that appends tokens to the task's log.
@@ -129,6 +134,13 @@ enum Pumped {
     NotTaken(Trouble),
     /// Asked to give the task back.
     GivenBack,
+}
+
+/// Why no more events are taken.
+enum Stopped {
+    /// The slot has to be seen free.
+    Cancelled,
+    By(Pumped),
 }
 
 impl TaskRun {
@@ -281,42 +293,72 @@ impl TaskRun {
         Ok(())
     }
 
+    /// Takes the engine's events to the log as they come: all that are there at a
+    /// time, then the readers have their turn.
     async fn pump(&mut self, mut stream: TokenStream) -> Pumped {
-        loop {
-            let event = tokio::select! {
-                biased;
-                () = self.cancel.cancelled() => return Pumped::Cancelled(self.free_slot(stream).await),
-                () = self.give_back.cancelled() => return Pumped::GivenBack,
-                event = stream.next() => event,
-            };
+        let (cancel, give_back) = (self.cancel.clone(), self.give_back.clone());
+        // Made once: a token is no reason to make them anew.
+        let mut cancelled = std::pin::pin!(cancel.cancelled());
+        let mut given_back = std::pin::pin!(give_back.cancelled());
+        let stopped = std::future::poll_fn(|context| {
+            if cancelled.as_mut().poll(context).is_ready() {
+                return Poll::Ready(Stopped::Cancelled);
+            }
+            if given_back.as_mut().poll(context).is_ready() {
+                return Poll::Ready(Stopped::By(Pumped::GivenBack));
+            }
+            self.poll_events(&mut stream, context)
+        });
+        match stopped.await {
+            Stopped::By(pumped) => pumped,
+            Stopped::Cancelled => Pumped::Cancelled(self.free_slot(stream).await),
+        }
+    }
+
+    /// Appends what is there, at most [`AT_ONCE`] events.
+    fn poll_events(
+        &mut self,
+        stream: &mut TokenStream,
+        context: &mut Context<'_>,
+    ) -> Poll<Stopped> {
+        let mut now = None;
+        for _ in 0..AT_ONCE {
+            let event = ready!(stream.poll_next_unpin(context));
             let kept = match event {
-                Some(Ok(TokenEvent::End(summary))) => return self.end(&summary),
-                Some(Ok(event)) => self.append(event),
-                Some(Err(error)) => return Pumped::Failed((&error).into()),
+                Some(Ok(TokenEvent::End(summary))) => {
+                    return Poll::Ready(Stopped::By(self.end(&summary)));
+                }
+                // What is there together came together.
+                Some(Ok(event)) => self.append(event, *now.get_or_insert_with(Instant::now)),
+                Some(Err(error)) => {
+                    return Poll::Ready(Stopped::By(Pumped::Failed((&error).into())));
+                }
                 None => {
                     let failure = Failure::internal("the engine's stream ended without an end");
-                    return Pumped::Failed(failure.into());
+                    return Poll::Ready(Stopped::By(Pumped::Failed(failure.into())));
                 }
             };
             if !kept {
                 // Somebody closed the log: whoever did also cancels us.
-                return Pumped::Cancelled(self.free_slot(stream).await);
+                return Poll::Ready(Stopped::Cancelled);
             }
         }
+        context.waker().wake_by_ref();
+        Poll::Pending
     }
 
     /// Appends an event that is not the last; says whether the log took it.
-    fn append(&mut self, event: TokenEvent) -> bool {
-        let (record, carried) = (Arc::clone(&self.submission.record), self.submission.carried);
+    fn append(&mut self, event: TokenEvent, now: Instant) -> bool {
         let event = match event {
             TokenEvent::Started => {
-                if record.started.set(Instant::now()).is_err() {
+                let record = &self.submission.record;
+                if record.started.set(now).is_err() {
                     // It has begun on an engine before, and that was said.
                     return !record.log.is_closed();
                 }
                 histogram!(telemetry::QUEUE_WAIT, "pool" => self.pool_label())
                     .record(record.created.elapsed());
-                TaskEvent::Started(started(&record))
+                TaskEvent::Started(started(record))
             }
             TokenEvent::Token {
                 text,
@@ -328,24 +370,24 @@ impl TaskRun {
                 if tokens_in > 0 {
                     // The first engine's count is the prompt's own. Some tell it only
                     // at the end.
-                    let _ = record.tokens_in.set(tokens_in);
+                    let _ = self.submission.record.tokens_in.set(tokens_in);
                 }
-                let index = carried.pieces + index;
+                let index = self.submission.carried.pieces + index;
                 if index == 0 {
                     self.note_first_token();
                 }
-                self.seen.saw(tokens_out, Instant::now());
+                self.seen.saw(tokens_out, now);
                 TaskEvent::Token(Token { t: text, i: index })
             }
             TokenEvent::Chunk(chunk) => {
                 self.note_answering();
-                self.seen.saw(chunk.tokens_out, Instant::now());
+                self.seen.saw(chunk.tokens_out, now);
                 TaskEvent::Chunk(self.chunk(chunk))
             }
             TokenEvent::Answer(answer) => {
                 self.note_answering();
                 // Handed out: no other engine may answer once more.
-                self.seen.saw(0, Instant::now());
+                self.seen.saw(0, now);
                 TaskEvent::Answer(Box::new(Answer {
                     body: answer.body,
                     token: Token {
@@ -354,14 +396,17 @@ impl TaskRun {
                     },
                 }))
             }
-            TokenEvent::Metrics(figures) => TaskEvent::Metrics(Metrics {
-                tokens_in: *record.tokens_in.get_or_init(|| figures.tokens_in),
-                tokens_out: carried.tokens_out + figures.tokens_out,
-                elapsed_ms: millis(record.started.get().map(Instant::elapsed)),
-            }),
+            TokenEvent::Metrics(figures) => {
+                let (record, carried) = (&self.submission.record, &self.submission.carried);
+                TaskEvent::Metrics(Metrics {
+                    tokens_in: *record.tokens_in.get_or_init(|| figures.tokens_in),
+                    tokens_out: carried.tokens_out + figures.tokens_out,
+                    elapsed_ms: millis(record.started.get().map(Instant::elapsed)),
+                })
+            }
             TokenEvent::End(_) => unreachable!("the pump handles the end"),
         };
-        record.log.append(event).is_ok()
+        self.submission.record.log.append(event).is_ok()
     }
 
     /// One event of a call's answer. Only those with text count as pieces.

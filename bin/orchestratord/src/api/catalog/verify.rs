@@ -64,6 +64,7 @@ mod work {
 
     use super::{ApiError, AppState, VerifiedView};
     use crate::api::streams::EVENT_STREAM;
+    use crate::runtimes::apart;
     use crate::services::event_log::Failure;
     use crate::services::streaming::KEEP_ALIVE;
     use crate::services::watched::meter::Meter;
@@ -113,7 +114,8 @@ mod work {
         let job = async move {
             let _place = place;
             of_job.begin();
-            let verified = measured(&of_job, &meter, models.verify(&name, repair)).await;
+            let reading = Box::pin(async move { models.verify(&name, repair).await });
+            let verified = measured(&of_job, &meter, apart("verify", reading)).await;
             let verified = verified.map(VerifiedView::from);
             of_job.end(verified.map_err(|error| Failure::from_models(&error)));
         };

@@ -29,6 +29,7 @@ use crate::api::openai::request::{Asked, Wishes};
 use crate::api::outcome::{self, Called};
 use crate::api::submission::{CallOptions, client_of};
 use crate::app::state::AppState;
+use crate::runtimes::computed;
 use crate::services::event_log::{EventRef, Failure};
 use crate::services::pool::PoolHandle;
 use crate::services::streaming::LogBody;
@@ -58,10 +59,14 @@ pub async fn chat(
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
-    let request: ChatRequest = parse(&body?)?;
+    let body = body?;
+    let bytes = body.len();
+    let request: ChatRequest = parse(body).await?;
     request.check()?;
     let asking = Asking::begin(&state, Form::Chat, &request.common, correlation, headers).await?;
-    let wanted = request.wanted(&asking.pool.settings().model, asking.ctx)?;
+    let (settings, ctx) = (asking.pool.settings(), asking.ctx);
+    let wanted = move || request.wanted(&settings.model, ctx);
+    let wanted = computed(bytes, wanted).await?;
     asking.answer(state, wanted).await
 }
 
@@ -82,11 +87,15 @@ pub async fn generate(
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
-    let request: GenerateRequest = parse(&body?)?;
+    let body = body?;
+    let bytes = body.len();
+    let request: GenerateRequest = parse(body).await?;
     request.check()?;
     let (form, common) = (Form::Generate, &request.common);
     let asking = Asking::begin(&state, form, common, correlation, headers).await?;
-    let wanted = request.wanted(&asking.pool.settings().model, asking.ctx)?;
+    let (settings, ctx) = (asking.pool.settings(), asking.ctx);
+    let wanted = move || request.wanted(&settings.model, ctx);
+    let wanted = computed(bytes, wanted).await?;
     asking.answer(state, wanted).await
 }
 

@@ -103,7 +103,7 @@ pub async fn embed(
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
-    let request: EmbedRequest = parse(&body?)?;
+    let request: EmbedRequest = parse(body?).await?;
     let dimensions = request.dimensions;
     let asking = Embedding {
         texts: texts(request.input)?,
@@ -140,7 +140,7 @@ pub async fn embeddings(
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
-    let request: EmbeddingsRequest = parse(&body?)?;
+    let request: EmbeddingsRequest = parse(body?).await?;
     let prompt = request.prompt.filter(|prompt| !prompt.is_empty());
     let asking = Embedding {
         texts: prompt.into_iter().collect(),

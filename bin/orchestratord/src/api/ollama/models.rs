@@ -287,7 +287,7 @@ pub async fn show(
     State(state): State<Arc<AppState>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<Value>, ApiError> {
-    let request: ShowRequest = parse(&body?)?;
+    let request: ShowRequest = parse(body?).await?;
     let name = [request.model, request.name]
         .into_iter()
         .find(|name| !name.is_empty())

@@ -1,5 +1,5 @@
 //! Requests to `/api/chat` and `/api/generate`, and what is asked of the engine for
-//! them. All of it is pure.
+//! them. What decides is pure; a large body is read away from the serving thread.
 
 use bytes::Bytes;
 use serde::Deserialize;
@@ -10,6 +10,7 @@ use worker_adapters_adapter_api::{CallApi, EngineCall};
 use super::keep_alive::KeepAlive;
 use super::messages::{Message, conversation};
 use super::options::{self, Format, invalid};
+use crate::runtimes::computed;
 use crate::services::event_log::Failure;
 
 /// What both requests have in common.
@@ -65,7 +66,11 @@ pub(super) struct GenerateRequest {
 ///
 /// # Errors
 /// `INVALID_PARAMS`, saying what cannot be read.
-pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
+pub(super) async fn parse<T: DeserializeOwned + Send + 'static>(body: Bytes) -> Result<T, Failure> {
+    computed(body.len(), move || read(&body)).await
+}
+
+fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
     // A list would otherwise be taken for the keys in their order.
     if body.trim_ascii_start().first() != Some(&b'{') {
         return Err(invalid("the body must be a JSON object"));
@@ -245,13 +250,13 @@ mod tests {
     use super::*;
 
     fn chat(request: &Value) -> Result<Value, Failure> {
-        let request: ChatRequest = parse(request.to_string().as_bytes())?;
+        let request: ChatRequest = read(request.to_string().as_bytes())?;
         request.check()?;
         asked(request.wanted("the-model", 4096)?)
     }
 
     fn generate(request: &Value) -> Result<(CallApi, Value), Failure> {
-        let request: GenerateRequest = parse(request.to_string().as_bytes())?;
+        let request: GenerateRequest = read(request.to_string().as_bytes())?;
         request.check()?;
         match request.wanted("the-model", 4096)? {
             Wanted::Call(call) => Ok((call.api, serde_json::from_slice(&call.body).unwrap())),
@@ -298,8 +303,8 @@ mod tests {
         assert!(failure.hint.unwrap().contains("`options`"));
         assert!(chat(&json!({"messages": message})).is_err(), "no model");
         assert!(chat(&json!({"model": "m", "messages": message, "x": null})).is_ok());
-        assert!(parse::<ChatRequest>(b"[]").is_err());
-        assert!(parse::<ChatRequest>(b"{\"model\": 1}").is_err());
+        assert!(read::<ChatRequest>(b"[]").is_err());
+        assert!(read::<ChatRequest>(b"{\"model\": 1}").is_err());
     }
 
     #[test]
@@ -345,12 +350,12 @@ mod tests {
     #[test]
     fn without_words_the_model_is_loaded() {
         let load = |request: &str| {
-            let request: GenerateRequest = parse(request.as_bytes()).unwrap();
+            let request: GenerateRequest = read(request.as_bytes()).unwrap();
             matches!(request.wanted("m", 1), Ok(Wanted::Load))
         };
         assert!(load(r#"{"model": "m"}"#));
         assert!(load(r#"{"model": "m", "prompt": "", "keep_alive": 0}"#));
-        let chat: ChatRequest = parse(br#"{"model": "m", "messages": []}"#).unwrap();
+        let chat: ChatRequest = read(br#"{"model": "m", "messages": []}"#).unwrap();
         assert!(matches!(chat.wanted("m", 1), Ok(Wanted::Load)));
     }
 }

@@ -71,7 +71,7 @@ pub async fn pull(
     State(state): State<Arc<AppState>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
-    let request: PullRequest = parse(&body?)?;
+    let request: PullRequest = parse(body?).await?;
     let name = [request.model, request.name]
         .into_iter()
         .find(|name| !name.is_empty())

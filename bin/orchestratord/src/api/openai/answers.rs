@@ -19,6 +19,7 @@ use crate::api::streams::EVENT_STREAM;
 use crate::api::submission::{CallOptions, client_of};
 use crate::api::tasks::Preparation;
 use crate::app::state::AppState;
+use crate::runtimes::computed;
 use crate::services::event_log::Failure;
 use crate::services::pool::PoolHandle;
 use crate::services::streaming::KEEP_ALIVE;
@@ -39,7 +40,8 @@ pub(super) async fn call(
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let body = body?;
-    let asked = Asked::read(&body, state.limits.max_prompt_bytes)?;
+    let (read, most) = (body.clone(), state.limits.max_prompt_bytes);
+    let asked = computed(body.len(), move || Asked::read(&read, most)).await?;
     let wishes = Wishes::read(&headers)?;
     let pool = state.pool_named(asked.model.as_deref())?;
     let stream = asked.stream == Some(true) && api.generates();

@@ -89,7 +89,11 @@ pub(super) struct Guard {
     reader_stall: Duration,
     /// The time for what is awaited, and the stage that it is for.
     reading: Option<(u64, Pin<Box<Sleep>>)>,
-    /// Runs while the client takes nothing.
+    /// The client takes nothing; it has to by then.
+    write_by: Option<Instant>,
+    /// For that. It is made for the first wait of a connection, and never put off
+    /// before it has fired: an answer waits for its client far more often than a
+    /// client stalls.
     writing: Option<Pin<Box<Sleep>>>,
     /// Whether anything has come at all.
     begun: bool,
@@ -108,6 +112,7 @@ impl Guard {
             idle: limits.idle(),
             reader_stall: limits.reader_stall(),
             reading: None,
+            write_by: None,
             writing: None,
             begun: false,
             refusal: None,
@@ -157,7 +162,7 @@ impl Guard {
         };
         ready!(timer.poll(context));
         let in_head = self.stage.now() & 3 == HEAD;
-        if in_head && self.begun && self.writing.is_none() {
+        if in_head && self.begun && self.write_by.is_none() {
             // A few hundred bytes into an empty buffer; what does not fit is
             // not worth waiting for.
             let _ = self.stream.try_write(&refusal::slow_head(self.head));
@@ -182,7 +187,7 @@ impl Guard {
         written: Poll<io::Result<T>>,
     ) -> Poll<io::Result<T>> {
         if written.is_ready() {
-            self.writing = None;
+            self.write_by = None;
             // Somebody who still takes an answer is not idle.
             if self.stage.now() & 3 == IDLE
                 && let Some((_, timer)) = &mut self.reading
@@ -192,10 +197,16 @@ impl Guard {
             return written;
         }
         let limit = self.reader_stall;
+        let by = *self.write_by.get_or_insert_with(|| Instant::now() + limit);
         let timer = self
             .writing
-            .get_or_insert_with(|| Box::pin(sleep_until(Instant::now() + limit)));
+            .get_or_insert_with(|| Box::pin(sleep_until(by)));
         ready!(timer.as_mut().poll(context));
+        if Instant::now() < by {
+            // It was for a wait before this one.
+            timer.as_mut().reset(by);
+            ready!(timer.as_mut().poll(context));
+        }
         let message = format!("the client took nothing for {} s", limit.as_secs());
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, message)))
     }

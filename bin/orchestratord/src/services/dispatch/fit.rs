@@ -1,7 +1,7 @@
 //! Whether a task's prompt and answer fit the engine's context.
 
 use adapter_host::{AdapterHost, HostError};
-use llama_orch_types::ProvisionedContext;
+use llama_orch_types::{EngineKind, ProvisionedContext};
 use worker_adapters_adapter_api::{TaskInput, WorkerError};
 
 use super::trouble::Trouble;
@@ -30,9 +30,12 @@ pub(super) async fn make_fit(
         return Ok(());
     }
     let task = &mut submission.task;
-    let model = context.model.as_ref();
-    let template = model.and_then(|model| model.chat_template.as_deref());
-    if certainly_fits(&task.input, template, task.max_tokens, context.ctx) {
+    if certainly_fits(
+        &task.input,
+        Added::by(context),
+        task.max_tokens,
+        context.ctx,
+    ) {
         submission.fits = true;
         return Ok(());
     }
@@ -62,16 +65,52 @@ pub(super) async fn make_fit(
     Ok(())
 }
 
-/// A token of text is at least one byte long, so few bytes are few tokens. What
-/// a chat template adds is bounded by its own length, once for the whole and a
-/// few tokens for each message; an unknown template bounds nothing.
-fn certainly_fits(input: &TaskInput, template: Option<&str>, max_tokens: u32, ctx: u32) -> bool {
-    const AROUND_PROMPT: usize = 4;
-    const PER_MESSAGE: usize = 16;
-    let added = match (input, template) {
-        (TaskInput::Prompt(_), _) => AROUND_PROMPT,
-        (TaskInput::Messages(messages), Some(template)) => {
-            template.len() + PER_MESSAGE * messages.len()
+/// The most tokens that a chat template adds to what the messages say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Added {
+    once: usize,
+    per_message: usize,
+}
+
+impl Added {
+    /// What is around a text in any case, such as the mark of its beginning.
+    const AROUND: usize = 4;
+
+    /// What llama-server uses for a model that brings no template, ChatML. A token is
+    /// at least one byte long: `<|im_start|>assistant\n` at the end, and
+    /// `<|im_start|>`, `\n` and `<|im_end|>\n` with each message.
+    const CHATML: Self = Self {
+        once: 22 + Self::AROUND,
+        per_message: 24,
+    };
+
+    /// As far as the engine's template is known; one that is not bounds nothing.
+    fn by(context: &ProvisionedContext) -> Option<Self> {
+        let model = context.model.as_ref()?;
+        let another = |flag: &String| flag.starts_with("--chat-template");
+        if context.engine != EngineKind::Llamacpp || context.flags.iter().any(another) {
+            return None;
+        }
+        let own = model.chat_template.as_deref();
+        Some(own.map_or(Self::CHATML, Self::by_template))
+    }
+
+    /// Bounded by the template's own length, once for the whole and a few tokens for
+    /// each message.
+    fn by_template(template: &str) -> Self {
+        Self {
+            once: template.len(),
+            per_message: 16,
+        }
+    }
+}
+
+/// A token of text is at least one byte long, so few bytes are few tokens.
+fn certainly_fits(input: &TaskInput, added: Option<Added>, max_tokens: u32, ctx: u32) -> bool {
+    let added = match (input, added) {
+        (TaskInput::Prompt(_), _) => Added::AROUND,
+        (TaskInput::Messages(messages), Some(added)) => {
+            added.once + added.per_message * messages.len()
         }
         (TaskInput::Messages(_), None) | (TaskInput::Call(_), _) => return false,
     };
@@ -81,6 +120,9 @@ fn certainly_fits(input: &TaskInput, template: Option<&str>, max_tokens: u32, ct
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::services::pool::tests::context;
+    use llama_orch_types::{Digest, ModelMetadata};
+    use worker_adapters_adapter_api::ChatMessage;
 
     #[test]
     fn only_a_text_shorter_than_the_room_is_known_to_fit() {
@@ -88,8 +130,52 @@ mod tests {
         assert!(certainly_fits(&prompt(100), None, 100, 1000));
         assert!(!certainly_fits(&prompt(950), None, 100, 1000));
         let chat = TaskInput::Messages(Vec::new());
-        assert!(certainly_fits(&chat, Some("{{ messages }}"), 900, 1000));
-        assert!(!certainly_fits(&chat, Some("{{ messages }}"), 990, 1000));
+        let added = Some(Added::by_template("{{ messages }}"));
+        assert!(certainly_fits(&chat, added, 900, 1000));
+        assert!(!certainly_fits(&chat, added, 990, 1000));
         assert!(!certainly_fits(&chat, None, 1, 1000), "an unknown template");
+    }
+    #[test]
+    fn the_engines_own_template_adds_no_more_than_is_reckoned() {
+        let messages = [("system", "a"), ("user", "bc"), ("assistant", "")];
+        let rendered: String = messages
+            .iter()
+            .map(|(role, content)| format!("<|im_start|>{role}\n{content}<|im_end|>\n"))
+            .chain(["<|im_start|>assistant\n".to_owned()])
+            .collect();
+        let input = TaskInput::Messages(
+            messages
+                .iter()
+                .map(|(role, content)| ChatMessage {
+                    role: (*role).to_owned(),
+                    content: (*content).to_owned(),
+                })
+                .collect(),
+        );
+        let most = u32::try_from(rendered.len() + Added::AROUND).unwrap();
+        assert!(certainly_fits(&input, Some(Added::CHATML), 0, most));
+        assert!(!certainly_fits(&input, Some(Added::CHATML), 1, most));
+    }
+
+    #[test]
+    fn a_template_that_flags_name_is_not_known() {
+        let mut context = context();
+        context.model = Some(ModelMetadata {
+            id: "m".to_owned(),
+            path: "m.gguf".into(),
+            digest: Digest::from_bytes([0; 32]),
+            size_bytes: 1,
+            architecture: None,
+            quantization: None,
+            parameter_count: None,
+            ctx_max: None,
+            chat_template: None,
+        });
+        assert_eq!(Added::by(&context), Some(Added::CHATML));
+        context.flags = vec!["--chat-template-file".to_owned(), "x.jinja".to_owned()];
+        assert_eq!(Added::by(&context), None);
+        context.flags.clear();
+        context.model = None;
+        assert_eq!(Added::by(&context), None);
     }
 }

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use adapter_host::AdapterHost;
-use llama_orch_types::{ProvisionedContext, TaskId};
-use metrics::gauge;
+use llama_orch_types::{PoolId, ProvisionedContext, TaskId};
+use metrics::{Gauge, gauge};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
@@ -31,6 +31,9 @@ use crate::services::telemetry;
 
 /// Notes of runs that may wait for the actor: each run sends one at the most.
 const NOTES: usize = 64;
+
+/// How much of what has come is taken before it is published.
+const AT_ONCE: usize = 64;
 
 pub(super) struct Actor {
     pub(super) settings: Arc<PoolSettings>,
@@ -69,6 +72,7 @@ pub(super) struct Actor {
     pub(super) leaving: Option<Leaving>,
     pub(super) ended: bool,
     pub(super) orders: watch::Sender<Order>,
+    pub(super) gauges: Gauges,
 }
 
 pub(super) fn spawn(
@@ -91,6 +95,7 @@ pub(super) fn spawn(
     let (not_freed, notes) = mpsc::channel(NOTES);
     let actor = Actor {
         queue: AdmissionQueue::new(settings.queue_capacity, settings.batch_ageing),
+        gauges: Gauges::of(&settings.id),
         lifecycle: Lifecycle::new(settings.policy(), on_demand, now),
         settings,
         host,
@@ -133,8 +138,6 @@ impl Actor {
         publish: watch::Sender<PoolSnapshot>,
     ) {
         while !self.ended {
-            self.end_expired();
-            self.dispatch();
             self.publish(&publish);
             let next_deadline = self.queue.next_deadline().map(Into::into);
             let phase_end = self.lifecycle.deadline().map(Into::into);
@@ -155,12 +158,48 @@ impl Actor {
                 () = at(self.retire_until), if self.retire_until.is_some() => self.end_retiring(),
                 () = at(unloads_at), if unloads_at.is_some() => self.end_idleness(),
             }
-            self.settle_drain();
-            self.settle_residence();
+            self.settle();
+            self.take_what_is_there(&mut commands, &publish);
         }
         self.publish(&publish);
         for reply in self.drained {
             let _ = reply.send(());
+        }
+    }
+
+    /// What follows from whatever happened. It is not put off: a task that comes next
+    /// finds the slots and the queue as they are after the one before.
+    fn settle(&mut self) {
+        self.settle_drain();
+        self.settle_residence();
+        if !self.ended {
+            self.end_expired();
+            self.dispatch();
+        }
+    }
+
+    /// Where many come at once they are published once: what is published has a price
+    /// that does not depend on how much has changed.
+    fn take_what_is_there(
+        &mut self,
+        commands: &mut mpsc::Receiver<Command>,
+        publish: &watch::Sender<PoolSnapshot>,
+    ) {
+        for _ in 0..AT_ONCE {
+            if self.ended {
+                return;
+            }
+            if let Ok(command) = commands.try_recv() {
+                self.handle(command, publish);
+            } else if let Some(finished) = self.runs.try_join_next() {
+                match finished {
+                    Ok(finished) => self.finish(finished),
+                    Err(error) => self.bury(&error),
+                }
+            } else {
+                return;
+            }
+            self.settle();
         }
     }
 
@@ -231,15 +270,40 @@ impl Actor {
     }
 
     fn publish(&self, publish: &watch::Sender<PoolSnapshot>) {
-        for priority in [Priority::Interactive, Priority::Batch] {
-            gauge!(telemetry::QUEUED, "pool" => self.label(), "priority" => priority.as_str())
-                .set(self.queue.len_of(priority) as f64);
+        let snapshot = self.snapshot();
+        self.gauges.show(&snapshot);
+        publish.send_replace(snapshot);
+    }
+}
+
+/// A pool's gauges, looked up once.
+pub(super) struct Gauges {
+    interactive: Gauge,
+    batch: Gauge,
+    running: Gauge,
+    slots: Gauge,
+    ready: Gauge,
+}
+
+impl Gauges {
+    fn of(pool: &PoolId) -> Self {
+        let queued = |priority: Priority| gauge!(telemetry::QUEUED, "pool" => pool.to_string(), "priority" => priority.as_str());
+        Self {
+            interactive: queued(Priority::Interactive),
+            batch: queued(Priority::Batch),
+            running: gauge!(telemetry::RUNNING, "pool" => pool.to_string()),
+            slots: gauge!(telemetry::SLOTS, "pool" => pool.to_string()),
+            ready: gauge!(telemetry::READY, "pool" => pool.to_string()),
         }
-        gauge!(telemetry::RUNNING, "pool" => self.label()).set(self.running.len() as f64);
-        gauge!(telemetry::SLOTS, "pool" => self.label()).set(f64::from(self.slots()));
-        gauge!(telemetry::READY, "pool" => self.label())
-            .set(f64::from(u8::from(self.phase() == Phase::Ready)));
-        publish.send_replace(self.snapshot());
+    }
+
+    fn show(&self, snapshot: &PoolSnapshot) {
+        self.interactive.set(snapshot.queued_interactive as f64);
+        self.batch.set(snapshot.queued_batch as f64);
+        self.running.set(snapshot.running as f64);
+        self.slots.set(f64::from(snapshot.slots));
+        let ready = snapshot.phase == Phase::Ready;
+        self.ready.set(f64::from(u8::from(ready)));
     }
 }
 

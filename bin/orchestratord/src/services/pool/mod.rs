@@ -19,7 +19,7 @@ mod refusals;
 mod residence;
 pub mod restart;
 #[cfg(test)]
-mod tests;
+pub(in crate::services) mod tests;
 mod work;
 
 use std::sync::Arc;

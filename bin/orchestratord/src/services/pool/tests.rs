@@ -95,7 +95,7 @@ impl Answers for BreaksOnce {
     }
 }
 
-fn context() -> ProvisionedContext {
+pub(in crate::services) fn context() -> ProvisionedContext {
     ProvisionedContext {
         pool_id: PoolId::default_pool(),
         replica_id: ReplicaId::first(),

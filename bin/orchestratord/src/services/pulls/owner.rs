@@ -15,6 +15,7 @@ use uuid::Uuid;
 use super::kept::{Kept, KeptPull};
 use super::view::{Pull, PullView, PulledModel};
 use super::{AT_ONCE, Fetch, Identity, QUEUED_AT_MOST};
+use crate::runtimes::apart;
 use crate::services::event_log::Failure;
 use crate::services::watched::WorkState;
 use crate::services::watched::measured;
@@ -240,8 +241,9 @@ impl Owner {
             let meter = Meter::new(Arc::clone(&self.reporter));
             let reference = entry.reference.clone();
             entry.job = Some(self.jobs.spawn(async move {
-                let fetching = fetch.fetch(&reference, meter.clone());
-                measured(&pull.work, &meter, fetching).await
+                let reporter = meter.clone();
+                let fetching = async move { fetch.fetch(&reference, reporter).await };
+                measured(&pull.work, &meter, apart("pull", fetching)).await
             }));
         }
     }

@@ -1,6 +1,7 @@
 //! The owner with a source that does as it is told.
 
 use std::sync::Mutex;
+use std::thread::{self, ThreadId};
 use std::time::Duration;
 
 use provision_kit::progress::{Silent, Step, StepKind, Unit};
@@ -14,6 +15,8 @@ use crate::services::watched::WorkState::{self, Queued, Running};
 struct Source {
     /// What was begun, in order.
     begun: Mutex<Vec<String>>,
+    /// The threads that worked.
+    threads: Mutex<Vec<ThreadId>>,
     /// Names that may be brought now.
     let_through: watch::Sender<Vec<String>>,
 }
@@ -38,6 +41,7 @@ impl Fetch for Source {
         reporter: Arc<dyn Reporter>,
     ) -> Result<PulledModel, Failure> {
         self.begun.lock().unwrap().push(reference.to_owned());
+        self.threads.lock().unwrap().push(thread::current().id());
         let mut step = Step::start(&reporter, StepKind::ModelFetch, "x", Unit::Bytes, Some(10));
         step.set(4, Some(10));
         let mut let_through = self.let_through.subscribe();
@@ -74,6 +78,7 @@ impl Bench {
     fn in_dir(dir: tempfile::TempDir) -> Self {
         let source = Arc::new(Source {
             begun: Mutex::default(),
+            threads: Mutex::default(),
             let_through: watch::Sender::new(Vec::new()),
         });
         let (stop, tracker) = (CancellationToken::new(), TaskTracker::new());
@@ -155,6 +160,17 @@ async fn two_run_the_rest_wait_and_the_same_bytes_are_pulled_once() {
     bench.let_through("*");
     assert_ne!(bench.begin("c").await.pull_id, third.pull_id);
     assert!(!bench.source.begun.lock().unwrap().contains(&"A".to_owned()));
+}
+
+#[tokio::test]
+async fn a_pull_does_not_run_where_tasks_are_served() {
+    let bench = Bench::new();
+    bench.let_through("*");
+    let pull = bench.begin("a").await;
+    bench.until_over(&pull).await;
+    let threads = bench.source.threads.lock().unwrap();
+    // This test's runtime has the one thread.
+    assert!(threads.len() == 1 && !threads.contains(&thread::current().id()));
 }
 
 #[tokio::test]
