@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use provision_kit::fs::write_unflushed;
 use provision_kit::lock::FileLock;
 use serde::{Deserialize, Serialize};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 
 use super::{Context, report};
 use crate::app::bootstrap::{self, Plan, StartError};
@@ -30,7 +30,7 @@ async fn try_serve(context: Context) -> Result<(), StartError> {
     let signals = Signals::listen().map_err(StartError::Signals)?;
     bootstrap::check_directories(&config)?;
     let _only_one = lock_runtime_dir(&config)?;
-    let listener = bind(config.listen).await?;
+    let listener = bind(config.listen)?;
     let address = listener.local_addr().unwrap_or(config.listen);
     let app = bootstrap::start(plan)?;
     let shutdown = signals.heed(config.drain(), Some(app.state.reloads.clone()));
@@ -91,10 +91,22 @@ async fn say_when_ready(pool: PoolHandle, address: SocketAddr) {
     }
 }
 
-async fn bind(address: SocketAddr) -> Result<TcpListener, StartError> {
-    TcpListener::bind(address)
-        .await
-        .map_err(|source| StartError::Listen { address, source })
+/// How many clients may wait to be accepted. Those who come at once beyond it try
+/// again after a second, whatever the daemon could do for them.
+const BACKLOG: u32 = 4096;
+
+fn bind(address: SocketAddr) -> Result<TcpListener, StartError> {
+    let listen = || {
+        let socket = match address {
+            SocketAddr::V4(_) => TcpSocket::new_v4(),
+            SocketAddr::V6(_) => TcpSocket::new_v6(),
+        }?;
+        // The port of a daemon that has just ended is free again.
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(BACKLOG)
+    };
+    listen().map_err(|source| StartError::Listen { address, source })
 }
 
 /// The file that tells other programs where this daemon listens; removed when
