@@ -8,8 +8,7 @@
 //! block:
 //!
 //! - work of minutes, such as downloads with their hashing and unpacking, builds
-//!   and whole models that are read, goes through [`apart`]: it gets a thread and
-//!   a runtime for as long as it takes, and an idle daemon keeps none of them
+//!   and whole models that are read, goes through [`apart`], to a runtime of its own
 //! - what takes milliseconds goes through [`computed`], to the blocking pool
 //!   whose threads end when they are idle
 //!
@@ -18,19 +17,21 @@
 
 use std::future::Future;
 use std::io;
-use std::panic::{AssertUnwindSafe, resume_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::panic::resume_unwind;
+use std::sync::{LazyLock, OnceLock};
 use std::time::Duration;
 
-use futures::FutureExt;
 use tokio::runtime::{Builder, Runtime};
-use tokio::sync::oneshot;
-use tokio_util::sync::CancellationToken;
+use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
 
 /// The most threads of one runtime that block at the same time. Further work
 /// waits for one of them.
 const BLOCKING_THREADS: usize = 16;
+
+/// Threads of the runtime for long work: two models that come at once are hashed at
+/// once.
+const LONG_WORK_THREADS: usize = 2;
 
 /// From so many bytes on reading a body is not the serving thread's business: the
 /// parser needs a tenth of a millisecond for them.
@@ -47,7 +48,11 @@ impl Serving {
     /// # Errors
     /// Where the system gives no more file descriptors.
     pub fn new() -> io::Result<Self> {
-        on_one_thread().map(Self)
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(BLOCKING_THREADS)
+            .build();
+        runtime.map(Self)
     }
 
     /// Drives everything on this thread until `main` is over, then ends all that is
@@ -59,59 +64,74 @@ impl Serving {
     }
 }
 
-fn on_one_thread() -> io::Result<Runtime> {
-    Builder::new_current_thread()
-        .enable_all()
-        .max_blocking_threads(BLOCKING_THREADS)
-        .build()
+/// The runtime for long work, begun with the first of it. It lives as long as the
+/// process: what is begun there, such as a record on its way to the disk, is never
+/// cut off by the end of somebody else's work.
+fn for_long_work() -> Option<&'static Runtime> {
+    static LONG_WORK: OnceLock<Option<Runtime>> = OnceLock::new();
+    let begin = || {
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(LONG_WORK_THREADS)
+            .max_blocking_threads(BLOCKING_THREADS)
+            .thread_name("long-work")
+            .enable_all()
+            .build();
+        let warn = |error: &io::Error| {
+            tracing::warn!(%error, "no threads can be had for long work; it is done where tasks are served");
+        };
+        runtime.inspect_err(warn).ok()
+    };
+    LONG_WORK.get_or_init(begin).as_ref()
 }
 
-/// Does work away from the serving thread, in a thread and a runtime of its own
-/// that end with it. Dropping the future drops the work there, a moment later;
-/// its panic goes on here. Where no thread can be had it is done here: late is
-/// better than never.
-pub async fn apart<T, F>(name: &'static str, work: F) -> T
+/// How much of it is under way or still being dropped.
+static UNDER_WAY: LazyLock<watch::Sender<usize>> = LazyLock::new(|| watch::Sender::new(0));
+
+/// Counted as long as it lives.
+struct UnderWay;
+
+impl UnderWay {
+    fn begin() -> Self {
+        UNDER_WAY.send_modify(|count| *count += 1);
+        Self
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        UNDER_WAY.send_modify(|count| *count -= 1);
+    }
+}
+
+/// Does work away from the serving thread, on a runtime that lives as long as the
+/// process. Dropping the future drops the work there, a moment later; its panic goes
+/// on here. Where no thread can be had it is done here: late is better than never.
+pub async fn apart<T, F>(work: F) -> T
 where
     F: Future<Output = T> + Send + 'static,
     T: Send + 'static,
 {
-    let stop = CancellationToken::new();
-    let _stopped_on_drop = stop.clone().drop_guard();
-    let (tell, told) = oneshot::channel();
-    let work = Arc::new(Mutex::new(Some(work)));
-    let taken = Arc::clone(&work);
-    let there = move |runtime: Runtime| {
-        if let Some(work) = take(&taken) {
-            let work = AssertUnwindSafe(work).catch_unwind();
-            // Nobody listens where it was stopped.
-            let _ = tell.send(runtime.block_on(stop.run_until_cancelled_owned(work)));
-            // What it left to the pool is done, too: a runtime that ends waits for what
-            // has begun there, and the pool begins in order. The outcome is nothing.
-            let _ = runtime.block_on(runtime.spawn_blocking(|| ()));
-        }
+    let Some(runtime) = for_long_work() else {
+        return work.await;
     };
-    let started = on_one_thread().and_then(|runtime| {
-        let thread = thread::Builder::new().name(name.to_owned());
-        thread.spawn(move || there(runtime))
+    let counted = UnderWay::begin();
+    let job = runtime.spawn(async move {
+        // Dropped last.
+        let _counted = counted;
+        work.await
     });
-    if let Err(error) = started {
-        tracing::warn!(work = name, %error, "no thread of its own can be had; it is done where tasks are served");
-        return match take(&work) {
-            Some(work) => work.await,
-            None => std::future::pending().await,
-        };
-    }
-    match told.await {
-        Ok(Some(Ok(result))) => result,
-        Ok(Some(Err(panic))) => resume_unwind(panic),
-        // It is stopped only when this future is dropped, and its panics are caught.
-        Ok(None) | Err(_) => std::future::pending().await,
+    match AbortOnDropHandle::new(job).await {
+        Ok(result) => result,
+        Err(broken) if broken.is_panic() => resume_unwind(broken.into_panic()),
+        // It is stopped only when this future is dropped.
+        Err(_) => std::future::pending().await,
     }
 }
 
-fn take<F>(work: &Mutex<Option<F>>) -> Option<F> {
-    // Nothing that holds the lock can panic.
-    work.lock().unwrap_or_else(PoisonError::into_inner).take()
+/// Waits until nothing is done apart any more, dropped work included.
+pub async fn nothing_apart() {
+    // The sender lives as long as the process.
+    let _ = UNDER_WAY.subscribe().wait_for(|count| *count == 0).await;
 }
 
 /// Does work on `bytes` bytes: here if they are few, else in the blocking pool. Its
@@ -140,6 +160,9 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stat
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc;
+    use std::thread;
+
+    use tokio::sync::oneshot;
 
     use super::*;
 
@@ -176,7 +199,7 @@ mod tests {
             let (there, ()) = tokio::join!(computed(LARGE, work), served);
             assert_ne!(there, here);
             let (work, served) = until_served();
-            let (there, ()) = tokio::join!(apart("hash", async { work() }), served);
+            let (there, ()) = tokio::join!(apart(async { work() }), served);
             assert_ne!(there, here);
             // What is small is not worth a change of threads.
             let small = computed(LARGE - 1, || thread::current().id()).await;
@@ -185,20 +208,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn work_apart_has_a_runtime_and_a_name_of_its_own() {
-        let name = apart("pull", async {
+    async fn work_apart_has_a_runtime_of_its_own() {
+        let name = apart(async {
             tokio::time::sleep(Duration::from_millis(1)).await;
             let spawned = tokio::spawn(async { thread::current().name().map(str::to_owned) });
             spawned.await.unwrap()
         });
-        assert_eq!(name.await.as_deref(), Some("pull"));
+        assert_eq!(name.await.as_deref(), Some("long-work"));
     }
 
     #[tokio::test]
     async fn work_that_nobody_waits_for_any_more_is_dropped() {
         let (held, dropped) = oneshot::channel::<()>();
         let (tell, begun) = oneshot::channel();
-        let work = apart("endless", async move {
+        let work = apart(async move {
             let _held = held;
             tell.send(()).unwrap();
             std::future::pending::<()>().await;
@@ -209,20 +232,13 @@ mod tests {
         }
         let dropped = tokio::time::timeout(LIMIT, dropped).await;
         assert!(dropped.expect("the work is dropped").is_err());
-    }
-
-    #[tokio::test]
-    async fn what_work_left_to_the_pool_is_done_though_its_runtime_ends() {
-        for _ in 0..50 {
-            let left = apart("record", async { tokio::task::spawn_blocking(|| 7) }).await;
-            let left = tokio::time::timeout(LIMIT, left).await;
-            assert_eq!(left.unwrap().expect("it is begun, and so ended"), 7);
-        }
+        let over = tokio::time::timeout(LIMIT, nothing_apart()).await;
+        over.expect("what was dropped is counted no more");
     }
 
     #[tokio::test]
     async fn a_panic_goes_on_where_the_work_is_waited_for() {
-        let broken = tokio::spawn(apart("broken", async { panic!("over there") }));
+        let broken = tokio::spawn(apart(async { panic!("over there") }));
         let broken: Result<(), _> = broken.await;
         assert!(broken.unwrap_err().is_panic());
         let broken = tokio::spawn(blocking(|| panic!("in the pool")));

@@ -68,6 +68,11 @@ impl CacheDirs {
         self.root.join("run")
     }
 
+    /// What was learnt of the machine's own engines. May be removed at any time.
+    pub fn known(&self) -> PathBuf {
+        self.root.join("known")
+    }
+
     /// Lock files. They are never removed: removing one would let two
     /// processes hold "the same" lock.
     pub fn locks(&self) -> PathBuf {

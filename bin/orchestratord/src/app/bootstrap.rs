@@ -361,6 +361,17 @@ impl App {
                 STOP_LIMIT.as_secs()
             );
         }
+        // What was given up lets go of its files, locks and children before we end.
+        let nothing_apart = crate::runtimes::nothing_apart();
+        if tokio::time::timeout(STOP_LIMIT, nothing_apart)
+            .await
+            .is_err()
+        {
+            tracing::error!(
+                "what was given up did not end within {} s",
+                STOP_LIMIT.as_secs()
+            );
+        }
         // A build that was given up ends its compilers before we end.
         if tokio::time::timeout(STOP_LIMIT, all_ended()).await.is_err() {
             tracing::error!("a build did not end within {} s", STOP_LIMIT.as_secs());

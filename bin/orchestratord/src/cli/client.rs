@@ -195,6 +195,10 @@ fn listening(config: &Config) -> Result<String, ClientError> {
     let Ok(text) = std::fs::read_to_string(&path) else {
         return Err(ClientError::NoDaemon { path });
     };
+    // What a power cut may leave of it.
+    if text.trim_matches(['\0', ' ', '\n']).is_empty() {
+        return Err(ClientError::NoDaemon { path });
+    }
     let listening: Listening =
         serde_json::from_str(&text).map_err(|source| ClientError::Presence { path, source })?;
     Ok(reachable(&listening.url))

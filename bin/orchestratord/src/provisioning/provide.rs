@@ -118,12 +118,12 @@ impl Parts {
         config: &PoolConfig,
     ) -> Result<(ModelMetadata, Recording, EngineInstallation), ProvisionError> {
         let (models, model) = (Arc::clone(&self.models), config.model.clone());
-        let model = apart("model", async move {
+        let model = apart(async move {
             let model = models.ensure_ahead(&model).await;
             model.map_err(ProvisionError::Model)
         });
         let (engines, engine) = (self.engines.clone(), config.provision.clone());
-        let engine = apart("engine", async move {
+        let engine = apart(async move {
             let engine = engines.ensure(&engine).await;
             engine.map_err(ProvisionError::Engine)
         });

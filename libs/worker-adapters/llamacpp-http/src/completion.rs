@@ -161,7 +161,8 @@ impl Completion {
             }
             State::Reading(incoming) => {
                 if let Poll::Ready(event) = incoming.poll_event(context) {
-                    if incoming.take_has_read() {
+                    // Whoever reads the stream may have slept within what one read brought.
+                    if incoming.take_has_read() || self.patience.is_due() {
                         self.now = Instant::now();
                     }
                     let event = event.unwrap_or_else(|| Err(ended_early()))?;

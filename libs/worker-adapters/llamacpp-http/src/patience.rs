@@ -156,6 +156,11 @@ impl Patience {
         Poll::Pending
     }
 
+    /// Whether the clock is to be looked at though nothing was read: it was long ago.
+    pub(crate) fn is_due(&self) -> bool {
+        !self.alarm.is_set()
+    }
+
     /// How long the next sign of life is waited for.
     fn limit(&mut self, live: &LiveTask, now: Instant) -> Limit {
         let others = live.other_prompts();

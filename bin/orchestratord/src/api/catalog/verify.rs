@@ -115,7 +115,7 @@ mod work {
             let _place = place;
             of_job.begin();
             let reading = Box::pin(async move { models.verify(&name, repair).await });
-            let verified = measured(&of_job, &meter, apart("verify", reading)).await;
+            let verified = measured(&of_job, &meter, apart(reading)).await;
             let verified = verified.map(VerifiedView::from);
             of_job.end(verified.map_err(|error| Failure::from_models(&error)));
         };

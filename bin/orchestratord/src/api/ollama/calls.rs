@@ -160,7 +160,8 @@ impl Asking {
 
     async fn call(self, state: Arc<AppState>, call: EngineCall) -> Result<Response, ApiError> {
         // Bounds its text as that of any other call.
-        Asked::read(&call.body, state.limits.max_prompt_bytes)?;
+        let (body, most) = (call.body.clone(), state.limits.max_prompt_bytes);
+        computed(body.len(), move || Asked::read(&body, most).map(drop)).await?;
         let called = submit(
             state,
             &self.pool,

@@ -27,6 +27,7 @@ use crate::api::error::ApiError;
 use crate::api::openai::request::{Asked, Wishes};
 use crate::api::outcome;
 use crate::app::state::AppState;
+use crate::runtimes::{blocking, computed};
 use crate::services::event_log::{Failure, TaskEvent};
 use crate::services::pool::PoolHandle;
 use crate::services::tasks::TaskRecord;
@@ -121,7 +122,7 @@ pub async fn embed(
         total_duration: nanos(vectors.took),
         load_duration: nanos(vectors.load),
     };
-    Ok(answered(record.as_deref(), &answer))
+    Ok(answered(record.as_deref(), answer).await)
 }
 
 /// The vector of one text; `/api/embed` takes several.
@@ -150,12 +151,12 @@ pub async fn embeddings(
     };
     let (record, vectors) = asking.run(state, correlation, headers).await?;
     let first = vectors.all.into_iter().next().unwrap_or_default();
-    Ok(answered(record.as_deref(), &json!({"embedding": first})))
+    Ok(answered(record.as_deref(), json!({"embedding": first})).await)
 }
 
-fn answered(record: Option<&TaskRecord>, body: &impl Serialize) -> Response {
-    // Texts and numbers, which JSON always holds.
-    let body = serde_json::to_vec(body).unwrap_or_default();
+async fn answered(record: Option<&TaskRecord>, body: impl Serialize + Send + 'static) -> Response {
+    // Texts and numbers, which JSON always holds. Vectors of many texts are megabytes.
+    let body = blocking(move || serde_json::to_vec(&body).unwrap_or_default()).await;
     let mut response = ([(CONTENT_TYPE, JSON)], body).into_response();
     let told = record.map(told_at_admission).into_iter().flatten();
     response.headers_mut().extend(told);
@@ -228,14 +229,22 @@ impl Embedding {
             return Ok((None, self.without_texts(&pool).await?));
         }
         let ctx = context_of(&state, &pool).await;
-        let call = call(&pool.settings().model, &self.texts, self.options, ctx)?;
-        Asked::read(&call.body, state.limits.max_prompt_bytes)?;
+        let bytes = self.texts.iter().map(String::len).sum();
+        let (model, texts, options) = (pool.settings().model.clone(), self.texts, self.options);
+        let most = state.limits.max_prompt_bytes;
+        let call = computed(bytes, move || {
+            let call = call(&model, &texts, options, ctx)?;
+            Asked::read(&call.body, most)?;
+            Ok::<_, Failure>(call)
+        });
+        let call = call.await?;
         let called = submit(state, &pool, call, wishes, correlation, &headers).await?;
         if self.keep_alive == KeepAlive::Unload {
             loading::unload_after(Arc::clone(&called.record), pool);
         }
         let answer = outcome::answer(&called.record).await?;
-        let (all, tokens) = read(&answer.body, count)?;
+        let body = answer.body.clone();
+        let (all, tokens) = computed(body.len(), move || read(&body, count)).await?;
         let record = called.record;
         let embedded = Embedded {
             all,

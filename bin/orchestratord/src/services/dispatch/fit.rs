@@ -87,7 +87,9 @@ impl Added {
     /// As far as the engine's template is known; one that is not bounds nothing.
     fn by(context: &ProvisionedContext) -> Option<Self> {
         let model = context.model.as_ref()?;
-        let another = |flag: &String| flag.starts_with("--chat-template");
+        let another = |flag: &String| {
+            flag.starts_with("--chat-template") || flag.starts_with("--override-kv")
+        };
         if context.engine != EngineKind::Llamacpp || context.flags.iter().any(another) {
             return None;
         }

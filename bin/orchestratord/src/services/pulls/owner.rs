@@ -243,7 +243,7 @@ impl Owner {
             entry.job = Some(self.jobs.spawn(async move {
                 let reporter = meter.clone();
                 let fetching = async move { fetch.fetch(&reference, reporter).await };
-                measured(&pull.work, &meter, apart("pull", fetching)).await
+                measured(&pull.work, &meter, apart(fetching)).await
             }));
         }
     }

@@ -234,6 +234,11 @@ impl Gpu {
         )
     }
 
+    /// Whether what [`Self::by_files`] says names a device.
+    pub(crate) fn may_be_there(by_files: &str) -> bool {
+        !by_files.starts_with("nvidia= render=false ")
+    }
+
     pub fn can_build_cuda(&self) -> bool {
         self.nvcc.is_some() && self.nvidia_driver.is_some()
     }

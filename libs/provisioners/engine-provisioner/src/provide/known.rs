@@ -2,7 +2,7 @@
 //! and read again only when that changed.
 //!
 //! ```text
-//! run/engine-<16 hex digits of its path's digest>.json
+//! known/engine-<16 hex digits of its path's digest>.json
 //! ```
 //!
 //! What an engine can compute on depends on more than its file: on the libraries that lie with it,
@@ -79,21 +79,26 @@ impl Look {
         })
     }
 
-    fn file(&self, run: &Path) -> PathBuf {
+    /// Whether an engine may find something else to compute on than processors.
+    pub(super) fn has_devices(&self) -> bool {
+        Gpu::may_be_there(&self.devices)
+    }
+
+    fn file(&self, known_dir: &Path) -> PathBuf {
         let digest = sha256_bytes(self.path.as_os_str().as_encoded_bytes()).hex();
-        run.join(format!("engine-{}.json", &digest[..16]))
+        known_dir.join(format!("engine-{}.json", &digest[..16]))
     }
 
     /// What was learnt of an engine that looked like this. Blocking, for a moment.
-    pub(super) fn recall(&self, run: &Path) -> Option<Known> {
-        let text = std::fs::read(self.file(run)).ok()?;
+    pub(super) fn recall(&self, known_dir: &Path) -> Option<Known> {
+        let text = std::fs::read(self.file(known_dir)).ok()?;
         let kept: Kept = serde_json::from_slice(&text).ok()?;
         (kept.look == *self).then_some(kept.known)
     }
 
     /// Keeps what was learnt, unless it is of no use because the engine changed meanwhile.
     /// Blocking, for a moment.
-    pub(super) fn keep(&self, run: &Path, known: &Known) {
+    pub(super) fn keep(&self, known_dir: &Path, known: &Known) {
         if self.is_script || Self::at(&self.path).ok().as_ref() != Some(self) {
             return;
         }
@@ -102,8 +107,8 @@ impl Look {
             known: known.clone(),
         };
         let written = serde_json::to_vec_pretty(&kept)
-            .map_err(|error| FsError::at("write", run)(error.into()))
-            .and_then(|text| write_unflushed(&self.file(run), &text));
+            .map_err(|error| FsError::at("write", known_dir)(error.into()))
+            .and_then(|text| write_unflushed(&self.file(known_dir), &text));
         if let Err(error) = written {
             tracing::debug!(error = %chain(&error), "an engine will be asked again what it is");
         }
@@ -125,7 +130,7 @@ mod tests {
     #[test]
     fn what_is_known_holds_until_the_engine_or_a_library_changes() {
         let dir = tempfile::tempdir().unwrap();
-        let (run, engine) = (dir.path().join("run"), dir.path().join("llama-server"));
+        let (run, engine) = (dir.path().join("known"), dir.path().join("llama-server"));
         std::fs::write(&engine, "engine").unwrap();
         let known = Known {
             version: "b1".into(),

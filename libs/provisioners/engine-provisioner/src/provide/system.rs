@@ -62,10 +62,10 @@ async fn recall(
     provisioner: &EngineProvisioner,
     binary: &Path,
 ) -> Result<(Look, Option<Known>), EngineError> {
-    let (run, path) = (provisioner.cache.run(), binary.to_owned());
+    let (known_dir, path) = (provisioner.cache.known(), binary.to_owned());
     blocking(move || {
         let look = Look::at(&path)?;
-        let known = look.recall(&run);
+        let known = look.recall(&known_dir);
         Ok((look, known))
     })
     .await
@@ -85,17 +85,21 @@ async fn learn(
         digest,
         accelerator,
     };
-    let known = Known {
-        version,
-        rest: Some(rest),
-    };
-    keep(provisioner, look, known).await;
+    // That none was found says little where there are devices: they may have been hidden
+    // from us, or have been busy.
+    if accelerator != Accelerator::Cpu || !look.has_devices() {
+        let known = Known {
+            version,
+            rest: Some(rest),
+        };
+        keep(provisioner, look, known).await;
+    }
     Ok(rest)
 }
 
 async fn keep(provisioner: &EngineProvisioner, look: Look, known: Known) {
-    let run = provisioner.cache.run();
-    blocking(move || look.keep(&run, &known)).await;
+    let known_dir = provisioner.cache.known();
+    blocking(move || look.keep(&known_dir, &known)).await;
 }
 
 pub(super) fn locate(config: &EngineConfig) -> Result<PathBuf, EngineError> {

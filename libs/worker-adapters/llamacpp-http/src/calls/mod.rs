@@ -207,7 +207,8 @@ impl Call {
             }
             State::Reading(incoming) => {
                 if let Poll::Ready(event) = incoming.poll_event(context) {
-                    if incoming.take_has_read() {
+                    // Whoever reads the stream may have slept within what one read brought.
+                    if incoming.take_has_read() || self.patience.is_due() {
                         self.now = Instant::now();
                     }
                     let event = event.unwrap_or_else(|| Err(ended_early()))?;
@@ -219,8 +220,9 @@ impl Call {
                     return Poll::Ready(self.take_answer(answer?));
                 }
                 if let Poll::Ready(Some(seen)) = sights.poll_next_unpin(context) {
+                    // No step of the answer: the next look is waited for.
                     self.take_look(seen);
-                    return Poll::Ready(Ok(None));
+                    return self.poll_step(context);
                 }
             }
             State::Closed => return Poll::Ready(Ok(None)),

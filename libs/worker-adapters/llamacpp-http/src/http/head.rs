@@ -1,6 +1,7 @@
 //! Heads: the request's as it is sent, the answer's as far as it matters.
 
 use std::fmt;
+use std::net::IpAddr;
 
 use bytes::{Buf, BytesMut};
 use httparse::{EMPTY_HEADER, Response, Status};
@@ -36,7 +37,8 @@ impl fmt::Debug for Target {
 }
 
 impl Target {
-    /// `None` for an address that takes more than plain HTTP: TLS, or a user's name.
+    /// `None` for an address that takes more than plain HTTP: TLS, a user's name, or a
+    /// host of several addresses, of which one may be dead.
     pub(crate) fn of(base_url: &str, bearer: Option<&HeaderValue>) -> Option<Self> {
         let url = Url::parse(base_url).ok()?;
         let plain = url.scheme() == "http"
@@ -45,7 +47,10 @@ impl Target {
             && url.query().is_none()
             && url.fragment().is_none();
         let (host, port) = (url.host_str()?, url.port_or_known_default()?);
-        if !plain {
+        // The brackets of an IPv6 address belong to the URL.
+        let bare = host.trim_matches(['[', ']']);
+        let one_address = bare == "localhost" || bare.parse::<IpAddr>().is_ok();
+        if !plain || !one_address {
             return None;
         }
         let port_given = url
@@ -60,8 +65,7 @@ impl Target {
             fields.extend_from_slice(b"\r\n");
         }
         Some(Self {
-            // The brackets of an IPv6 address belong to the URL.
-            host: host.trim_matches(['[', ']']).to_owned(),
+            host: bare.to_owned(),
             port,
             prefix: url.path().trim_end_matches('/').to_owned(),
             fields,
@@ -211,7 +215,12 @@ mod tests {
         assert_eq!(head, expected);
         let usual = Target::of("http://localhost", None).unwrap();
         assert_eq!((usual.port, usual.prefix.as_str()), (80, ""));
-        for other in ["https://localhost", "http://a:b@localhost", "localhost:80"] {
+        for other in [
+            "http://engine.example",
+            "https://localhost",
+            "http://a:b@localhost",
+            "localhost:80",
+        ] {
             assert!(Target::of(other, None).is_none(), "{other}");
         }
     }
