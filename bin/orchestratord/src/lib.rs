@@ -39,6 +39,17 @@ pub fn main() -> ExitCode {
     cli::main()
 }
 
+/// Has the metrics recorder made on a thread of its own: its clock is measured for
+/// milliseconds, in which the rest of the start goes on.
+pub(crate) fn begin_telemetry() {
+    let made = std::thread::Builder::new()
+        .name("telemetry".to_owned())
+        .spawn(|| drop(telemetry_recorder()));
+    if let Err(error) = made {
+        tracing::debug!(%error, "no thread for the metrics recorder; it is made when it is asked for");
+    }
+}
+
 /// The process's one metrics recorder. A process has one, however many
 /// daemons a test starts in it.
 pub fn telemetry_recorder() -> PrometheusHandle {

@@ -387,7 +387,9 @@ pub async fn serve(app: App, listener: TcpListener, shutdown: Shutdown) -> Resul
     }
     let closing = CancellationToken::new();
     let server = {
-        let (router, limits) = (router(Arc::clone(&app.state)), app.state.limits.clone());
+        // Routes and their descriptions take milliseconds, in which the pools begin.
+        let (state, limits) = (Arc::clone(&app.state), app.state.limits.clone());
+        let router = blocking(move || router(state)).await;
         let serving = server::serve(listener, router, limits, closing.clone());
         AbortOnDropHandle::new(tokio::spawn(serving))
     };

@@ -159,6 +159,9 @@ pub(crate) fn main() -> ExitCode {
     };
     let level = cli.common.log_level.as_deref().unwrap_or(default_level);
     logging::set_up(cli.common.log_format, level, &bars);
+    if let Command::Serve(_) = command {
+        crate::begin_telemetry();
+    }
     let context = Context {
         source,
         log_format: cli.common.log_format,

@@ -13,7 +13,7 @@ mod types;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, BufReader, Read};
+use std::io::{self, BufRead, BufReader};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -92,16 +92,16 @@ pub fn read_shape(path: &Path) -> Result<Option<Shape>, GgufError> {
 
 /// Reads a header from the start of `input`, which belongs to a file of
 /// `size` bytes.
-pub fn read(input: impl Read, size: u64) -> Result<GgufFacts, GgufError> {
+pub fn read(input: impl BufRead, size: u64) -> Result<GgufFacts, GgufError> {
     read_within(input, size, MAX_HEADER)
 }
 
-fn read_within(input: impl Read, size: u64, limit: u64) -> Result<GgufFacts, GgufError> {
+fn read_within(input: impl BufRead, size: u64, limit: u64) -> Result<GgufFacts, GgufError> {
     let (metadata, tensors) = scan(input, size, limit)?;
     Ok(metadata.into_facts(&tensors))
 }
 
-fn scan(input: impl Read, size: u64, limit: u64) -> Result<(Metadata, Tensors), GgufError> {
+fn scan(input: impl BufRead, size: u64, limit: u64) -> Result<(Metadata, Tensors), GgufError> {
     let mut reader = HeaderReader::new(input, size, limit);
     check_magic(&mut reader)?;
     let tensors = reader.u64()?;
@@ -116,7 +116,7 @@ fn scan(input: impl Read, size: u64, limit: u64) -> Result<(Metadata, Tensors), 
     Ok((metadata, tensors))
 }
 
-fn check_magic(reader: &mut HeaderReader<impl Read>) -> Result<(), GgufError> {
+fn check_magic(reader: &mut HeaderReader<impl BufRead>) -> Result<(), GgufError> {
     let magic = reader.start()?;
     if &magic != b"GGUF" {
         let start = magic
@@ -148,7 +148,7 @@ struct Metadata {
 }
 
 impl Metadata {
-    fn take_pair(&mut self, reader: &mut HeaderReader<impl Read>) -> Result<(), GgufError> {
+    fn take_pair(&mut self, reader: &mut HeaderReader<impl BufRead>) -> Result<(), GgufError> {
         let key = reader.key()?;
         let value = reader.value(MAX_TEXT)?;
         match (key.as_str(), value) {
@@ -225,7 +225,7 @@ struct Tensors {
 }
 
 impl Tensors {
-    fn read(reader: &mut HeaderReader<impl Read>, count: u64) -> Result<Self, GgufError> {
+    fn read(reader: &mut HeaderReader<impl BufRead>, count: u64) -> Result<Self, GgufError> {
         let mut tensors = Self::default();
         for _ in 0..count {
             let name = reader.key()?;

@@ -1,6 +1,6 @@
 //! Reads the header's little-endian pieces, and counts.
 
-use std::io::{self, Read};
+use std::io::{self, BufRead, Read};
 
 use super::GgufError;
 
@@ -32,7 +32,7 @@ pub(super) struct HeaderReader<R> {
     limit: u64,
 }
 
-impl<R: Read> HeaderReader<R> {
+impl<R: BufRead> HeaderReader<R> {
     pub(super) fn new(input: R, size: u64, limit: u64) -> Self {
         Self {
             input,
@@ -163,10 +163,19 @@ impl<R: Read> HeaderReader<R> {
 
     fn skip(&mut self, length: u64) -> Result<(), GgufError> {
         self.claim(length)?;
-        let skipped = io::copy(&mut (&mut self.input).take(length), &mut io::sink())
-            .map_err(GgufError::Read)?;
-        if skipped < length {
-            return Err(GgufError::HeaderCut { size: self.size });
+        // A vocabulary is a hundred thousand short texts, and an engine waits for it.
+        let mut left = usize::try_from(length).unwrap_or(usize::MAX);
+        while left > 0 {
+            let here = match self.input.fill_buf() {
+                Ok(buffer) => buffer.len().min(left),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(GgufError::Read(error)),
+            };
+            if here == 0 {
+                return Err(GgufError::HeaderCut { size: self.size });
+            }
+            self.input.consume(here);
+            left -= here;
         }
         Ok(())
     }

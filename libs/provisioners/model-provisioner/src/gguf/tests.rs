@@ -1,5 +1,7 @@
 use proptest::prelude::*;
 
+use std::io::Read as _;
+
 use super::*;
 
 #[path = "../../tests/support/gguf.rs"]
@@ -172,7 +174,7 @@ fn a_header_without_end_is_given_up() {
     let head: Vec<u8> = [&b"GGUF\x03\0\0\0"[..], &[0xff; 16]].concat();
     for byte in [0, 1, 9] {
         let endless = head.chain(io::repeat(byte));
-        let error = read_within(endless, u64::MAX, 1 << 20).unwrap_err();
+        let error = read_within(BufReader::new(endless), u64::MAX, 1 << 20).unwrap_err();
         assert!(matches!(error, GgufError::Malformed(_)), "{byte}: {error}");
     }
 }
