@@ -148,6 +148,7 @@ pub(crate) fn leftovers(world: &World) -> Vec<String> {
             || path.contains(".staged-")
             || (path.starts_with("run/llamacpp-") && path.contains(".log"))
             || path.starts_with("models/")
+            || path.starts_with("known/")
             || path.starts_with("locks/")
     };
     let mut left = Vec::new();

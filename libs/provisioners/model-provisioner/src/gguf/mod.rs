@@ -77,7 +77,7 @@ impl GgufError {
 pub fn read_file(path: &Path) -> Result<GgufFacts, GgufError> {
     let file = File::open(path).map_err(GgufError::Read)?;
     let size = file.metadata().map_err(GgufError::Read)?.len();
-    read(BufReader::with_capacity(256 * 1024, file), size)
+    read(BufReader::with_capacity(64 * 1024, file), size)
 }
 
 /// Reads what a model's memory depends on; `None` where the file does not say
@@ -85,7 +85,7 @@ pub fn read_file(path: &Path) -> Result<GgufFacts, GgufError> {
 pub fn read_shape(path: &Path) -> Result<Option<Shape>, GgufError> {
     let file = File::open(path).map_err(GgufError::Read)?;
     let size = file.metadata().map_err(GgufError::Read)?.len();
-    let input = BufReader::with_capacity(256 * 1024, file);
+    let input = BufReader::with_capacity(64 * 1024, file);
     let (metadata, tensors) = scan(input, size, MAX_HEADER)?;
     Ok(metadata.shape(&tensors))
 }
