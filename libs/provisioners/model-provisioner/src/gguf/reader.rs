@@ -128,13 +128,7 @@ impl<R: BufRead> HeaderReader<R> {
         let count = self.u64()?;
         match kind {
             // Each text and each array takes bytes, so these loops end with the file.
-            8 => {
-                for _ in 0..count {
-                    let length = self.u64()?;
-                    self.skip(length)?;
-                }
-                Ok(())
-            }
+            8 => self.skip_texts(count),
             9 => (0..count).try_for_each(|_| self.skip_array(depth + 1)),
             fixed => {
                 let bytes = fixed_size(fixed)?
@@ -143,6 +137,34 @@ impl<R: BufRead> HeaderReader<R> {
                 self.skip(bytes)
             }
         }
+    }
+
+    /// A vocabulary is a hundred thousand short texts, and an engine waits for it: those
+    /// that lie in the buffer are stepped over there.
+    fn skip_texts(&mut self, count: u64) -> Result<(), GgufError> {
+        let mut left = count;
+        while left > 0 {
+            let buffer = self.input.fill_buf().map_err(GgufError::Read)?;
+            let mut used = 0;
+            while left > 0
+                && let Some(length) = buffer[used..].first_chunk()
+                && let Ok(length) = usize::try_from(u64::from_le_bytes(*length))
+                && let Some(end) = length.checked_add(used + size_of::<u64>())
+                && end <= buffer.len()
+            {
+                used = end;
+                left -= 1;
+            }
+            self.claim(used as u64)?;
+            self.input.consume(used);
+            if left > 0 {
+                // It goes on beyond the buffer.
+                let length = self.u64()?;
+                self.skip(length)?;
+                left -= 1;
+            }
+        }
+        Ok(())
     }
 
     /// Text of a length that the caller has bounded. Bytes that are no UTF-8
@@ -163,7 +185,6 @@ impl<R: BufRead> HeaderReader<R> {
 
     fn skip(&mut self, length: u64) -> Result<(), GgufError> {
         self.claim(length)?;
-        // A vocabulary is a hundred thousand short texts, and an engine waits for it.
         let mut left = usize::try_from(length).unwrap_or(usize::MAX);
         while left > 0 {
             let here = match self.input.fill_buf() {

@@ -194,6 +194,24 @@ fn no_claimed_length_is_believed() {
 }
 
 proptest! {
+    /// Texts that lie in the buffer are stepped over there, others by its refills.
+    #[test]
+    fn a_header_reads_alike_through_any_buffer(
+        words in prop::collection::vec("[a-z]{0,20}", 0..40),
+        capacity in 1..200_usize,
+    ) {
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let mut file = Gguf::tiny();
+        file.pair("tokenizer.ggml.tokens", build::texts(&words));
+        file.pair("after.it", number(7));
+        let bytes = file.bytes();
+        let whole = parse(&bytes);
+        let buffered = BufReader::with_capacity(capacity, &bytes[..]);
+        let buffered = read(buffered, bytes.len() as u64);
+        prop_assert_eq!(format!("{whole:?}"), format!("{buffered:?}"));
+        prop_assert!(whole.is_ok());
+    }
+
     #[test]
     fn random_bytes_are_answered(bytes in prop::collection::vec(any::<u8>(), 0..300), size: u64) {
         let _ = read(&bytes[..], size);
