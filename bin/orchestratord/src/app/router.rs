@@ -11,7 +11,6 @@ use axum::http::{Method, StatusCode, Uri};
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use tokio::task::spawn_blocking;
 use utoipa::OpenApi;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{Content, OpenApi as OpenApiDescription, Ref, ResponseBuilder};
@@ -30,7 +29,7 @@ use crate::api::{
     admin, auth, catalog, correlation, health, memory, meta, metrics, ollama, openai, panics,
     pools, tasks,
 };
-use crate::services::event_log::Failure;
+use crate::runtimes::blocking;
 
 #[derive(OpenApi)]
 #[openapi(
@@ -173,19 +172,11 @@ pub fn router(state: Arc<AppState>) -> Router {
         .with_state(state)
 }
 
-/// Made off the runtime: it takes milliseconds.
-async fn described() -> Result<Response, ApiError> {
-    let written = spawn_blocking(|| serde_json::to_vec(&openapi())).await;
-    let body = match written {
-        Ok(Ok(body)) => body,
-        Ok(Err(error)) => return Err(not_described(&error)),
-        Err(error) => return Err(not_described(&error)),
-    };
-    Ok(([(CONTENT_TYPE, "application/json")], body).into_response())
-}
-
-fn not_described(error: &dyn std::error::Error) -> ApiError {
-    Failure::internal(format!("the description could not be made: {error}")).into()
+/// Made off the serving thread: it takes milliseconds.
+async fn described() -> impl IntoResponse {
+    // A tree of texts, which JSON always holds.
+    let body = blocking(|| serde_json::to_vec(&openapi()).unwrap_or_default()).await;
+    ([(CONTENT_TYPE, "application/json")], body)
 }
 
 async fn no_route(uri: Uri) -> ApiError {

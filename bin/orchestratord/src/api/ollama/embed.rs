@@ -27,7 +27,7 @@ use crate::api::error::ApiError;
 use crate::api::openai::request::{Asked, Wishes};
 use crate::api::outcome;
 use crate::app::state::AppState;
-use crate::runtimes::{blocking, computed};
+use crate::runtimes::computed;
 use crate::services::event_log::{Failure, TaskEvent};
 use crate::services::pool::PoolHandle;
 use crate::services::tasks::TaskRecord;
@@ -115,6 +115,7 @@ pub async fn embed(
     let model = asking.model.clone();
     let (record, vectors) = asking.run(state, correlation, headers).await?;
     let cut = |vector| shortened(vector, dimensions);
+    let numbers = vectors.all.iter().map(Vec::len).sum();
     let answer = EmbedAnswer {
         model,
         prompt_eval_count: vectors.tokens,
@@ -122,7 +123,7 @@ pub async fn embed(
         total_duration: nanos(vectors.took),
         load_duration: nanos(vectors.load),
     };
-    Ok(answered(record.as_deref(), answer).await)
+    Ok(answered(record.as_deref(), numbers, answer).await)
 }
 
 /// The vector of one text; `/api/embed` takes several.
@@ -151,12 +152,21 @@ pub async fn embeddings(
     };
     let (record, vectors) = asking.run(state, correlation, headers).await?;
     let first = vectors.all.into_iter().next().unwrap_or_default();
-    Ok(answered(record.as_deref(), json!({"embedding": first})).await)
+    let (numbers, body) = (first.len(), json!({"embedding": first}));
+    Ok(answered(record.as_deref(), numbers, body).await)
 }
 
-async fn answered(record: Option<&TaskRecord>, body: impl Serialize + Send + 'static) -> Response {
-    // Texts and numbers, which JSON always holds. Vectors of many texts are megabytes.
-    let body = blocking(move || serde_json::to_vec(&body).unwrap_or_default()).await;
+/// `numbers` is how many the body holds: the vectors of many texts are megabytes.
+async fn answered(
+    record: Option<&TaskRecord>,
+    numbers: usize,
+    body: impl Serialize + Send + 'static,
+) -> Response {
+    // About as long as a number is written.
+    const NUMBER: usize = 20;
+    // Texts and numbers, which JSON always holds.
+    let written = move || serde_json::to_vec(&body).unwrap_or_default();
+    let body = computed(numbers * NUMBER, written).await;
     let mut response = ([(CONTENT_TYPE, JSON)], body).into_response();
     let told = record.map(told_at_admission).into_iter().flatten();
     response.headers_mut().extend(told);
