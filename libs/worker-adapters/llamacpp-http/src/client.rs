@@ -11,7 +11,7 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use worker_adapters_adapter_api::{TimeoutPhase, WorkerError};
 
 use crate::body;
-use crate::http::{self, HttpError, Target};
+use crate::http::{self, HttpError, SendLimits, Target};
 use crate::incoming::Incoming;
 use crate::settings::AdapterSettings;
 use crate::wire::{self, ProbeAnswer, ProbeEmbedding, ProbeRequest};
@@ -164,7 +164,8 @@ impl EngineClient {
             let accepted = self.accepted(sent).await;
             return Ok(accepted.map(|response| Incoming::indirect(response.bytes_stream())));
         };
-        let answer = http::send(target, path, body, self.settings.connect_timeout);
+        let limits = SendLimits::connect_within(self.settings.connect_timeout);
+        let answer = http::send(target, path, body, limits);
         let answer = answer.await.map_err(|error| self.unanswered(error))?;
         if (200..300).contains(&answer.status) {
             return Ok(Ok(Incoming::direct(answer.body)));

@@ -23,6 +23,28 @@ const LARGEST_READ: usize = 64 << 10;
 /// With less room the buffer is begun anew.
 const SMALLEST_READ: usize = 2 << 10;
 
+/// How long an engine that has begun its answer may take in nothing of the rest of its
+/// request. Much longer than a sound one leaves its socket unread, and well below the
+/// limit for a first token, so that the one is not taken for the other.
+const STALLED_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long parts of a request may take.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SendLimits {
+    connect: Duration,
+    /// From one part of the request's rest to the next, once the answer has begun.
+    stalled: Duration,
+}
+
+impl SendLimits {
+    pub(crate) fn connect_within(connect: Duration) -> Self {
+        Self {
+            connect,
+            stalled: STALLED_LIMIT,
+        }
+    }
+}
+
 /// An answer whose head has come.
 #[derive(Debug)]
 pub(crate) struct Answer {
@@ -33,53 +55,63 @@ pub(crate) struct Answer {
 /// An answer's bytes as they come.
 pub(crate) type AnswerBody = Body<TcpStream>;
 
-/// Sends a request and waits for the answer's head. Only the connection has a limit
-/// of its own.
+/// Sends a request and waits for the answer's head. Beyond the limits here nothing
+/// bounds the wait.
 pub(crate) async fn send(
     target: &Target,
     path: &str,
     body: Bytes,
-    connect_timeout: Duration,
+    limits: SendLimits,
 ) -> Result<Answer, HttpError> {
     let connecting = TcpStream::connect((target.host.as_str(), target.port));
-    let mut stream = timeout(connect_timeout, connecting)
+    let mut stream = timeout(limits.connect, connecting)
         .await
         .map_err(|_| HttpError::ConnectTimeout)?
         .map_err(HttpError::Connect)?;
     stream.set_nodelay(true).map_err(HttpError::Connect)?;
     let (mut receiving, mut sending) = stream.split();
     let mut buffer = BytesMut::with_capacity(FIRST_READ);
+    let mut request = Bytes::from(target.request(path, body.len())).chain(body);
     let head = {
         let mut head = std::pin::pin!(receive_head(&mut receiving, &mut buffer));
-        let request = target.request(path, body.len());
-        let mut sent = std::pin::pin!(write(&mut sending, request, body));
         tokio::select! {
             biased;
-            // An engine that refuses a request need not read it to its end: what it
+            // An engine that answers need not have read the request to its end: what it
             // has said counts, and not that it then closed the connection.
-            outcome = &mut sent => match (outcome, head.await) {
+            outcome = sending.write_all_buf(&mut request) => match (outcome, head.await) {
                 (_, Ok(head)) => head,
-                (Err(error), Err(_)) | (Ok(()), Err(error)) => return Err(error),
+                (Err(error), Err(_)) => return Err(HttpError::Send(error)),
+                (Ok(()), Err(error)) => return Err(error),
             },
-            head = &mut head => {
-                let head = head?;
-                if (200..300).contains(&head.status) {
-                    sent.await?;
-                }
-                head
-            }
+            head = &mut head => head?,
         }
     };
+    if (200..300).contains(&head.status) {
+        send_rest(&mut sending, &mut request, limits.stalled).await?;
+    }
     Ok(Answer {
         status: head.status,
         body: Body::new(stream, buffer, head.framing),
     })
 }
 
-async fn write(stream: &mut WriteHalf<'_>, head: Vec<u8>, body: Bytes) -> Result<(), HttpError> {
-    let mut request = Bytes::from(head).chain(body);
-    let written = stream.write_all_buf(&mut request).await;
-    written.map_err(HttpError::Send)
+/// Sends what is left of a request that an engine has begun to answer: it may do so
+/// before it has read all of it. Its answer is not read on meanwhile, so one that
+/// waits for us to read before it reads on itself must not be waited for.
+async fn send_rest(
+    stream: &mut WriteHalf<'_>,
+    request: &mut impl Buf,
+    stalled: Duration,
+) -> Result<(), HttpError> {
+    while request.has_remaining() {
+        match timeout(stalled, stream.write_buf(request)).await {
+            Ok(Ok(1..)) => {}
+            // Its answer tells whether it is whole all the same.
+            Ok(_) => break,
+            Err(_) => return Err(HttpError::SendStalled { after: stalled }),
+        }
+    }
+    Ok(())
 }
 
 async fn receive_head<R: AsyncRead + Unpin>(

@@ -51,7 +51,10 @@ fn served(serve: impl FnOnce(std::net::TcpStream) + Send + 'static) -> Target {
     Target::of(&url, Some(&HeaderValue::from_static("Bearer k"))).unwrap()
 }
 
-const CONNECT: Duration = Duration::from_secs(5);
+const LIMITS: SendLimits = SendLimits {
+    connect: Duration::from_secs(5),
+    stalled: Duration::from_mins(1),
+};
 
 #[tokio::test]
 async fn a_request_arrives_whole_and_its_connection_is_closed_with_the_answer() {
@@ -72,7 +75,7 @@ async fn a_request_arrives_whole_and_its_connection_is_closed_with_the_answer() 
             .unwrap();
     });
     let body = Bytes::from_static(b"the body");
-    let mut answer = send(&target, "/x", body, CONNECT).await.unwrap();
+    let mut answer = send(&target, "/x", body, LIMITS).await.unwrap();
     assert_eq!(answer.status, 200);
     let bytes = poll_fn(|context| answer.body.poll_data(context)).await;
     assert_eq!(bytes.unwrap().unwrap(), "hello");
@@ -93,18 +96,64 @@ async fn a_refusal_before_the_request_is_read_is_the_answer() {
         let mut scratch = vec![0; 1 << 16];
         while stream.read(&mut scratch).is_ok_and(|read| read > 0) {}
     });
-    let body = Bytes::from(vec![b'x'; 64 << 20]);
-    let answer = send(&target, "/x", body, CONNECT).await.unwrap();
+    let body = Bytes::from(vec![b'x'; LARGE]);
+    let answer = send(&target, "/x", body, LIMITS).await.unwrap();
     assert_eq!(answer.status, 413);
     assert_eq!(answer.body.short(9).await, b"no");
+}
+
+/// More than the sockets between hold.
+const LARGE: usize = 64 << 20;
+const BEGUN: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n";
+
+#[tokio::test]
+async fn a_request_is_sent_on_to_an_engine_that_answers_before_it_has_read_it() {
+    let (told, asked) = tokio::sync::oneshot::channel();
+    let target = served(|mut stream| {
+        stream.write_all(BEGUN).unwrap();
+        let (mut scratch, mut whole) = (vec![0; 1 << 16], 0);
+        while whole < LARGE {
+            whole += stream.read(&mut scratch).unwrap();
+        }
+        stream.write_all(b"ok").unwrap();
+        told.send(()).unwrap();
+        // Until the client has gone.
+        while stream.read(&mut scratch).is_ok_and(|read| read > 0) {}
+    });
+    let body = Bytes::from(vec![b'x'; LARGE]);
+    let answer = send(&target, "/x", body, LIMITS).await.unwrap();
+    assert_eq!(answer.status, 200);
+    let asked = timeout(LIMITS.stalled, asked).await;
+    asked.expect("the whole body gets there").unwrap();
+    assert_eq!(answer.body.short(9).await, b"ok");
+}
+
+#[tokio::test]
+async fn an_engine_that_answers_and_reads_nothing_more_is_not_waited_for() {
+    let (_until_the_end, ended) = std::sync::mpsc::channel::<()>();
+    let target = served(move |mut stream| {
+        stream.write_all(BEGUN).unwrap();
+        let _ = ended.recv();
+    });
+    let body = Bytes::from(vec![b'x'; LARGE]);
+    let limits = SendLimits {
+        stalled: Duration::from_millis(50),
+        ..LIMITS
+    };
+    let sent = timeout(LIMITS.stalled, send(&target, "/x", body, limits));
+    let error = sent.await.expect("it is given up").unwrap_err();
+    assert!(matches!(error, HttpError::SendStalled { .. }), "{error:?}");
+    let words = error.to_string();
+    assert!(
+        words.contains("rest of the request could not be sent"),
+        "{words}"
+    );
 }
 
 #[tokio::test]
 async fn a_connection_that_closes_without_an_answer_is_told_from_none() {
     let target = served(drop);
-    let error = send(&target, "/x", Bytes::new(), CONNECT)
-        .await
-        .unwrap_err();
+    let error = send(&target, "/x", Bytes::new(), LIMITS).await.unwrap_err();
     let broken = matches!(
         error,
         HttpError::Closed | HttpError::Receive(_) | HttpError::Send(_)
@@ -114,8 +163,6 @@ async fn a_connection_that_closes_without_an_answer_is_told_from_none() {
     let url = format!("http://{}", listener.local_addr().unwrap());
     drop(listener);
     let target = Target::of(&url, None).unwrap();
-    let error = send(&target, "/x", Bytes::new(), CONNECT)
-        .await
-        .unwrap_err();
+    let error = send(&target, "/x", Bytes::new(), LIMITS).await.unwrap_err();
     assert!(matches!(error, HttpError::Connect(_)), "{error:?}");
 }
