@@ -16,7 +16,8 @@ use super::HttpError;
 use super::body::Framing;
 use super::head::{Head, Target};
 
-/// What one read takes in at first: some fifty events of one token.
+/// What one read takes in of an engine that we keep up with: some fifty events of one
+/// token.
 const FIRST_READ: usize = 8 << 10;
 /// What one read takes in of an engine that is ahead of us.
 const LARGEST_READ: usize = 64 << 10;
@@ -137,6 +138,7 @@ pub(crate) struct Body<R> {
     source: Option<R>,
     buffer: BytesMut,
     framing: Framing,
+    /// How large the buffer is begun anew.
     read_size: usize,
     /// The latest read took in all that it could: the engine is ahead.
     was_full: bool,
@@ -199,27 +201,46 @@ impl<R: AsyncRead + Unpin> Body<R> {
     }
 
     fn poll_read(&mut self, context: &mut Context<'_>) -> Poll<Result<usize, HttpError>> {
-        let Some(source) = &mut self.source else {
-            return Poll::Ready(Ok(0));
-        };
         if std::mem::take(&mut self.was_full) {
             // Many events were handed out in one go: others have their turn.
             context.waker().wake_by_ref();
             return Poll::Pending;
         }
-        if self.buffer.capacity() - self.buffer.len() < SMALLEST_READ {
-            let room = self.read_size.saturating_sub(self.buffer.len());
-            self.buffer.reserve(room.max(SMALLEST_READ));
+        let mut room = self.buffer.capacity() - self.buffer.len();
+        if room < SMALLEST_READ {
+            self.make_room(room == 0);
+            room = self.buffer.capacity() - self.buffer.len();
         }
-        let room = self.buffer.capacity() - self.buffer.len();
+        let Some(source) = &mut self.source else {
+            return Poll::Ready(Ok(0));
+        };
         let read = ready!(poll_read_buf(Pin::new(source), context, &mut self.buffer));
         let read = read.map_err(HttpError::Receive)?;
         self.has_read = true;
-        if read == room {
-            self.was_full = read >= FIRST_READ / 2;
-            self.read_size = (self.read_size * 2).min(LARGEST_READ);
-        }
+        self.was_full = read == room && read >= FIRST_READ / 2;
         Poll::Ready(Ok(read))
+    }
+
+    /// Begins the buffer anew. One that the latest read filled to its last byte is too
+    /// small for an engine that is ahead; one that was used up bit by bit is as large
+    /// as need be, or larger.
+    fn make_room(&mut self, filled: bool) {
+        let size = if filled {
+            (self.read_size * 2).min(LARGEST_READ)
+        } else {
+            (self.read_size / 2).max(FIRST_READ)
+        };
+        let kept = self.buffer.len();
+        let needed = size.max(kept + SMALLEST_READ);
+        if size == self.read_size {
+            // The same memory again, if nobody holds a part of it any more.
+            self.buffer.reserve(needed - kept);
+            return;
+        }
+        self.read_size = size;
+        let mut buffer = BytesMut::with_capacity(needed);
+        buffer.extend_from_slice(&self.buffer);
+        self.buffer = buffer;
     }
 }
 

@@ -3,6 +3,7 @@ use std::net::TcpListener;
 
 use proptest::prelude::*;
 use reqwest::header::HeaderValue;
+use tokio::io::ReadBuf;
 
 use super::*;
 
@@ -41,6 +42,43 @@ fn an_answer_to_the_end_of_its_connection_is_read_to_there() {
     let answer = format!("HTTP/1.0 200 OK\r\n\r\n{long}");
     let (status, body, error) = read_all(answer.as_bytes(), usize::MAX);
     assert_eq!((status, body.len(), error), (Some(200), 300_000, None));
+}
+
+/// An engine of which each read takes in at most so many bytes.
+struct Engine {
+    at_most: usize,
+}
+
+impl AsyncRead for Engine {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        let bytes = self.at_most.min(buffer.remaining());
+        buffer.initialize_unfilled_to(bytes);
+        buffer.advance(bytes);
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[tokio::test]
+async fn the_buffer_is_as_large_as_the_engine_is_ahead() {
+    let buffer = BytesMut::with_capacity(FIRST_READ);
+    let mut body = Body::new(Engine { at_most: 150 }, buffer, Framing::to_end());
+    for (at_most, size) in [
+        (150, FIRST_READ),
+        (usize::MAX, LARGEST_READ),
+        (150, FIRST_READ),
+    ] {
+        body.source = Some(Engine { at_most });
+        for _ in 0..2000 {
+            let piece = poll_fn(|context| body.poll_data(context)).await;
+            assert!(piece.unwrap().unwrap().len() <= LARGEST_READ);
+        }
+        assert_eq!(body.read_size, size);
+        assert!(body.buffer.capacity() <= size);
+    }
 }
 
 /// Serves one connection and gives its client's target.
