@@ -181,6 +181,11 @@ impl<K: AnswerKind> AnswerStream<K> {
                     let given = self.kind.take(task, event);
                     return Poll::Ready(self.closed_if_over(given));
                 }
+                // An engine is not late whose word may be here: whoever reads the stream
+                // may have been away for longer than it has.
+                if incoming.has_yielded() {
+                    return Poll::Pending;
+                }
             }
             State::Waiting(waiting) => {
                 if let Poll::Ready(given) = self.kind.poll_answer(waiting, task, context) {

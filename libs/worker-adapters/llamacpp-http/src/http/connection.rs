@@ -142,6 +142,7 @@ pub(crate) struct Body<R> {
     read_size: usize,
     /// The latest read took in all that it could: the engine is ahead.
     was_full: bool,
+    has_yielded: bool,
     has_read: bool,
 }
 
@@ -153,6 +154,7 @@ impl<R: AsyncRead + Unpin> Body<R> {
             framing,
             read_size: FIRST_READ,
             was_full: false,
+            has_yielded: false,
             has_read: true,
         }
     }
@@ -160,6 +162,12 @@ impl<R: AsyncRead + Unpin> Body<R> {
     /// Whether anything was read since this was last asked.
     pub(crate) fn take_has_read(&mut self) -> bool {
         std::mem::take(&mut self.has_read)
+    }
+
+    /// Whether nothing came last only because others have their turn: the engine was
+    /// not asked.
+    pub(crate) fn has_yielded(&self) -> bool {
+        self.has_yielded
     }
 
     /// The next bytes of the body, never none. An error is the last item.
@@ -201,7 +209,8 @@ impl<R: AsyncRead + Unpin> Body<R> {
     }
 
     fn poll_read(&mut self, context: &mut Context<'_>) -> Poll<Result<usize, HttpError>> {
-        if std::mem::take(&mut self.was_full) {
+        self.has_yielded = std::mem::take(&mut self.was_full);
+        if self.has_yielded {
             // Many events were handed out in one go: others have their turn.
             context.waker().wake_by_ref();
             return Poll::Pending;
