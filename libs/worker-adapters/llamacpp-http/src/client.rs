@@ -59,7 +59,8 @@ impl EngineClient {
             value.set_sensitive(true);
             headers.insert(AUTHORIZATION, value);
         }
-        let direct = Target::of(&settings.base_url, headers.get(AUTHORIZATION));
+        let direct = Target::of(&settings.base_url, headers.get(AUTHORIZATION))
+            .map(|target| target.with_delayed_acks(settings.delayed_acks));
         let mut builder = reqwest::Client::builder();
         if settings.base_url.starts_with("http://") {
             // Plain HTTP needs no certificates: to read a machine's takes longer than an engine's

@@ -23,6 +23,9 @@ const LARGEST_READ: usize = 64 << 10;
 /// With less room the buffer is begun anew.
 const SMALLEST_READ: usize = 2 << 10;
 
+/// How long an engine that has begun to answer may take for the rest of the request.
+const REST_LIMIT: Duration = Duration::from_secs(10);
+
 /// An answer whose head has come.
 #[derive(Debug)]
 pub(crate) struct Answer {
@@ -41,12 +44,25 @@ pub(crate) async fn send(
     body: Bytes,
     connect_timeout: Duration,
 ) -> Result<Answer, HttpError> {
+    send_within(target, path, body, connect_timeout, REST_LIMIT).await
+}
+
+async fn send_within(
+    target: &Target,
+    path: &str,
+    body: Bytes,
+    connect_timeout: Duration,
+    rest_limit: Duration,
+) -> Result<Answer, HttpError> {
     let connecting = TcpStream::connect((target.host.as_str(), target.port));
     let mut stream = timeout(connect_timeout, connecting)
         .await
         .map_err(|_| HttpError::ConnectTimeout)?
         .map_err(HttpError::Connect)?;
     stream.set_nodelay(true).map_err(HttpError::Connect)?;
+    if target.delayed_acks {
+        delay_acks(&stream);
+    }
     let (mut receiving, mut sending) = stream.split();
     let mut buffer = BytesMut::with_capacity(FIRST_READ);
     let head = {
@@ -64,7 +80,10 @@ pub(crate) async fn send(
             head = &mut head => {
                 let head = head?;
                 if (200..300).contains(&head.status) {
-                    sent.await?;
+                    // Nothing reads the answer meanwhile, so an engine that takes no
+                    // more would wait for us as we do for it.
+                    let sent = timeout(rest_limit, sent).await;
+                    sent.map_err(|_| HttpError::NotTaken { limit: rest_limit })??;
                 }
                 head
             }
@@ -74,6 +93,17 @@ pub(crate) async fn send(
         status: head.status,
         body: Body::new(stream, buffer, head.framing),
     })
+}
+
+/// Has several of the engine's packets acknowledged together, as far as the system
+/// knows how: each token is one, and an answer to each costs as much as reading it.
+fn delay_acks(stream: &TcpStream) {
+    #[cfg(target_os = "linux")]
+    if let Err(error) = socket2::SockRef::from(stream).set_tcp_quickack(false) {
+        tracing::debug!(%error, "every packet of the engine is acknowledged by itself");
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = stream;
 }
 
 async fn write(stream: &mut WriteHalf<'_>, head: Vec<u8>, body: Bytes) -> Result<(), HttpError> {
@@ -105,7 +135,10 @@ pub(crate) struct Body<R> {
     source: Option<R>,
     buffer: BytesMut,
     framing: Framing,
+    /// What the next buffer has room for.
     read_size: usize,
+    /// Bytes of the latest read.
+    latest_read: usize,
     /// The latest read took in all that it could: the engine is ahead.
     was_full: bool,
     has_read: bool,
@@ -118,6 +151,7 @@ impl<R: AsyncRead + Unpin> Body<R> {
             buffer,
             framing,
             read_size: FIRST_READ,
+            latest_read: FIRST_READ,
             was_full: false,
             has_read: true,
         }
@@ -167,27 +201,42 @@ impl<R: AsyncRead + Unpin> Body<R> {
     }
 
     fn poll_read(&mut self, context: &mut Context<'_>) -> Poll<Result<usize, HttpError>> {
-        let Some(source) = &mut self.source else {
-            return Poll::Ready(Ok(0));
-        };
         if std::mem::take(&mut self.was_full) {
             // Many events were handed out in one go: others have their turn.
             context.waker().wake_by_ref();
             return Poll::Pending;
+        }
+        if self.buffer.is_empty() {
+            self.begin_anew();
         }
         if self.buffer.capacity() - self.buffer.len() < SMALLEST_READ {
             let room = self.read_size.saturating_sub(self.buffer.len());
             self.buffer.reserve(room.max(SMALLEST_READ));
         }
         let room = self.buffer.capacity() - self.buffer.len();
+        let Some(source) = &mut self.source else {
+            return Poll::Ready(Ok(0));
+        };
         let read = ready!(poll_read_buf(Pin::new(source), context, &mut self.buffer));
         let read = read.map_err(HttpError::Receive)?;
-        self.has_read = true;
+        (self.has_read, self.latest_read) = (true, read);
         if read == room {
             self.was_full = read >= FIRST_READ / 2;
             self.read_size = (self.read_size * 2).min(LARGEST_READ);
         }
         Poll::Ready(Ok(read))
+    }
+
+    /// Sees to it that an empty buffer begins at its beginning: what was read before has
+    /// been let go, mostly, and the same memory again is still in the processor's
+    /// caches. An engine that is no longer ahead needs no large one.
+    fn begin_anew(&mut self) {
+        if self.read_size > FIRST_READ && self.latest_read < self.read_size / 8 {
+            self.read_size /= 2;
+            self.buffer = BytesMut::new();
+        }
+        // Where it was not let go there may be room behind it.
+        let _ = self.buffer.try_reclaim(FIRST_READ);
     }
 }
 

@@ -100,6 +100,66 @@ async fn a_refusal_before_the_request_is_read_is_the_answer() {
 }
 
 #[tokio::test]
+async fn an_engine_that_answers_and_takes_no_more_is_not_waited_for() {
+    let (gone, until_gone) = std::sync::mpsc::channel::<()>();
+    let target = served(move |mut stream| {
+        stream
+            .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            .unwrap();
+        // Open, and not read from, until the client has given up.
+        let _ = until_gone.recv();
+    });
+    let body = Bytes::from(vec![b'x'; 64 << 20]);
+    let limit = Duration::from_millis(50);
+    let sent = send_within(&target, "/x", body, CONNECT, limit).await;
+    assert!(matches!(sent, Err(HttpError::NotTaken { .. })), "{sent:?}");
+    drop(gone);
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn acknowledgements_are_delayed_where_it_is_asked_for() {
+    for delayed in [false, true] {
+        let target = served(|mut stream| {
+            let _ = stream.read(&mut [0; 1024]);
+            stream
+                .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhello")
+                .unwrap();
+            let _ = stream.read(&mut [0; 8]);
+        });
+        let target = target.with_delayed_acks(delayed);
+        let answer = send(&target, "/x", Bytes::new(), CONNECT).await.unwrap();
+        let source = answer.body.source.as_ref().unwrap();
+        let at_once = socket2::SockRef::from(source).tcp_quickack().unwrap();
+        assert_eq!(at_once, !delayed);
+    }
+}
+
+#[test]
+fn the_buffer_grows_with_an_engine_that_is_ahead_and_shrinks_again() {
+    // Much at once, then one small piece after the other.
+    let ahead = vec![b'x'; 8 * LARGEST_READ];
+    let slow = vec![b'y'; 200];
+    let pieces = std::iter::once(ahead.clone()).chain(std::iter::repeat_n(slow, 50));
+    let source =
+        futures::stream::iter(pieces.map(|piece| Ok::<_, std::io::Error>(Bytes::from(piece))));
+    let source = tokio_util::io::StreamReader::new(source);
+    let mut body = Body::new(source, BytesMut::new(), Framing::to_end());
+    let (mut read, mut largest) = (0, 0);
+    let reading = async {
+        while let Some(bytes) = poll_fn(|context| body.poll_data(context)).await {
+            read += bytes.unwrap().len();
+            largest = largest.max(body.read_size);
+        }
+    };
+    futures::executor::block_on(reading);
+    assert_eq!(read, ahead.len() + 50 * 200);
+    assert_eq!(largest, LARGEST_READ);
+    assert_eq!(body.read_size, FIRST_READ);
+    assert!(body.buffer.capacity() <= 2 * FIRST_READ);
+}
+
+#[tokio::test]
 async fn a_connection_that_closes_without_an_answer_is_told_from_none() {
     let target = served(drop);
     let error = send(&target, "/x", Bytes::new(), CONNECT)

@@ -18,6 +18,7 @@ mod head;
 pub(crate) use self::connection::read_all;
 
 use std::io;
+use std::time::Duration;
 
 pub(crate) use self::connection::{AnswerBody, send};
 pub(crate) use self::head::Target;
@@ -31,6 +32,8 @@ pub(crate) enum HttpError {
     ConnectTimeout,
     #[error("the request could not be sent")]
     Send(#[source] io::Error),
+    #[error("the engine began to answer and took no more of the request for {} s", .limit.as_secs())]
+    NotTaken { limit: Duration },
     #[error("the connection broke")]
     Receive(#[source] io::Error),
     #[error("the connection was closed before the answer was whole")]
