@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use test_harness_fake_engine::gguf::tiny_gguf;
+use test_harness_support::gguf::tiny_gguf;
 
 use crate::points::Point;
 use crate::sides::Daemon;
