@@ -50,9 +50,10 @@ pub(super) struct Estimate {
 
 impl Estimate {
     pub(super) async fn of(installation: &EngineInstallation, spec: &LaunchSpec) -> Self {
-        let (model, flags) = (spec.model.clone(), spec.flags.clone());
+        let (shape, path) = (spec.model.shape, spec.model.path.clone());
+        let flags = spec.flags.clone();
         let look = move || Facts {
-            shape: model.shape.or_else(|| shape_in(&model.path)),
+            shape: shape.or_else(|| shape_in(&path)),
             further_files: needs::files_in(&flags)
                 .filter_map(|file| std::fs::metadata(file).ok())
                 .map(|file| file.len())
