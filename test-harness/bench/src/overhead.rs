@@ -40,7 +40,7 @@ const SHORT_TOKENS: u32 = 2;
 
 /// Rounds for the tokens per second, to each that the run has: one takes a second or two,
 /// and they differ by several per cent.
-const LONG_ROUNDS: usize = 3;
+const LONG_ROUNDS: usize = 2;
 
 /// What one stream came to, in milliseconds but for the tokens.
 #[derive(Debug, Clone, Default)]
@@ -192,10 +192,10 @@ async fn compare(
 ) -> io::Result<Vec<Seen>> {
     let sides = &comparison.sides;
     let mut seen = vec![Seen::default(); sides.len()];
-    let short = context.size.pick(120, 24, 4).max(streams) / streams;
+    let short = context.size.pick(60, 24, 4).max(streams) / streams;
     let (long, long_tokens) = match (comparison.engine, context.size) {
         (Engine::Steady, _) => (0, 0),
-        (Engine::Real, Size::Full) => (context.rounds * LONG_ROUNDS, 48),
+        (Engine::Real, Size::Full) => (context.rounds * LONG_ROUNDS, 32),
         (Engine::Real, _) => (context.rounds, 16),
     };
     for number in 0..short + long {
