@@ -157,9 +157,10 @@ mod tests {
         let mut read = 0;
         let inodes = ["1", "2", "3"].map(str::to_owned).into_iter();
         let answer = first_listener(inodes.inspect(|_| read += 1), |socket| {
-            match socket.ends_with("socket:[2]") {
-                true => Listener::Member(7),
-                false => Listener::Unknown,
+            if socket.ends_with("socket:[2]") {
+                Listener::Member(7)
+            } else {
+                Listener::Unknown
             }
         });
         assert_eq!((answer, read), (Listener::Member(7), 2));
