@@ -42,9 +42,7 @@ pub fn main() -> ExitCode {
 /// Has the metrics recorder made on a thread of its own: its clock is measured for
 /// milliseconds, in which the rest of the start goes on.
 pub(crate) fn begin_telemetry() {
-    let made = std::thread::Builder::new()
-        .name("telemetry".to_owned())
-        .spawn(|| drop(telemetry_recorder()));
+    let made = runtimes::beside("telemetry", || drop(telemetry_recorder()));
     if let Err(error) = made {
         tracing::debug!(%error, "no thread for the metrics recorder; it is made when it is asked for");
     }

@@ -64,6 +64,16 @@ impl Serving {
     }
 }
 
+/// Does work of milliseconds beside the start, before there is a runtime, on a thread
+/// that ends with it.
+///
+/// # Errors
+/// Where the system gives no more threads.
+pub(crate) fn beside(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let thread = std::thread::Builder::new().name(name.to_owned());
+    thread.spawn(work).map(drop)
+}
+
 /// The runtime for long work, begun with the first of it. It lives as long as the
 /// process: what is begun there, such as a record on its way to the disk, is never
 /// cut off by the end of somebody else's work.

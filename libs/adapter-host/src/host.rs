@@ -296,7 +296,7 @@ impl AdapterHost {
     ) -> Result<Arc<dyn WorkerAdapter>, HostError> {
         match context.engine {
             EngineKind::Llamacpp => {
-                let settings = self.settings.for_engine(&context.url);
+                let settings = self.settings.for_engine(context);
                 Ok(Arc::new(LlamaCppAdapter::new(settings)?))
             }
             #[cfg(feature = "mock-adapter")]

@@ -2,7 +2,11 @@
 
 use std::time::Duration;
 
+use llama_orch_types::ProvisionedContext;
 use worker_adapters_llamacpp_http::AdapterSettings;
+
+/// The first build that was seen to send each token at once (`TCP_NODELAY`).
+const SENDS_AT_ONCE_FROM: u32 = 11434;
 
 /// The same for every engine of this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,13 +34,35 @@ impl Default for HostSettings {
 }
 
 impl HostSettings {
-    pub(crate) fn for_engine(&self, url: &str) -> AdapterSettings {
+    pub(crate) fn for_engine(&self, context: &ProvisionedContext) -> AdapterSettings {
         AdapterSettings {
             connect_timeout: self.connect_timeout,
             response_timeout: self.response_timeout,
             first_token_timeout: self.first_token_timeout,
             next_token_timeout: self.next_token_timeout,
-            ..AdapterSettings::new(url)
+            delayed_acks: sends_at_once(&context.engine_version),
+            ..AdapterSettings::new(&context.url)
+        }
+    }
+}
+
+/// Whether an engine of this version, such as `b11434`, sends each token at once.
+fn sends_at_once(version: &str) -> bool {
+    let build = version
+        .strip_prefix('b')
+        .and_then(|build| build.parse().ok());
+    build.is_some_and(|build: u32| build >= SENDS_AT_ONCE_FROM)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_of_an_engine_that_sends_at_once_acknowledgements_are_delayed() {
+        assert!(sends_at_once("b11434") && sends_at_once("b12000"));
+        for other in ["b11433", "b3000", "11434", "v0.6.0", "unknown", ""] {
+            assert!(!sends_at_once(other), "{other}");
         }
     }
 }

@@ -20,4 +20,4 @@ pub use context::{EngineKind, ProvisionedContext, ProvisioningMode};
 pub use digest::{Digest, DigestParseError};
 pub use error::{ErrorCode, Hinted};
 pub use ids::{IdError, PoolId, ReplicaId, TaskId};
-pub use model::ModelMetadata;
+pub use model::{ModelMetadata, ModelShape};

@@ -26,4 +26,23 @@ pub struct ModelMetadata {
     pub ctx_max: Option<u32>,
     /// The chat template, where the file carries one.
     pub chat_template: Option<String>,
+    /// What its memory depends on, where the file says it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shape: Option<ModelShape>,
+}
+
+/// The form of a transformer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelShape {
+    pub layers: u64,
+    /// Numbers in one token's state between layers.
+    pub embedding: u64,
+    /// Heads that keep keys and values, in each layer.
+    pub kv_heads: u64,
+    /// Numbers in one head's key.
+    pub key_length: u64,
+    /// Numbers in one head's value.
+    pub value_length: u64,
+    /// Tokens that the model knows; 0 if that cannot be told.
+    pub vocabulary: u64,
 }

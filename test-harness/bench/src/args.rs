@@ -20,7 +20,7 @@ pub struct Args {
     /// Shorter, for a look: figures with more noise.
     #[arg(long)]
     pub quick: bool,
-    /// How often each comparison is repeated, in turns. Default: 5, or 2 with --quick.
+    /// How often each comparison is repeated, in turns. Default: 3, or 2 with --quick.
     #[arg(long)]
     pub rounds: Option<usize>,
     /// Where `bench.json`, `bench.md` and `bench.svg` are written.
@@ -71,7 +71,7 @@ impl Args {
     }
 
     pub fn rounds(&self) -> usize {
-        let usual = self.size().pick(5, 2, 1);
+        let usual = self.size().pick(3, 2, 1);
         self.rounds.unwrap_or(usual).max(1)
     }
 }

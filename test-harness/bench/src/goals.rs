@@ -28,6 +28,8 @@ pub struct Goal {
     pub measured: Option<f64>,
     /// The least and the most of the rounds.
     pub spread: Option<(f64, f64)>,
+    /// What is measured where nothing differs.
+    pub noise: Option<f64>,
     /// What helps to read it.
     pub note: String,
 }
@@ -50,6 +52,7 @@ impl Goal {
             decimals: 3,
             measured: None,
             spread: None,
+            noise: None,
             note: String::new(),
         }
     }
@@ -83,6 +86,16 @@ impl Goal {
         }
     }
 
+    /// With what the same measurement shows where nothing differs. A figure is not
+    /// held to a target that is less than this, unless it is more than twice of it.
+    #[must_use]
+    pub fn beside_noise(self, noise: f64) -> Self {
+        Self {
+            noise: Some(noise),
+            ..self
+        }
+    }
+
     #[must_use]
     pub fn noted(self, note: impl Into<String>) -> Self {
         Self {
@@ -91,13 +104,19 @@ impl Goal {
         }
     }
 
-    /// `None` where it was not measured.
+    /// `None` where it was not measured, or cannot be told.
     pub fn reached(&self) -> Option<bool> {
         let measured = self.measured?;
-        Some(match self.bound {
+        let reached = match self.bound {
             Bound::AtLeast => measured >= self.target,
             Bound::AtMost => measured <= self.target,
-        })
+        };
+        (reached || !self.is_lost_in(measured)).then_some(reached)
+    }
+
+    fn is_lost_in(&self, measured: f64) -> bool {
+        self.noise
+            .is_some_and(|noise| noise > self.target && measured <= 2.0 * noise)
     }
 
     /// "reached", or how far it is from that.
@@ -114,6 +133,11 @@ impl Goal {
                     Bound::AtMost => "times",
                 };
                 format!("no: {:.2} {of} the target", measured / self.target)
+            }
+            (None, Some(_)) => {
+                let (noise, decimals) = (self.noise.unwrap_or_default(), self.decimals);
+                let shown = format!("{noise:.decimals$} {}", self.unit);
+                format!("cannot be told: {} of noise", shown.trim())
             }
             _ => "not measured".to_owned(),
         }
@@ -205,6 +229,13 @@ mod tests {
         );
         let lost = Goal::at_most("lost", 0.0).in_unit("", 0).seen(3.0);
         assert_eq!(lost.verdict(), "no: 3 too much");
+        let noisy = |seen| cost.clone().seen(seen).beside_noise(6.0);
+        assert_eq!(noisy(3.0).verdict(), "reached");
+        assert_eq!(noisy(9.0).reached(), None);
+        assert_eq!(noisy(9.0).verdict(), "cannot be told: 6.00 KiB of noise");
+        assert_eq!(noisy(13.0).verdict(), "no: 3.25 times the target");
+        let quiet = cost.seen(5.0).beside_noise(3.9);
+        assert_eq!(quiet.verdict(), "no: 1.25 times the target");
         let nothing = Goal::at_least("x", 1.0).seen(f64::NAN);
         assert_eq!(nothing.reached(), Some(false), "no figure reaches nothing");
     }

@@ -88,8 +88,8 @@ pub async fn run(args: &Args) -> io::Result<Report> {
                 .push("nginx is not installed: left out".to_owned()),
         }
     }
-    // The start first: the kernel lists the remains of ten thousand connections, which
-    // the daemon reads when it looks up whose an engine's port is.
+    // The start first: the kernel lists the remains of ten thousand connections for a
+    // minute, and engines as well as the daemon may come upon them.
     for part in [What::Start, What::Relay, What::Scale, What::Overhead] {
         if !args.what.includes(part) {
             continue;

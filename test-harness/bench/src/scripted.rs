@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use test_harness_fake_engine::gguf::tiny_gguf;
+use test_harness_support::gguf::tiny_gguf;
 
 use crate::points::Point;
 use crate::sides::Daemon;
@@ -46,9 +46,21 @@ impl Scripted {
 
     /// What it answers from now on.
     pub fn set(&self, point: Point) -> io::Result<()> {
-        let text = json!({ "tokens": point.tokens, "tokens_per_second": point.tokens_per_second });
+        self.answer(
+            &json!({ "tokens": point.tokens, "tokens_per_second": point.tokens_per_second }),
+        )
+    }
+
+    /// From now on every answer has so many tokens, all of them after a time.
+    pub fn set_steady(&self, first_token_ms: u32, tokens: u32) -> io::Result<()> {
+        self.answer(
+            &json!({ "tokens": tokens, "tokens_per_second": 0, "first_token_ms": first_token_ms }),
+        )
+    }
+
+    fn answer(&self, point: &Value) -> io::Result<()> {
         let staged = self.dir.join("point.tmp");
-        fs::write(&staged, text.to_string())?;
+        fs::write(&staged, point.to_string())?;
         fs::rename(staged, self.dir.join("bench-engine.json"))
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use memchr::memmem::Finder;
 use serde_json::{Value, json};
-use test_harness_e2e_haiku::binary::{Build, orchestratord};
+use test_harness_support::binary::{Build, orchestratord};
 
 use crate::http::{Connection, find};
 use crate::place::{Process, free_address};

@@ -20,7 +20,6 @@
 //! - [`verify`]: the checks over a transcript, pure
 //! - [`proof`]: what a run leaves behind
 
-pub mod binary;
 pub mod client;
 pub mod daemon;
 pub mod engine;
@@ -30,6 +29,8 @@ pub mod settings;
 pub mod sse;
 pub mod verify;
 pub mod words;
+
+pub use test_harness_support::binary;
 
 use std::time::Duration;
 

@@ -16,7 +16,6 @@
 //! println!("{}", engine.url());
 //! ```
 
-pub mod gguf;
 pub mod orders;
 pub mod script;
 
@@ -30,6 +29,7 @@ use std::time::SystemTime;
 pub use orders::order;
 pub use running::FakeEngine;
 pub use script::{Fault, LoadFailure, Script};
+pub use test_harness_support::gguf;
 
 /// The script's file name, beside the engine's binary.
 pub const SCRIPT_FILE: &str = "fake-engine.json";

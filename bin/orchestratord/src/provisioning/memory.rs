@@ -2,9 +2,11 @@
 //! seen to use.
 
 use std::convert::Infallible;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use llama_orch_types::ModelShape;
 use provision_kit::progress::{Reporter, Step, StepKind, Unit};
 use provisioners_engine_provisioner::{EngineInstallation, LaunchSpec, Meter};
 use provisioners_model_provisioner::gguf;
@@ -48,13 +50,10 @@ pub(super) struct Estimate {
 
 impl Estimate {
     pub(super) async fn of(installation: &EngineInstallation, spec: &LaunchSpec) -> Self {
-        let (path, flags) = (spec.model.path.clone(), spec.flags.clone());
+        let (shape, path) = (spec.model.shape, spec.model.path.clone());
+        let flags = spec.flags.clone();
         let look = move || Facts {
-            // A model that does not tell its shape is judged by its size.
-            shape: gguf::read_shape(&path).unwrap_or_else(|error| {
-                tracing::debug!(%error, path = %path.display(), "the model's shape is not known");
-                None
-            }),
+            shape: shape.or_else(|| shape_in(&path)),
             further_files: needs::files_in(&flags)
                 .filter_map(|file| std::fs::metadata(file).ok())
                 .map(|file| file.len())
@@ -79,6 +78,15 @@ impl Estimate {
             ),
         }
     }
+}
+
+/// What a file says that was catalogued before shapes were. A model that does not tell
+/// its shape is judged by its size.
+fn shape_in(path: &Path) -> Option<ModelShape> {
+    let facts = gguf::read_file(path).inspect_err(|error| {
+        tracing::debug!(%error, path = %path.display(), "the model's shape is not known");
+    });
+    facts.ok()?.shape
 }
 
 impl Parts {

@@ -4,8 +4,8 @@
 //! program itself. It is an estimate, meant to be a little too large; what the
 //! engine is then measured to use corrects it.
 
+use llama_orch_types::ModelShape;
 use provisioners_engine_provisioner::{Accelerator, EngineInstallation, LaunchSpec, Profile};
-use provisioners_model_provisioner::gguf::Shape;
 
 use crate::services::residency::Needs;
 
@@ -34,7 +34,7 @@ const SMALL_BATCH: u64 = 128;
 /// What is known of the model.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Facts {
-    pub(super) shape: Option<Shape>,
+    pub(super) shape: Option<ModelShape>,
     /// Further files that the flags name, in bytes.
     pub(super) further_files: u64,
 }
@@ -82,7 +82,7 @@ pub(super) fn estimate(spec: &LaunchSpec, facts: &Facts, on_gpu: bool) -> Needs 
 }
 
 /// The part of weights and context that lies on the GPU.
-fn on_the_gpu(model: u64, spec: &LaunchSpec, shape: Option<Shape>) -> u64 {
+fn on_the_gpu(model: u64, spec: &LaunchSpec, shape: Option<ModelShape>) -> u64 {
     let named = value_of(&spec.flags, &["-ngl", "--gpu-layers", "--n-gpu-layers"]);
     let layers = spec
         .gpu_layers
@@ -98,7 +98,7 @@ fn on_the_gpu(model: u64, spec: &LaunchSpec, shape: Option<Shape>) -> u64 {
 }
 
 /// Keys and values of one token, in bytes.
-fn per_token(spec: &LaunchSpec, shape: Option<Shape>) -> u64 {
+fn per_token(spec: &LaunchSpec, shape: Option<ModelShape>) -> u64 {
     let Some(shape) = shape else {
         let weights = spec.model.parameter_count.unwrap_or(spec.model.size_bytes);
         return (32 * 1024 + weights / 1_000_000 * 64).min(MOST_PER_TOKEN);
@@ -183,12 +183,13 @@ mod tests {
             parameter_count: Some(135_000_000),
             ctx_max: Some(8192),
             chat_template: None,
+            shape: None,
         };
         LaunchSpec::new(PoolId::default_pool(), model)
     }
 
     /// That of SmolLM2-135M.
-    const SMALL: Shape = Shape {
+    const SMALL: ModelShape = ModelShape {
         layers: 30,
         embedding: 576,
         kv_heads: 3,
@@ -197,7 +198,7 @@ mod tests {
         vocabulary: 49_152,
     };
 
-    fn facts(shape: Option<Shape>) -> Facts {
+    fn facts(shape: Option<ModelShape>) -> Facts {
         Facts {
             shape,
             further_files: 0,
@@ -275,7 +276,7 @@ mod tests {
             layers in prop::option::of(any::<u32>()),
         ) {
             let [layers_in_all, embedding, kv_heads, key_length, vocabulary] = numbers;
-            let shape = Shape {
+            let shape = ModelShape {
                 layers: layers_in_all, embedding, kv_heads, key_length, value_length: key_length, vocabulary,
             };
             let with = |ctx| {

@@ -2,31 +2,27 @@
 //! what comes back to its log.
 
 mod fit;
+mod pump;
+mod slot;
 mod trouble;
 
-use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use adapter_host::AdapterHost;
-use futures::StreamExt;
 use llama_orch_types::{ErrorCode, ProvisionedContext, TaskId};
-use metrics::{counter, histogram};
+use metrics::counter;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use worker_adapters_adapter_api::{
-    CallChunk, CancelReport, EndSummary, FinishReason, TokenEvent, TokenStream, WorkerAdapter,
-    WorkerError,
-};
+use worker_adapters_adapter_api::{CancelReport, EndSummary, TokenStream};
 
 pub use self::fit::fit;
 use self::fit::make_fit;
+use self::pump::Pumped;
+pub use self::slot::NotFreed;
 use self::trouble::{Silence, Trouble};
-use super::event_log::{
-    Answer, Chunk, End, EngineSays, Failure, Metrics, Receipt, Started, TaskEvent, Token,
-};
+use super::event_log::{EngineSays, Failure, Receipt, TaskEvent};
 use super::pool::Submission;
 use super::resume::{Loss, Seen};
 use super::tasks::TaskRecord;
@@ -39,16 +35,6 @@ const MAX_ATTEMPTS: u32 = 10;
 /// What it counts for if the engine ended over the task before it had begun to
 /// answer. The second time it fails: the task itself may be what ends engines.
 const RESET_ATTEMPTS: u32 = MAX_ATTEMPTS / 2;
-
-/// How long the slot of a cancelled task is held at the most. Its engine has been
-/// ended long before, unless others run on it.
-const HELD_AT_MOST: Duration = Duration::from_mins(30);
-
-/// Between two waits for such a slot, each of which has bounds of its own.
-const HELD_PAUSE: Duration = Duration::from_millis(200);
-
-/// How many events go to the log before the readers have their turn.
-const AT_ONCE: u32 = 128;
 
 /// Everything one run needs. It owns the engine's stream and is the only one
 /// that appends tokens to the task's log.
@@ -65,14 +51,6 @@ pub struct TaskRun {
     pub seen: Seen,
     /// Pieces of text of a call's answer so far.
     pub pieces: u64,
-}
-
-/// A cancelled task whose slot was not seen free in time. Its run goes on waiting,
-/// and so the slot is given to no other task.
-#[derive(Debug, Clone, Copy)]
-pub struct NotFreed {
-    pub id: TaskId,
-    pub waited_ms: u64,
 }
 
 /// What the pool learns of a run that is over.
@@ -125,22 +103,6 @@ impl Outcome {
     pub fn tells_service_time(self) -> bool {
         matches!(self, Self::Completed)
     }
-}
-
-enum Pumped {
-    Ended,
-    Cancelled(Option<CancelReport>),
-    Failed(Trouble),
-    NotTaken(Trouble),
-    /// Asked to give the task back.
-    GivenBack,
-}
-
-/// Why no more events are taken.
-enum Stopped {
-    /// The slot has to be seen free.
-    Cancelled,
-    By(Pumped),
 }
 
 impl TaskRun {
@@ -293,245 +255,6 @@ impl TaskRun {
         Ok(())
     }
 
-    /// Takes the engine's events to the log as they come: all that are there at a
-    /// time, then the readers have their turn.
-    async fn pump(&mut self, mut stream: TokenStream) -> Pumped {
-        let (cancel, give_back) = (self.cancel.clone(), self.give_back.clone());
-        // Made once: a token is no reason to make them anew.
-        let mut cancelled = std::pin::pin!(cancel.cancelled());
-        let mut given_back = std::pin::pin!(give_back.cancelled());
-        let stopped = std::future::poll_fn(|context| {
-            if cancelled.as_mut().poll(context).is_ready() {
-                return Poll::Ready(Stopped::Cancelled);
-            }
-            if given_back.as_mut().poll(context).is_ready() {
-                return Poll::Ready(Stopped::By(Pumped::GivenBack));
-            }
-            self.poll_events(&mut stream, context)
-        });
-        match stopped.await {
-            Stopped::By(pumped) => pumped,
-            Stopped::Cancelled => Pumped::Cancelled(self.free_slot(stream).await),
-        }
-    }
-
-    /// Appends what is there, at most [`AT_ONCE`] events.
-    fn poll_events(
-        &mut self,
-        stream: &mut TokenStream,
-        context: &mut Context<'_>,
-    ) -> Poll<Stopped> {
-        let mut now = None;
-        for _ in 0..AT_ONCE {
-            let event = ready!(stream.poll_next_unpin(context));
-            let kept = match event {
-                Some(Ok(TokenEvent::End(summary))) => {
-                    return Poll::Ready(Stopped::By(self.end(&summary)));
-                }
-                // What is there together came together.
-                Some(Ok(event)) => self.append(event, *now.get_or_insert_with(Instant::now)),
-                Some(Err(error)) => {
-                    return Poll::Ready(Stopped::By(Pumped::Failed((&error).into())));
-                }
-                None => {
-                    let failure = Failure::internal("the engine's stream ended without an end");
-                    return Poll::Ready(Stopped::By(Pumped::Failed(failure.into())));
-                }
-            };
-            if !kept {
-                // Somebody closed the log: whoever did also cancels us.
-                return Poll::Ready(Stopped::Cancelled);
-            }
-        }
-        context.waker().wake_by_ref();
-        Poll::Pending
-    }
-
-    /// Appends an event that is not the last; says whether the log took it.
-    fn append(&mut self, event: TokenEvent, now: Instant) -> bool {
-        let event = match event {
-            TokenEvent::Started => {
-                let record = &self.submission.record;
-                if record.started.set(now).is_err() {
-                    // It has begun on an engine before, and that was said.
-                    return !record.log.is_closed();
-                }
-                histogram!(telemetry::QUEUE_WAIT, "pool" => self.pool_label())
-                    .record(record.created.elapsed());
-                TaskEvent::Started(started(record))
-            }
-            TokenEvent::Token {
-                text,
-                index,
-                tokens_in,
-                tokens_out,
-            } => {
-                self.note_answering();
-                if tokens_in > 0 {
-                    // The first engine's count is the prompt's own. Some tell it only
-                    // at the end.
-                    let _ = self.submission.record.tokens_in.set(tokens_in);
-                }
-                let index = self.submission.carried.pieces + index;
-                if index == 0 {
-                    self.note_first_token();
-                }
-                self.seen.saw(tokens_out, now);
-                TaskEvent::Token(Token { t: text, i: index })
-            }
-            TokenEvent::Chunk(chunk) => {
-                self.note_answering();
-                self.seen.saw(chunk.tokens_out, now);
-                TaskEvent::Chunk(self.chunk(chunk))
-            }
-            TokenEvent::Answer(answer) => {
-                self.note_answering();
-                // Handed out: no other engine may answer once more.
-                self.seen.saw(0, now);
-                TaskEvent::Answer(Box::new(Answer {
-                    body: answer.body,
-                    token: Token {
-                        t: answer.text.into(),
-                        i: 0,
-                    },
-                }))
-            }
-            TokenEvent::Metrics(figures) => {
-                let (record, carried) = (&self.submission.record, &self.submission.carried);
-                TaskEvent::Metrics(Metrics {
-                    tokens_in: *record.tokens_in.get_or_init(|| figures.tokens_in),
-                    tokens_out: carried.tokens_out + figures.tokens_out,
-                    elapsed_ms: millis(record.started.get().map(Instant::elapsed)),
-                })
-            }
-            TokenEvent::End(_) => unreachable!("the pump handles the end"),
-        };
-        self.submission.record.log.append(event).is_ok()
-    }
-
-    /// One event of a call's answer. Only those with text count as pieces.
-    fn chunk(&mut self, chunk: CallChunk) -> Chunk {
-        let index = self.pieces;
-        if !chunk.text.is_empty() {
-            if index == 0 {
-                self.note_first_token();
-            }
-            self.pieces += 1;
-        }
-        Chunk {
-            name: chunk.name,
-            data: chunk.data,
-            token: Token {
-                t: chunk.text,
-                i: index,
-            },
-        }
-    }
-
-    /// Something of the answer is handed out. From now on it is one replica's.
-    fn note_answering(&self) {
-        let record = &self.submission.record;
-        if record.is_answering() {
-            return;
-        }
-        record.set_answering();
-        if let Some(replica) = self.host.replica_of(&self.context.pool_id, record.id) {
-            // It begins once.
-            let _ = record.replica.set(replica);
-        }
-    }
-
-    fn note_first_token(&self) {
-        histogram!(telemetry::FIRST_TOKEN, "pool" => self.pool_label())
-            .record(self.submission.record.created.elapsed());
-    }
-
-    fn end(&self, summary: &EndSummary) -> Pumped {
-        let (record, carried) = (&self.submission.record, &self.submission.carried);
-        let end = End {
-            tokens_in: Some(*record.tokens_in.get_or_init(|| summary.tokens_in)),
-            tokens_out: carried.tokens_out + summary.tokens_out,
-            decode_time_ms: carried.decode.as_secs_f64() * 1000.0 + summary.decode_time_ms,
-            finish_reason: summary.finish_reason,
-            resumed: carried.resets,
-            receipt: Some(receipt(&self.context, record, Some(summary))),
-        };
-        self.close_complete(end)
-    }
-
-    /// Ends a task that lost its engine after its last token.
-    fn end_complete(&self) -> Pumped {
-        let (record, carried) = (&self.submission.record, &self.submission.carried);
-        self.close_complete(End {
-            tokens_in: record.tokens_in.get().copied(),
-            tokens_out: carried.tokens_out,
-            decode_time_ms: carried.decode.as_secs_f64() * 1000.0,
-            finish_reason: FinishReason::Length,
-            resumed: carried.resets,
-            receipt: Some(receipt(&self.context, record, None)),
-        })
-    }
-
-    fn close_complete(&self, end: End) -> Pumped {
-        let tokens_in = end.tokens_in.unwrap_or_default();
-        counter!(telemetry::TOKENS_IN, "pool" => self.pool_label()).increment(tokens_in);
-        counter!(telemetry::TOKENS_OUT, "pool" => self.pool_label()).increment(end.tokens_out);
-        let log = &self.submission.record.log;
-        match log.append(TaskEvent::End(Box::new(end))) {
-            Ok(()) => Pumped::Ended,
-            Err(_) => Pumped::Cancelled(None),
-        }
-    }
-
-    /// Waits until the engine's slot is free. The stream has to be read
-    /// meanwhile, since reading it is what closes its connection.
-    async fn free_slot(&self, mut stream: TokenStream) -> Option<CancelReport> {
-        let drain = async { while stream.next().await.is_some_and(|event| event.is_ok()) {} };
-        let (report, ()) = tokio::join!(self.free(), drain);
-        report
-    }
-
-    async fn free(&self) -> Option<CancelReport> {
-        let id = self.submission.record.id;
-        // Found now, since the host forgets the task with its stream.
-        let Some(adapter) = self.host.adapter_of(&self.context.pool_id, id) else {
-            return Some(CancelReport::NotRunning);
-        };
-        match self.wait_until_freed(adapter.as_ref()).await {
-            Ok(report) => Some(report),
-            Err(error) => {
-                tracing::warn!(task = %id, %error, "the engine could not be asked to cancel");
-                None
-            }
-        }
-    }
-
-    /// Waits on where the slot is not seen free: it is held until it is, or its
-    /// engine is gone.
-    async fn wait_until_freed(
-        &self,
-        adapter: &dyn WorkerAdapter,
-    ) -> Result<CancelReport, WorkerError> {
-        let (id, begun) = (self.submission.record.id, Instant::now());
-        let mut told = false;
-        loop {
-            let report = adapter.cancel(id).await?;
-            let CancelReport::NotSeenFree { waited_ms } = report else {
-                return Ok(report);
-            };
-            if begun.elapsed() > HELD_AT_MOST {
-                return Ok(report);
-            }
-            if !told {
-                told = true;
-                tracing::warn!(task = %id, waited_ms, "a cancelled task's slot is not seen free");
-                // Fails only when the pool is gone.
-                let _ = self.not_freed.send(NotFreed { id, waited_ms }).await;
-            }
-            tokio::time::sleep(HELD_PAUSE).await;
-        }
-    }
-
     /// Closes the log with a failure and gives its code back. A log that was
     /// closed already keeps its first ending.
     fn close_with(&self, mut failure: Failure) -> ErrorCode {
@@ -561,21 +284,6 @@ fn not_begun(trouble: Trouble) -> Pumped {
             Pumped::NotTaken(trouble)
         }
         _ => Pumped::Failed(trouble),
-    }
-}
-
-fn millis(time: Option<Duration>) -> u64 {
-    time.unwrap_or_default().as_millis() as u64
-}
-
-fn started(record: &TaskRecord) -> Started {
-    // A task runs only after it was admitted.
-    let admitted = record.admitted.get();
-    Started {
-        queue_position: admitted.map_or(0, |admitted| admitted.queue_position as u32),
-        predicted_start_ms: admitted
-            .map_or(0, |admitted| admitted.predicted_start.as_millis() as u64),
-        waited_ms: record.created.elapsed().as_millis() as u64,
     }
 }
 

@@ -540,6 +540,7 @@ fn metadata(id: String, record: ModelRecord) -> ModelMetadata {
         parameter_count: record.facts.parameter_count,
         ctx_max: record.facts.ctx_max,
         chat_template: record.facts.chat_template,
+        shape: record.facts.shape,
     }
 }
 

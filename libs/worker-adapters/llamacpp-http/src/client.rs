@@ -11,7 +11,7 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use worker_adapters_adapter_api::{TimeoutPhase, WorkerError};
 
 use crate::body;
-use crate::http::{self, HttpError, SendLimits, Target};
+use crate::http::{self, HttpError, Target};
 use crate::incoming::Incoming;
 use crate::settings::AdapterSettings;
 use crate::wire::{self, ProbeAnswer, ProbeEmbedding, ProbeRequest};
@@ -59,7 +59,8 @@ impl EngineClient {
             value.set_sensitive(true);
             headers.insert(AUTHORIZATION, value);
         }
-        let direct = Target::of(&settings.base_url, headers.get(AUTHORIZATION));
+        let direct = Target::of(&settings.base_url, headers.get(AUTHORIZATION))
+            .map(|target| target.with_delayed_acks(settings.delayed_acks));
         let mut builder = reqwest::Client::builder();
         if settings.base_url.starts_with("http://") {
             // Plain HTTP needs no certificates: to read a machine's takes longer than an engine's
@@ -164,8 +165,7 @@ impl EngineClient {
             let accepted = self.accepted(sent).await;
             return Ok(accepted.map(|response| Incoming::indirect(response.bytes_stream())));
         };
-        let limits = SendLimits::connect_within(self.settings.connect_timeout);
-        let answer = http::send(target, path, body, limits);
+        let answer = http::send(target, path, body, self.settings.connect_timeout);
         let answer = answer.await.map_err(|error| self.unanswered(error))?;
         if (200..300).contains(&answer.status) {
             return Ok(Ok(Incoming::direct(answer.body)));

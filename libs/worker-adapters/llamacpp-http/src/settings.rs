@@ -47,11 +47,16 @@ pub struct AdapterSettings {
     pub look_interval: Duration,
     /// How often `Metrics` events come at most.
     pub metrics_interval: Duration,
+    /// Whether the packets of a stream need not be acknowledged one by one, which saves
+    /// a tenth of a token's processor time. Only for an engine that sends each token at
+    /// once (`TCP_NODELAY`): one that waits for acknowledgements would send late.
+    pub delayed_acks: bool,
 }
 
 impl AdapterSettings {
     /// The default timeouts: connection 0.9 s, answer 10 s, first token 120 s,
-    /// next token 30 s; a look at the slots every 5 s, a `Metrics` event every 250 ms.
+    /// next token 30 s; a look at the slots every 5 s, a `Metrics` event every 250 ms. Acknowledgements are
+    /// not delayed.
     pub fn new(base_url: impl Into<String>) -> Self {
         Self {
             base_url: base_url.into(),
@@ -62,6 +67,7 @@ impl AdapterSettings {
             next_token_timeout: Duration::from_secs(30),
             look_interval: Duration::from_secs(5),
             metrics_interval: Duration::from_millis(250),
+            delayed_acks: false,
         }
     }
 }

@@ -42,6 +42,9 @@ struct Point {
     tokens: u32,
     /// For each stream; 0 is flat out.
     tokens_per_second: u32,
+    /// How long it takes to the first token.
+    #[serde(default)]
+    first_token_ms: u32,
 }
 
 fn point() -> Point {
@@ -52,6 +55,7 @@ fn point() -> Point {
         .unwrap_or(Point {
             tokens: 16,
             tokens_per_second: 0,
+            first_token_ms: 0,
         })
 }
 
@@ -244,6 +248,9 @@ async fn emit(stream: &mut TcpStream, events: &impl Events, most: u32) -> io::Re
     let tokens = point.tokens.min(most);
     let head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nServer: llama.cpp\r\n\r\n";
     stream.write_all(head.as_bytes()).await?;
+    if point.first_token_ms > 0 {
+        tokio::time::sleep(Duration::from_millis(point.first_token_ms.into())).await;
+    }
     let begun = Instant::now() + place(point.tokens_per_second);
     let mut out = Vec::with_capacity(1024);
     for index in 0..tokens {

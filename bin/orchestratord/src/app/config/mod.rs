@@ -362,6 +362,7 @@ impl PoolConfig {
             parameter_count: None,
             ctx_max: None,
             chat_template: None,
+            shape: None,
         };
         LaunchSpec {
             ctx: self.ctx,

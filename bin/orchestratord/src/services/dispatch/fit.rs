@@ -172,6 +172,7 @@ mod tests {
             parameter_count: None,
             ctx_max: None,
             chat_template: None,
+            shape: None,
         });
         assert_eq!(Added::by(&context), Some(Added::CHATML));
         context.flags = vec!["--chat-template-file".to_owned(), "x.jinja".to_owned()];

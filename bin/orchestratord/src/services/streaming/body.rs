@@ -17,6 +17,9 @@ use crate::services::event_log::{Cursor, EventRef};
 /// it.
 const BUFFER: usize = 4 * 1024;
 
+/// What a reader who is behind is given in bytes before others have their turn.
+const TURN: usize = 256 * 1024;
+
 /// The body of an answer that follows a log. Whatever is there and unread is written
 /// in one piece, straight from the log into one buffer, which is used again once the
 /// connection has let go of it.
@@ -33,6 +36,8 @@ pub(crate) struct LogBody<R, S, P> {
     /// A comment comes first if there is nothing else to write yet.
     greets: bool,
     over: bool,
+    /// Bytes since it last waited.
+    in_turn: usize,
     out: BytesMut,
     _reader: P,
 }
@@ -59,6 +64,7 @@ where
             keep_alive: None,
             greets: false,
             over: false,
+            in_turn: 0,
             out: BytesMut::new(),
             _reader: reader,
         }
@@ -79,6 +85,11 @@ where
     /// Renders what is unread, until there is something to write. Ready with whether
     /// there is; if not, the stream is over.
     fn poll_render(&mut self, context: &mut Context<'_>) -> Poll<bool> {
+        // The last piece is written by now, mostly: the same memory again is still in the
+        // processor's caches.
+        if self.out.is_empty() {
+            let _ = self.out.try_reclaim(BUFFER);
+        }
         while !self.over {
             let Self {
                 cursor,
@@ -120,6 +131,11 @@ where
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
+        if this.in_turn > TURN {
+            this.in_turn = 0;
+            context.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let rendered = this.poll_render(context);
         let greets = std::mem::take(&mut this.greets);
         let piece = match rendered {
@@ -127,6 +143,7 @@ where
             _ if greets => comment((this.status)()),
             Poll::Ready(false) => return Poll::Ready(None),
             Poll::Pending => {
+                this.in_turn = 0;
                 let Some(keep_alive) = &mut this.keep_alive else {
                     return Poll::Pending;
                 };
@@ -134,6 +151,7 @@ where
                 comment((this.status)())
             }
         };
+        this.in_turn += piece.len();
         if let Some(keep_alive) = &mut this.keep_alive {
             keep_alive.wrote();
         }
@@ -184,6 +202,34 @@ mod tests {
         append(&log, &"x".repeat(BUFFER + 1));
         assert_eq!(body.next().await.unwrap().unwrap().len(), BUFFER + 1);
         assert_eq!(body.out.capacity(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_late_reader_lets_others_have_their_turn() {
+        let log = EventLog::new();
+        let text = "x".repeat(1000);
+        for _ in 0..3 * TURN / text.len() {
+            append(&log, &text);
+        }
+        append(&log, "last");
+        let mut body = LogBody::new(log.cursor(0), (), write, || None);
+        let (mut bytes, mut turns) = (0, 1);
+        let reading = std::future::poll_fn(|context| {
+            loop {
+                match body.poll_next_unpin(context) {
+                    Poll::Ready(Some(piece)) => bytes += piece.unwrap().len(),
+                    Poll::Ready(None) => return Poll::Ready(()),
+                    Poll::Pending => {
+                        turns += 1;
+                        return Poll::Pending;
+                    }
+                }
+            }
+        });
+        // It wakes itself: nothing more is appended.
+        reading.await;
+        assert_eq!(bytes, 3 * TURN / text.len() * text.len() + "last".len());
+        assert!((3..=4).contains(&turns), "{turns}");
     }
 
     #[tokio::test]

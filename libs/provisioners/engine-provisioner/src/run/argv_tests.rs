@@ -13,6 +13,7 @@ fn spec(flags: &[&str]) -> LaunchSpec {
         parameter_count: None,
         ctx_max: Some(8192),
         chat_template: None,
+        shape: None,
     };
     LaunchSpec {
         flags: flags.iter().map(|&flag| flag.to_owned()).collect(),

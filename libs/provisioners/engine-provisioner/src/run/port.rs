@@ -1,9 +1,9 @@
 //! Ports on the loopback address, and who listens on them.
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader};
 use std::net::{Ipv4Addr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A port that is free at this moment. Somebody else may take it before the engine does: the
 /// engine then ends, and another port is tried.
@@ -34,26 +34,43 @@ pub(super) enum Listener {
 
 /// Which process of this process group listens on the port. Blocking.
 pub(super) fn listener(group: u32, port: u16) -> Listener {
-    let Ok(table) = fs::read_to_string("/proc/net/tcp") else {
-        return Listener::Unknown;
-    };
-    let sockets: Vec<PathBuf> = listening_inodes(&table, port)
-        .map(|inode| format!("socket:[{inode}]").into())
-        .collect();
-    find_listener(members(group), &sockets, open_files)
+    match File::open("/proc/net/tcp") {
+        // The kernel writes the table as it is read, the listening sockets first. So no more
+        // is read than is needed: every connection of the last minute has a line too.
+        Ok(table) => first_listener(listening_inodes(BufReader::new(table), port), |socket| {
+            find_listener(members(group), socket, open_files)
+        }),
+        Err(_) => Listener::Unknown,
+    }
 }
 
-/// The first process that has one of these sockets open. A process that may not be looked at (a
+/// What the first socket that is of the group says; several may listen on one port.
+fn first_listener(
+    inodes: impl Iterator<Item = String>,
+    look: impl Fn(&Path) -> Listener,
+) -> Listener {
+    let mut answer = Listener::NotOurs;
+    for inode in inodes {
+        match look(Path::new(&format!("socket:[{inode}]"))) {
+            Listener::NotOurs => {}
+            Listener::Unknown => answer = Listener::Unknown,
+            member @ Listener::Member(_) => return member,
+        }
+    }
+    answer
+}
+
+/// The first process that has the socket open. A process that may not be looked at (a
 /// container, another user, an engine that may not be traced) may be the one.
 fn find_listener(
     members: impl Iterator<Item = u32>,
-    sockets: &[PathBuf],
+    socket: &Path,
     open_files: impl Fn(u32) -> io::Result<Vec<PathBuf>>,
 ) -> Listener {
     let mut answer = Listener::NotOurs;
     for pid in members {
         match open_files(pid) {
-            Ok(files) if files.iter().any(|file| sockets.contains(file)) => {
+            Ok(files) if files.iter().any(|file| file == socket) => {
                 return Listener::Member(pid);
             }
             Ok(_) => {}
@@ -102,14 +119,15 @@ pub(super) fn resident_bytes(pid: u32) -> Option<u64> {
 }
 
 /// The inodes of sockets that listen on the port at 127.0.0.1 or at every address.
-fn listening_inodes(table: &str, port: u16) -> impl Iterator<Item = &str> {
+fn listening_inodes(table: impl BufRead, port: u16) -> impl Iterator<Item = String> {
     let suffix = format!(":{port:04X}");
-    table.lines().skip(1).filter_map(move |line| {
-        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
-        let (local, state, inode) = (fields.get(1)?, fields.get(3)?, fields.get(9)?);
+    table.lines().map_while(Result::ok).filter_map(move |line| {
+        let mut fields = line.split_ascii_whitespace();
+        let (local, state) = (fields.nth(1)?, fields.nth(1)?);
         let here = matches!(local.strip_suffix(&suffix)?, "0100007F" | "00000000");
         // 0A: listening.
-        (here && *state == "0A").then_some(*inode)
+        let inode = fields.nth(5).filter(|_| here && state == "0A")?;
+        Some(inode.to_owned())
     })
 }
 
@@ -129,8 +147,27 @@ mod tests {
             0: 0100007F:9C40 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 4711 1 0 100 0 0 10 0\n\
             1: 0100007F:9C40 0100007F:1234 01 00000000:00000000 00:00000000 00000000  1000        0 4712 1 0 100 0 0 10 0\n\
             2: 0200000A:9C40 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 4713 1 0 100 0 0 10 0\n";
-        assert_eq!(listening_inodes(table, 40000).collect::<Vec<_>>(), ["4711"]);
-        assert_eq!(listening_inodes(table, 40001).count(), 0);
+        let inodes = |port| listening_inodes(table.as_bytes(), port).collect::<Vec<_>>();
+        assert_eq!(inodes(40000), ["4711"]);
+        assert_eq!(inodes(40001), [""; 0]);
+    }
+
+    #[test]
+    fn no_more_of_the_table_is_read_than_is_needed() {
+        let mut read = 0;
+        let inodes = ["1", "2", "3"].map(str::to_owned).into_iter();
+        let answer = first_listener(inodes.inspect(|_| read += 1), |socket| {
+            if socket.ends_with("socket:[2]") {
+                Listener::Member(7)
+            } else {
+                Listener::Unknown
+            }
+        });
+        assert_eq!((answer, read), (Listener::Member(7), 2));
+        let none = first_listener(std::iter::empty(), |_| Listener::Member(7));
+        assert_eq!(none, Listener::NotOurs);
+        let unknown = first_listener(["1".to_owned()].into_iter(), |_| Listener::Unknown);
+        assert_eq!(unknown, Listener::Unknown);
     }
 
     #[test]
@@ -148,14 +185,14 @@ mod tests {
 
     #[test]
     fn a_process_that_may_not_be_looked_at_may_be_the_one() {
-        let sockets = [PathBuf::from("socket:[1]")];
+        let socket = Path::new("socket:[1]");
         let files = |pid| match pid {
             1 => Err(io::ErrorKind::NotFound.into()),
             2 => Err(io::ErrorKind::PermissionDenied.into()),
             3 => Ok(vec![PathBuf::from("socket:[1]")]),
             _ => Ok(vec![PathBuf::from("socket:[2]")]),
         };
-        let of = |members: &[u32]| find_listener(members.iter().copied(), &sockets, files);
+        let of = |members: &[u32]| find_listener(members.iter().copied(), socket, files);
         assert_eq!(of(&[1, 4]), Listener::NotOurs);
         assert_eq!(of(&[1, 2, 4]), Listener::Unknown);
         assert_eq!(of(&[2, 3]), Listener::Member(3));

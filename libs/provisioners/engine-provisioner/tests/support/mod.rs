@@ -105,6 +105,7 @@ impl Machine {
             parameter_count: None,
             ctx_max: Some(2048),
             chat_template: None,
+            shape: None,
         }
     }
 

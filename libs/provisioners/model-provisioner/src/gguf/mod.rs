@@ -16,10 +16,10 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::path::Path;
 
+use llama_orch_types::ModelShape;
 use serde::{Deserialize, Serialize};
 
 use reader::{HeaderReader, MAX_HEADER, Scalar};
-pub use shape::Shape;
 use shape::ShapeNumbers;
 
 /// Longest text that is kept, in bytes: chat templates can be long.
@@ -44,6 +44,8 @@ pub struct GgufFacts {
     pub parameter_count: Option<u64>,
     /// In how many files the model is split; 1 for a whole one.
     pub split_count: u64,
+    /// What a model's memory depends on, where the file says it as its kind does.
+    pub shape: Option<ModelShape>,
 }
 
 /// Why a file is not a usable GGUF file.
@@ -80,16 +82,6 @@ pub fn read_file(path: &Path) -> Result<GgufFacts, GgufError> {
     read(BufReader::with_capacity(64 * 1024, file), size)
 }
 
-/// Reads what a model's memory depends on; `None` where the file does not say
-/// it as its kind does. Reads the header, and so blocks for some milliseconds.
-pub fn read_shape(path: &Path) -> Result<Option<Shape>, GgufError> {
-    let file = File::open(path).map_err(GgufError::Read)?;
-    let size = file.metadata().map_err(GgufError::Read)?.len();
-    let input = BufReader::with_capacity(64 * 1024, file);
-    let (metadata, tensors) = scan(input, size, MAX_HEADER)?;
-    Ok(metadata.shape(&tensors))
-}
-
 /// Reads a header from the start of `input`, which belongs to a file of
 /// `size` bytes.
 pub fn read(input: impl BufRead, size: u64) -> Result<GgufFacts, GgufError> {
@@ -97,11 +89,6 @@ pub fn read(input: impl BufRead, size: u64) -> Result<GgufFacts, GgufError> {
 }
 
 fn read_within(input: impl BufRead, size: u64, limit: u64) -> Result<GgufFacts, GgufError> {
-    let (metadata, tensors) = scan(input, size, limit)?;
-    Ok(metadata.into_facts(&tensors))
-}
-
-fn scan(input: impl BufRead, size: u64, limit: u64) -> Result<(Metadata, Tensors), GgufError> {
     let mut reader = HeaderReader::new(input, size, limit);
     check_magic(&mut reader)?;
     let tensors = reader.u64()?;
@@ -113,7 +100,7 @@ fn scan(input: impl BufRead, size: u64, limit: u64) -> Result<(Metadata, Tensors
     let tensors = Tensors::read(&mut reader, tensors)?;
     let alignment = metadata.alignment()?;
     tensors.check_extent(reader.position(), alignment, size)?;
-    Ok((metadata, tensors))
+    Ok(metadata.into_facts(&tensors))
 }
 
 fn check_magic(reader: &mut HeaderReader<impl BufRead>) -> Result<(), GgufError> {
@@ -181,11 +168,6 @@ impl Metadata {
         }
     }
 
-    fn shape(&self, tensors: &Tensors) -> Option<Shape> {
-        self.shapes
-            .shape(self.architecture.as_deref()?, tensors.embedded)
-    }
-
     fn into_facts(self, tensors: &Tensors) -> GgufFacts {
         let context = self
             .architecture
@@ -196,7 +178,10 @@ impl Metadata {
             .and_then(|number| u32::try_from(number).ok())
             .and_then(types::file_type_name)
             .or(tensors.main_type());
+        let shape = self.architecture.as_deref();
+        let shape = shape.and_then(|name| self.shapes.shape(name, tensors.embedded));
         GgufFacts {
+            shape,
             ctx_max: context.and_then(|&context| u32::try_from(context).ok()),
             quantization: quantization.map(str::to_owned),
             parameter_count: (tensors.parameters > 0).then_some(tensors.parameters),

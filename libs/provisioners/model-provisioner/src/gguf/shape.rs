@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use llama_orch_types::ModelShape;
+
 /// How many numbers are kept: a hostile file has many.
 const MOST: usize = 64;
 
@@ -14,22 +16,6 @@ const KEYS: [&str; 6] = [
     "attention.key_length",
     "attention.value_length",
 ];
-
-/// The form of a transformer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
-    pub layers: u64,
-    /// Numbers in one token's state between layers.
-    pub embedding: u64,
-    /// Heads that keep keys and values, in each layer.
-    pub kv_heads: u64,
-    /// Numbers in one head's key.
-    pub key_length: u64,
-    /// Numbers in one head's value.
-    pub value_length: u64,
-    /// Tokens that the model knows; 0 if that cannot be told.
-    pub vocabulary: u64,
-}
 
 /// Numbers from the header, as they come.
 #[derive(Debug, Default)]
@@ -44,7 +30,7 @@ impl ShapeNumbers {
     }
 
     /// `embedded` is how many numbers the table of embeddings has.
-    pub(super) fn shape(&self, architecture: &str, embedded: u64) -> Option<Shape> {
+    pub(super) fn shape(&self, architecture: &str, embedded: u64) -> Option<ModelShape> {
         let number = |key: &str| {
             let number = self.0.get(&format!("{architecture}.{key}")).copied();
             number.filter(|number| *number > 0)
@@ -55,7 +41,7 @@ impl ShapeNumbers {
         // are the most there can be.
         let kv_heads = number("attention.head_count_kv").unwrap_or(heads);
         let even = embedding / heads;
-        Some(Shape {
+        Some(ModelShape {
             layers,
             embedding,
             kv_heads,

@@ -25,23 +25,20 @@ fn the_facts_of_a_small_file() {
             chat_template: Some("{{ messages }}".into()),
             parameter_count: Some(64 * 3 + 64),
             split_count: 1,
+            shape: None,
         }
     );
 }
 
 #[test]
 fn the_shape_is_read_where_the_file_tells_it() {
-    let shape = |file: &Gguf| {
-        let bytes = file.bytes();
-        let (metadata, tensors) = scan(&bytes[..], bytes.len() as u64, MAX_HEADER).unwrap();
-        metadata.shape(&tensors)
-    };
+    let shape = |file: &Gguf| parse(&file.bytes()).unwrap().shape;
     let mut file = Gguf::tiny();
     assert_eq!(shape(&file), None);
     file.pair("llama.block_count", number(30));
     file.pair("llama.embedding_length", number(64));
     file.pair("llama.attention.head_count", number(8));
-    let plain = Shape {
+    let plain = ModelShape {
         layers: 30,
         embedding: 64,
         kv_heads: 8,
@@ -53,7 +50,7 @@ fn the_shape_is_read_where_the_file_tells_it() {
     file.pair("llama.attention.head_count_kv", number(2));
     file.pair("llama.attention.key_length", number(16));
     file.pair("clip.attention.value_length", number(99));
-    let grouped = Shape {
+    let grouped = ModelShape {
         kv_heads: 2,
         key_length: 16,
         ..plain

@@ -16,35 +16,15 @@ use super::HttpError;
 use super::body::Framing;
 use super::head::{Head, Target};
 
-/// What one read takes in of an engine that we keep up with: some fifty events of one
-/// token.
+/// What one read takes in at first: some fifty events of one token.
 const FIRST_READ: usize = 8 << 10;
 /// What one read takes in of an engine that is ahead of us.
 const LARGEST_READ: usize = 64 << 10;
 /// With less room the buffer is begun anew.
 const SMALLEST_READ: usize = 2 << 10;
 
-/// How long an engine that has begun its answer may take in nothing of the rest of its
-/// request. Much longer than a sound one leaves its socket unread, and well below the
-/// limit for a first token, so that the one is not taken for the other.
-const STALLED_LIMIT: Duration = Duration::from_secs(10);
-
-/// How long parts of a request may take.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct SendLimits {
-    connect: Duration,
-    /// From one part of the request's rest to the next, once the answer has begun.
-    stalled: Duration,
-}
-
-impl SendLimits {
-    pub(crate) fn connect_within(connect: Duration) -> Self {
-        Self {
-            connect,
-            stalled: STALLED_LIMIT,
-        }
-    }
-}
+/// How long an engine that has begun to answer may take nothing of the request's rest.
+const REST_LIMIT: Duration = Duration::from_secs(10);
 
 /// An answer whose head has come.
 #[derive(Debug)]
@@ -56,20 +36,33 @@ pub(crate) struct Answer {
 /// An answer's bytes as they come.
 pub(crate) type AnswerBody = Body<TcpStream>;
 
-/// Sends a request and waits for the answer's head. Beyond the limits here nothing
-/// bounds the wait.
+/// Sends a request and waits for the answer's head. Only the connection has a limit
+/// of its own.
 pub(crate) async fn send(
     target: &Target,
     path: &str,
     body: Bytes,
-    limits: SendLimits,
+    connect_timeout: Duration,
+) -> Result<Answer, HttpError> {
+    send_within(target, path, body, connect_timeout, REST_LIMIT).await
+}
+
+async fn send_within(
+    target: &Target,
+    path: &str,
+    body: Bytes,
+    connect_timeout: Duration,
+    rest_limit: Duration,
 ) -> Result<Answer, HttpError> {
     let connecting = TcpStream::connect((target.host.as_str(), target.port));
-    let mut stream = timeout(limits.connect, connecting)
+    let mut stream = timeout(connect_timeout, connecting)
         .await
         .map_err(|_| HttpError::ConnectTimeout)?
         .map_err(HttpError::Connect)?;
     stream.set_nodelay(true).map_err(HttpError::Connect)?;
+    if target.delayed_acks {
+        delay_acks(&stream);
+    }
     let (mut receiving, mut sending) = stream.split();
     let mut buffer = BytesMut::with_capacity(FIRST_READ);
     let mut request = Bytes::from(target.request(path, body.len())).chain(body);
@@ -88,7 +81,7 @@ pub(crate) async fn send(
         }
     };
     if (200..300).contains(&head.status) {
-        send_rest(&mut sending, &mut request, limits.stalled).await?;
+        send_rest(&mut sending, &mut request, rest_limit).await?;
     }
     Ok(Answer {
         status: head.status,
@@ -96,23 +89,34 @@ pub(crate) async fn send(
     })
 }
 
-/// Sends what is left of a request that an engine has begun to answer: it may do so
-/// before it has read all of it. Its answer is not read on meanwhile, so one that
-/// waits for us to read before it reads on itself must not be waited for.
+/// Sends what is left of a request that an engine has begun to answer, as it may before
+/// it has read all of it. Nothing reads the answer meanwhile, so an engine that takes
+/// no more would wait for us as we do for it.
 async fn send_rest(
     stream: &mut WriteHalf<'_>,
     request: &mut impl Buf,
-    stalled: Duration,
+    limit: Duration,
 ) -> Result<(), HttpError> {
     while request.has_remaining() {
-        match timeout(stalled, stream.write_buf(request)).await {
+        match timeout(limit, stream.write_buf(request)).await {
             Ok(Ok(1..)) => {}
             // Its answer tells whether it is whole all the same.
             Ok(_) => break,
-            Err(_) => return Err(HttpError::SendStalled { after: stalled }),
+            Err(_) => return Err(HttpError::NotTaken { limit }),
         }
     }
     Ok(())
+}
+
+/// Has several of the engine's packets acknowledged together, as far as the system
+/// knows how: each token is one, and an answer to each costs as much as reading it.
+fn delay_acks(stream: &TcpStream) {
+    #[cfg(target_os = "linux")]
+    if let Err(error) = socket2::SockRef::from(stream).set_tcp_quickack(false) {
+        tracing::debug!(%error, "every packet of the engine is acknowledged by itself");
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = stream;
 }
 
 async fn receive_head<R: AsyncRead + Unpin>(
@@ -138,8 +142,10 @@ pub(crate) struct Body<R> {
     source: Option<R>,
     buffer: BytesMut,
     framing: Framing,
-    /// How large the buffer is begun anew.
+    /// What the next buffer has room for.
     read_size: usize,
+    /// Bytes of the latest read.
+    latest_read: usize,
     /// The latest read took in all that it could: the engine is ahead.
     was_full: bool,
     has_yielded: bool,
@@ -153,6 +159,7 @@ impl<R: AsyncRead + Unpin> Body<R> {
             buffer,
             framing,
             read_size: FIRST_READ,
+            latest_read: FIRST_READ,
             was_full: false,
             has_yielded: false,
             has_read: true,
@@ -215,41 +222,37 @@ impl<R: AsyncRead + Unpin> Body<R> {
             context.waker().wake_by_ref();
             return Poll::Pending;
         }
-        let mut room = self.buffer.capacity() - self.buffer.len();
-        if room < SMALLEST_READ {
-            self.make_room(room == 0);
-            room = self.buffer.capacity() - self.buffer.len();
+        if self.buffer.is_empty() {
+            self.begin_anew();
         }
+        if self.buffer.capacity() - self.buffer.len() < SMALLEST_READ {
+            let room = self.read_size.saturating_sub(self.buffer.len());
+            self.buffer.reserve(room.max(SMALLEST_READ));
+        }
+        let room = self.buffer.capacity() - self.buffer.len();
         let Some(source) = &mut self.source else {
             return Poll::Ready(Ok(0));
         };
         let read = ready!(poll_read_buf(Pin::new(source), context, &mut self.buffer));
         let read = read.map_err(HttpError::Receive)?;
-        self.has_read = true;
-        self.was_full = read == room && read >= FIRST_READ / 2;
+        (self.has_read, self.latest_read) = (true, read);
+        if read == room {
+            self.was_full = read >= FIRST_READ / 2;
+            self.read_size = (self.read_size * 2).min(LARGEST_READ);
+        }
         Poll::Ready(Ok(read))
     }
 
-    /// Begins the buffer anew. One that the latest read filled to its last byte is too
-    /// small for an engine that is ahead; one that was used up bit by bit is as large
-    /// as need be, or larger.
-    fn make_room(&mut self, filled: bool) {
-        let size = if filled {
-            (self.read_size * 2).min(LARGEST_READ)
-        } else {
-            (self.read_size / 2).max(FIRST_READ)
-        };
-        let kept = self.buffer.len();
-        let needed = size.max(kept + SMALLEST_READ);
-        if size == self.read_size {
-            // The same memory again, if nobody holds a part of it any more.
-            self.buffer.reserve(needed - kept);
-            return;
+    /// Sees to it that an empty buffer begins at its beginning: what was read before has
+    /// been let go, mostly, and the same memory again is still in the processor's
+    /// caches. An engine that is no longer ahead needs no large one.
+    fn begin_anew(&mut self) {
+        if self.read_size > FIRST_READ && self.latest_read < self.read_size / 8 {
+            self.read_size /= 2;
+            self.buffer = BytesMut::new();
         }
-        self.read_size = size;
-        let mut buffer = BytesMut::with_capacity(needed);
-        buffer.extend_from_slice(&self.buffer);
-        self.buffer = buffer;
+        // Where it was not let go there may be room behind it.
+        let _ = self.buffer.try_reclaim(FIRST_READ);
     }
 }
 

@@ -3,7 +3,6 @@ use std::net::TcpListener;
 
 use proptest::prelude::*;
 use reqwest::header::HeaderValue;
-use tokio::io::ReadBuf;
 
 use super::*;
 
@@ -44,43 +43,6 @@ fn an_answer_to_the_end_of_its_connection_is_read_to_there() {
     assert_eq!((status, body.len(), error), (Some(200), 300_000, None));
 }
 
-/// An engine of which each read takes in at most so many bytes.
-struct Engine {
-    at_most: usize,
-}
-
-impl AsyncRead for Engine {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        let bytes = self.at_most.min(buffer.remaining());
-        buffer.initialize_unfilled_to(bytes);
-        buffer.advance(bytes);
-        Poll::Ready(Ok(()))
-    }
-}
-
-#[tokio::test]
-async fn the_buffer_is_as_large_as_the_engine_is_ahead() {
-    let buffer = BytesMut::with_capacity(FIRST_READ);
-    let mut body = Body::new(Engine { at_most: 150 }, buffer, Framing::to_end());
-    for (at_most, size) in [
-        (150, FIRST_READ),
-        (usize::MAX, LARGEST_READ),
-        (150, FIRST_READ),
-    ] {
-        body.source = Some(Engine { at_most });
-        for _ in 0..2000 {
-            let piece = poll_fn(|context| body.poll_data(context)).await;
-            assert!(piece.unwrap().unwrap().len() <= LARGEST_READ);
-        }
-        assert_eq!(body.read_size, size);
-        assert!(body.buffer.capacity() <= size);
-    }
-}
-
 /// Serves one connection and gives its client's target.
 fn served(serve: impl FnOnce(std::net::TcpStream) + Send + 'static) -> Target {
     let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
@@ -89,10 +51,7 @@ fn served(serve: impl FnOnce(std::net::TcpStream) + Send + 'static) -> Target {
     Target::of(&url, Some(&HeaderValue::from_static("Bearer k"))).unwrap()
 }
 
-const LIMITS: SendLimits = SendLimits {
-    connect: Duration::from_secs(5),
-    stalled: Duration::from_mins(1),
-};
+const CONNECT: Duration = Duration::from_secs(5);
 
 #[tokio::test]
 async fn a_request_arrives_whole_and_its_connection_is_closed_with_the_answer() {
@@ -113,7 +72,7 @@ async fn a_request_arrives_whole_and_its_connection_is_closed_with_the_answer() 
             .unwrap();
     });
     let body = Bytes::from_static(b"the body");
-    let mut answer = send(&target, "/x", body, LIMITS).await.unwrap();
+    let mut answer = send(&target, "/x", body, CONNECT).await.unwrap();
     assert_eq!(answer.status, 200);
     let bytes = poll_fn(|context| answer.body.poll_data(context)).await;
     assert_eq!(bytes.unwrap().unwrap(), "hello");
@@ -134,21 +93,19 @@ async fn a_refusal_before_the_request_is_read_is_the_answer() {
         let mut scratch = vec![0; 1 << 16];
         while stream.read(&mut scratch).is_ok_and(|read| read > 0) {}
     });
-    let body = Bytes::from(vec![b'x'; LARGE]);
-    let answer = send(&target, "/x", body, LIMITS).await.unwrap();
+    let body = Bytes::from(vec![b'x'; 64 << 20]);
+    let answer = send(&target, "/x", body, CONNECT).await.unwrap();
     assert_eq!(answer.status, 413);
     assert_eq!(answer.body.short(9).await, b"no");
 }
 
-/// More than the sockets between hold.
-const LARGE: usize = 64 << 20;
-const BEGUN: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n";
-
 #[tokio::test]
 async fn a_request_is_sent_on_to_an_engine_that_answers_before_it_has_read_it() {
+    const LARGE: usize = 64 << 20;
     let (told, asked) = tokio::sync::oneshot::channel();
     let target = served(|mut stream| {
-        stream.write_all(BEGUN).unwrap();
+        let head = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n";
+        stream.write_all(head).unwrap();
         let (mut scratch, mut whole) = (vec![0; 1 << 16], 0);
         while whole < LARGE {
             whole += stream.read(&mut scratch).unwrap();
@@ -159,39 +116,79 @@ async fn a_request_is_sent_on_to_an_engine_that_answers_before_it_has_read_it() 
         while stream.read(&mut scratch).is_ok_and(|read| read > 0) {}
     });
     let body = Bytes::from(vec![b'x'; LARGE]);
-    let answer = send(&target, "/x", body, LIMITS).await.unwrap();
+    let answer = send(&target, "/x", body, CONNECT).await.unwrap();
     assert_eq!(answer.status, 200);
-    let asked = timeout(LIMITS.stalled, asked).await;
+    let asked = timeout(Duration::from_mins(1), asked).await;
     asked.expect("the whole body gets there").unwrap();
     assert_eq!(answer.body.short(9).await, b"ok");
 }
 
 #[tokio::test]
-async fn an_engine_that_answers_and_reads_nothing_more_is_not_waited_for() {
-    let (_until_the_end, ended) = std::sync::mpsc::channel::<()>();
+async fn an_engine_that_answers_and_takes_no_more_is_not_waited_for() {
+    let (gone, until_gone) = std::sync::mpsc::channel::<()>();
     let target = served(move |mut stream| {
-        stream.write_all(BEGUN).unwrap();
-        let _ = ended.recv();
+        stream
+            .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            .unwrap();
+        // Open, and not read from, until the client has given up.
+        let _ = until_gone.recv();
     });
-    let body = Bytes::from(vec![b'x'; LARGE]);
-    let limits = SendLimits {
-        stalled: Duration::from_millis(50),
-        ..LIMITS
+    let body = Bytes::from(vec![b'x'; 64 << 20]);
+    let limit = Duration::from_millis(50);
+    let sent = send_within(&target, "/x", body, CONNECT, limit).await;
+    assert!(matches!(sent, Err(HttpError::NotTaken { .. })), "{sent:?}");
+    drop(gone);
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn acknowledgements_are_delayed_where_it_is_asked_for() {
+    for delayed in [false, true] {
+        let target = served(|mut stream| {
+            let _ = stream.read(&mut [0; 1024]);
+            stream
+                .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhello")
+                .unwrap();
+            let _ = stream.read(&mut [0; 8]);
+        });
+        let target = target.with_delayed_acks(delayed);
+        let answer = send(&target, "/x", Bytes::new(), CONNECT).await.unwrap();
+        let source = answer.body.source.as_ref().unwrap();
+        let at_once = socket2::SockRef::from(source).tcp_quickack().unwrap();
+        assert_eq!(at_once, !delayed);
+    }
+}
+
+#[test]
+fn the_buffer_grows_with_an_engine_that_is_ahead_and_shrinks_again() {
+    // Much at once, then one small piece after the other.
+    let ahead = vec![b'x'; 8 * LARGEST_READ];
+    let slow = vec![b'y'; 200];
+    let pieces = std::iter::once(ahead.clone()).chain(std::iter::repeat_n(slow, 50));
+    let source =
+        futures::stream::iter(pieces.map(|piece| Ok::<_, std::io::Error>(Bytes::from(piece))));
+    let source = tokio_util::io::StreamReader::new(source);
+    let mut body = Body::new(source, BytesMut::new(), Framing::to_end());
+    let (mut read, mut largest) = (0, 0);
+    let reading = async {
+        while let Some(bytes) = poll_fn(|context| body.poll_data(context)).await {
+            read += bytes.unwrap().len();
+            largest = largest.max(body.read_size);
+        }
     };
-    let sent = timeout(LIMITS.stalled, send(&target, "/x", body, limits));
-    let error = sent.await.expect("it is given up").unwrap_err();
-    assert!(matches!(error, HttpError::SendStalled { .. }), "{error:?}");
-    let words = error.to_string();
-    assert!(
-        words.contains("rest of the request could not be sent"),
-        "{words}"
-    );
+    futures::executor::block_on(reading);
+    assert_eq!(read, ahead.len() + 50 * 200);
+    assert_eq!(largest, LARGEST_READ);
+    assert_eq!(body.read_size, FIRST_READ);
+    assert!(body.buffer.capacity() <= 2 * FIRST_READ);
 }
 
 #[tokio::test]
 async fn a_connection_that_closes_without_an_answer_is_told_from_none() {
     let target = served(drop);
-    let error = send(&target, "/x", Bytes::new(), LIMITS).await.unwrap_err();
+    let error = send(&target, "/x", Bytes::new(), CONNECT)
+        .await
+        .unwrap_err();
     let broken = matches!(
         error,
         HttpError::Closed | HttpError::Receive(_) | HttpError::Send(_)
@@ -201,6 +198,8 @@ async fn a_connection_that_closes_without_an_answer_is_told_from_none() {
     let url = format!("http://{}", listener.local_addr().unwrap());
     drop(listener);
     let target = Target::of(&url, None).unwrap();
-    let error = send(&target, "/x", Bytes::new(), LIMITS).await.unwrap_err();
+    let error = send(&target, "/x", Bytes::new(), CONNECT)
+        .await
+        .unwrap_err();
     assert!(matches!(error, HttpError::Connect(_)), "{error:?}");
 }

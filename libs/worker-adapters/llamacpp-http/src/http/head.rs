@@ -25,6 +25,8 @@ pub(crate) struct Target {
     prefix: String,
     /// The header fields that are the same each time; they may hold the key.
     fields: Vec<u8>,
+    /// See `AdapterSettings::delayed_acks`.
+    pub(super) delayed_acks: bool,
 }
 
 impl fmt::Debug for Target {
@@ -69,7 +71,15 @@ impl Target {
             port,
             prefix: url.path().trim_end_matches('/').to_owned(),
             fields,
+            delayed_acks: false,
         })
+    }
+
+    pub(crate) fn with_delayed_acks(self, delayed_acks: bool) -> Self {
+        Self {
+            delayed_acks,
+            ..self
+        }
     }
 
     /// The head of a `POST` with a body of so many bytes.

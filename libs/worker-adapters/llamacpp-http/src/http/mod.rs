@@ -20,7 +20,7 @@ pub(crate) use self::connection::read_all;
 use std::io;
 use std::time::Duration;
 
-pub(crate) use self::connection::{AnswerBody, SendLimits, send};
+pub(crate) use self::connection::{AnswerBody, send};
 pub(crate) use self::head::Target;
 
 /// Why a request has no whole answer.
@@ -32,11 +32,8 @@ pub(crate) enum HttpError {
     ConnectTimeout,
     #[error("the request could not be sent")]
     Send(#[source] io::Error),
-    #[error(
-        "the rest of the request could not be sent: the engine has begun its answer, and read nothing for {} ms",
-        .after.as_millis()
-    )]
-    SendStalled { after: Duration },
+    #[error("the engine began to answer and took no more of the request for {} s", .limit.as_secs())]
+    NotTaken { limit: Duration },
     #[error("the connection broke")]
     Receive(#[source] io::Error),
     #[error("the connection was closed before the answer was whole")]
