@@ -74,6 +74,14 @@ impl Incoming {
         }
     }
 
+    /// Whether nothing came last though there may be something to read.
+    pub(crate) fn has_yielded(&self) -> bool {
+        match &self.source {
+            Source::Direct(body) => body.has_yielded(),
+            Source::Indirect(..) => false,
+        }
+    }
+
     /// Whether the engine was heard of since this was last asked; if not, what came
     /// is of the same moment as what came before.
     pub(crate) fn take_has_read(&mut self) -> bool {

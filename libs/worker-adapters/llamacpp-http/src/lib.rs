@@ -10,7 +10,8 @@
 //! - `client`: single requests, and how their failures are told apart
 //! - `http`: streams over connections of their own
 //! - `incoming`: the events of an answer, whichever way it is read
-//! - `completion`: one task's stream, from the request to its last event
+//! - `answer_stream`: one task's stream, from the request to its last event
+//! - `completion`: what the events of a completion give
 //! - `calls`: the same for requests in the engine's own API, passed on
 //! - `patience`: how long one task's engine is waited for
 //! - `live`: which tasks run, so that they can be cancelled
@@ -29,6 +30,7 @@ pub mod sse;
 #[doc(hidden)]
 pub mod fuzzing;
 
+mod answer_stream;
 mod calls;
 mod client;
 mod completion;

@@ -262,10 +262,13 @@ impl EventSplitter {
         }
         match Field::of(&line) {
             Field::Data(start) => {
-                let value = text(line.split_off(start))?;
-                self.add_data(value);
+                line.advance(start);
+                self.add_data(text(line)?);
             }
-            Field::Name(start) => self.name = Some(text(line.split_off(start))?),
+            Field::Name(start) => {
+                line.advance(start);
+                self.name = Some(text(line)?);
+            }
             Field::Other => check_text(&line)?,
         }
         Ok(false)

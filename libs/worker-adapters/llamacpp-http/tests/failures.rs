@@ -3,9 +3,12 @@
 
 mod support;
 
-use std::net::TcpListener;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::mpsc;
 use std::time::Duration;
 
+use futures::StreamExt;
 use llama_orch_types::{ErrorCode, TaskId};
 use support::{Outcome, adapter, adapter_with, failure, task};
 use test_harness_fake_engine::{FakeEngine, Fault, Script};
@@ -126,6 +129,64 @@ async fn a_hang_is_noticed_soon_after_another_tasks_prompt_is_over() {
             ..
         })
     ));
+}
+
+/// Reads one request, and whether it is a completion.
+fn reads_completion(stream: &mut TcpStream) -> bool {
+    let (mut request, mut scratch) = (Vec::new(), vec![0; 1 << 16]);
+    loop {
+        let read = stream.read(&mut scratch).unwrap();
+        request.extend_from_slice(&scratch[..read]);
+        let text = String::from_utf8_lossy(&request);
+        if text.starts_with("GET ") {
+            return false;
+        }
+        if read == 0 || text.ends_with('}') {
+            return true;
+        }
+    }
+}
+
+/// An engine that writes the whole of its answer to a completion at once, in events of
+/// some three kilobytes.
+fn hasty_engine(tokens: usize) -> (String, mpsc::Receiver<()>) {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let (told, written) = mpsc::channel();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            if !reads_completion(&mut stream) {
+                let answer = b"HTTP/1.1 404 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+                stream.write_all(answer).unwrap();
+                continue;
+            }
+            let token = format!("data: {{\"content\":\"{}\"}}\n\n", "x".repeat(3000));
+            let mut answer = "HTTP/1.1 200 OK\r\n\r\n".to_owned() + &token.repeat(tokens);
+            answer += "data: {\"content\":\"\",\"stop\":true}\n\n";
+            stream.write_all(answer.as_bytes()).unwrap();
+            told.send(()).unwrap();
+            // Until the client has gone.
+            while stream.read(&mut [0]).is_ok_and(|read| read > 0) {}
+        }
+    });
+    (url, written)
+}
+
+#[tokio::test]
+async fn an_engine_is_not_late_for_a_reader_that_was_away() {
+    let (url, written) = hasty_engine(12);
+    let mut settings = AdapterSettings::new(url);
+    settings.next_token_timeout = Duration::from_millis(50);
+    let adapter = LlamaCppAdapter::new(settings).unwrap();
+    let mut stream = adapter.submit(task(12)).await.unwrap();
+    written.recv().unwrap();
+    let mut tokens = 0;
+    while let Some(event) = stream.next().await {
+        tokens += usize::from(matches!(event.unwrap(), TokenEvent::Token { .. }));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(tokens, 12);
 }
 
 #[tokio::test]

@@ -1,10 +1,4 @@
-//! A call: a request in the engine's own API, from its body to its last event.
-//!
-//! ```text
-//! Opening ──► Reading ──► Closed     (a stream, to its last event)
-//! Waiting ──────────────► Closed     (an answer in one piece)
-//!    └───────────┴──────► Closed     (error, timeout, cancel)
-//! ```
+//! A call: a request in the engine's own API, and what its answer gives.
 //!
 //! - [`body`]: what is added to what the client wrote
 //! - [`events`]: what one event of a stream tells
@@ -18,19 +12,18 @@ mod body;
 pub(crate) mod events;
 mod looks;
 
-use std::collections::VecDeque;
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
 use bytestring::ByteString;
 use futures::{Stream, StreamExt, stream};
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 use worker_adapters_adapter_api::{
-    CallAnswer, CallApi, CallChunk, EngineCall, TokenEvent, TokenStream, WorkerError,
+    CallAnswer, CallApi, CallChunk, EngineCall, TokenEvent, WorkerError,
 };
 
 use self::account::Account;
@@ -38,10 +31,10 @@ pub(crate) use self::answer::read as read_answer;
 use self::body::{Wanted, prepare};
 use self::events::Heard;
 use self::looks::{Looks, Seen};
+use crate::answer_stream::{AnswerKind, AnswerStream, Given, InFlight, State};
 use crate::client::EngineClient;
-use crate::completion::{ACCEPT_WINDOW, Opening, ended_early, part_of};
+use crate::completion::part_of;
 use crate::deadlines::PromptSpeed;
-use crate::incoming::Incoming;
 use crate::live::LiveTask;
 use crate::patience::Patience;
 use crate::sse::SseEvent;
@@ -60,29 +53,14 @@ const UNSEEN_LIMIT: Duration = Duration::from_hours(1);
 /// What ends the streams of OpenAI's older APIs.
 const DONE: &str = "[DONE]";
 
-type Waiting = Pin<Box<dyn Future<Output = Result<Bytes, WorkerError>> + Send>>;
-type Sights = Pin<Box<dyn Stream<Item = Seen> + Send>>;
-
-#[allow(
-    clippy::large_enum_variant,
-    reason = "one for each task, on the heap, and large for as long as the task reads"
-)]
-enum State {
-    Opening(Opening),
-    Reading(Incoming),
-    Waiting(Waiting, Sights),
-    Closed,
+/// An answer in one piece that is waited for, and what is seen of the engine meanwhile.
+pub(crate) struct Waiting {
+    answer: Pin<Box<dyn Future<Output = Result<Bytes, WorkerError>> + Send>>,
+    sights: Pin<Box<dyn Stream<Item = Seen> + Send>>,
 }
 
-/// A call on its way.
+/// What a call has given so far.
 pub(crate) struct Call {
-    /// Gone as soon as the task is over, before its last event is handed out.
-    live: Option<LiveTask>,
-    state: State,
-    /// What is handed out before anything is read on.
-    ready: VecDeque<TokenEvent>,
-    /// When the engine was last heard of.
-    now: Instant,
     url: String,
     api: CallApi,
     /// Whether the client wants to see the progress in the prompt itself.
@@ -92,7 +70,6 @@ pub(crate) struct Call {
     bytes: usize,
     reader: events::Reader,
     account: Account,
-    patience: Patience,
     speed: Arc<PromptSpeed>,
     first_event: Option<Instant>,
 }
@@ -105,7 +82,7 @@ impl Call {
         call: &EngineCall,
         tags: bool,
         speed: Arc<PromptSpeed>,
-    ) -> Result<Self, WorkerError> {
+    ) -> Result<AnswerStream<Self>, WorkerError> {
         let (api, streams) = (call.api, call.stream && call.api.generates());
         // Anthropic's API is translated by the engine, and what it does not know of
         // it is lost.
@@ -135,18 +112,17 @@ impl Call {
             let tag = prepared.tagged.then(|| live.handle.tag());
             let looks = Looks::new(Arc::clone(client), tag);
             let sights = stream::unfold(looks, async |mut looks| Some((looks.next().await, looks)));
-            let waiting = async move {
+            let answer = async move {
                 let keep = !api.generates();
                 let response = engine.open_call(api.path(), prepared.body, keep).await?;
                 engine.body(response).await.map(Bytes::from)
             };
-            State::Waiting(Box::pin(waiting), Box::pin(sights))
+            State::Waiting(Waiting {
+                answer: Box::pin(answer),
+                sights: Box::pin(sights),
+            })
         };
-        Ok(Self {
-            live: Some(live),
-            state,
-            ready: VecDeque::new(),
-            now: patience.started(),
+        let call = Self {
             url,
             api,
             progress_wanted: prepared.progress_wanted,
@@ -154,155 +130,24 @@ impl Call {
             bytes: 0,
             reader: events::Reader::default(),
             account: Account::new(api),
-            patience,
             speed,
             first_event: None,
-        })
-    }
-
-    /// Waits until the engine has taken the task, or says why it has not.
-    pub(crate) async fn accepted(&mut self) -> Result<(), WorkerError> {
-        let step = timeout(ACCEPT_WINDOW, poll_fn(|context| self.poll_step(context)));
-        match (step.await, &self.live) {
-            (Ok(event), _) => {
-                if let Some(event) = event? {
-                    self.ready.push_front(event);
-                }
-            }
-            // Time over means that the engine works on it.
-            (Err(_), Some(live)) => live.handle.set_taken(),
-            (Err(_), None) => {}
-        }
-        self.ready.push_front(TokenEvent::Started);
-        Ok(())
-    }
-
-    pub(crate) fn into_stream(self) -> TokenStream {
-        Box::pin(self)
-    }
-
-    fn close(&mut self, error: WorkerError) -> WorkerError {
-        self.state = State::Closed;
-        self.ready.clear();
-        self.live = None;
-        error
-    }
-
-    /// One step: the response's headers, an event, a look, or the answer, and what it
-    /// gives first.
-    fn poll_step(
-        &mut self,
-        context: &mut Context<'_>,
-    ) -> Poll<Result<Option<TokenEvent>, WorkerError>> {
-        let Some(live) = &self.live else {
-            return Poll::Ready(Ok(None));
         };
-        match &mut self.state {
-            State::Opening(opening) => {
-                if let Poll::Ready(incoming) = opening.as_mut().poll(context) {
-                    live.handle.set_taken();
-                    self.state = State::Reading(incoming?);
-                    return Poll::Ready(Ok(None));
-                }
-            }
-            State::Reading(incoming) => {
-                if let Poll::Ready(event) = incoming.poll_event(context) {
-                    // Whoever reads the stream may have slept within what one read brought.
-                    if incoming.take_has_read() || self.patience.is_due() {
-                        self.now = Instant::now();
-                    }
-                    let event = event.unwrap_or_else(|| Err(ended_early()))?;
-                    return Poll::Ready(self.take(event));
-                }
-            }
-            State::Waiting(answer, sights) => {
-                if let Poll::Ready(answer) = answer.as_mut().poll(context) {
-                    return Poll::Ready(self.take_answer(answer?));
-                }
-                if let Poll::Ready(Some(seen)) = sights.poll_next_unpin(context) {
-                    // No step of the answer: the next look is waited for.
-                    self.take_look(seen);
-                    return self.poll_step(context);
-                }
-            }
-            State::Closed => return Poll::Ready(Ok(None)),
-        }
-        self.patience.poll_over(live, context).map(Err)
-    }
-
-    /// What one event of a stream gives; what follows it is in `ready`.
-    fn take(&mut self, event: SseEvent) -> Result<Option<TokenEvent>, WorkerError> {
-        let Some(live) = &self.live else {
-            return Ok(None);
-        };
-        let name = event.name.as_ref().map_or(0, |name| name.len());
-        self.bytes += EVENT_COST + name + event.data.len();
-        if self.bytes > STREAM_LIMIT {
-            return Err(WorkerError::Protocol {
-                what: format!("an answer of more than {STREAM_LIMIT} bytes"),
-            });
-        }
-        let now = self.now;
-        self.patience.note_event(now, &live.handle);
-        if event.data == DONE {
-            self.end(now);
-            return Ok(None);
-        }
-        let heard =
-            self.reader
-                .read(self.api, &event.data)
-                .map_err(|error| WorkerError::Protocol {
-                    what: format!("an event that cannot be read: {error}"),
-                })?;
-        if heard.nothing {
-            return Ok(None);
-        }
-        if let Some(error) = heard.error {
-            return Err(error.into_worker_error(&self.url));
-        }
-        if let Some(progress) = &heard.progress {
-            self.hear_of_prompt(now, progress.prompt);
-            let raw = progress.raw;
-            let shown = if self.progress_wanted {
-                Some(event.data)
-            } else {
-                self.without_progress(&event.data, raw)
-                    .map(ByteString::from)
-            };
-            return Ok(shown.map(|data| self.chunk(event.name, data, ByteString::new())));
-        }
-        self.hear(now, &heard);
-        let last = heard.last;
-        let text = part_of(&event.data, heard.text);
-        let chunk = self.chunk(event.name, event.data, text);
-        if last {
-            self.end(now);
-        }
-        Ok(Some(chunk))
-    }
-
-    fn hear_of_prompt(&mut self, now: Instant, progress: PromptProgress) {
-        if let Some(live) = &self.live {
-            live.handle.set_telling();
-            live.handle.set_prompt_left(progress.left());
-        }
-        self.patience.hear_of_prompt(now, progress);
+        Ok(AnswerStream::new(state, live, patience, call))
     }
 
     /// Takes in what an event tells that is none of the prompt's.
-    fn hear(&mut self, now: Instant, heard: &Heard<'_>) {
+    fn hear(&mut self, task: &mut InFlight, heard: &Heard<'_>) {
         if heard.token {
             self.account.count_token();
         }
         // What comes before the first token says nothing of the prompt: responses
         // are announced as soon as they are taken.
         if heard.token || self.first_event.is_some() {
-            self.first_event.get_or_insert(now);
-            if let Some(live) = &self.live {
-                let context = self.account.counted();
-                self.patience
-                    .hear_streamed_token(now, context, &live.handle);
-            }
+            self.first_event.get_or_insert(task.now);
+            let context = self.account.counted();
+            task.patience
+                .hear_streamed_token(task.now, context, &task.handle);
         }
         if let Some(costs) = &heard.costs {
             self.account.add(costs);
@@ -341,7 +186,7 @@ impl Call {
         })
     }
 
-    fn take_answer(&mut self, body: Bytes) -> Result<Option<TokenEvent>, WorkerError> {
+    fn take_answer(&mut self, task: &mut InFlight, body: Bytes) -> Given {
         let read = read_answer(self.api, &body).map_err(|error| WorkerError::Protocol {
             what: format!("an answer that cannot be read: {error}"),
         })?;
@@ -352,73 +197,111 @@ impl Call {
         if let Some(reason) = read.finish {
             self.account.finish(reason);
         }
-        self.end(Instant::now());
+        self.end(task, Instant::now());
         let text = read.text;
         Ok(Some(TokenEvent::Answer(CallAnswer { body, text })))
     }
 
-    /// A slot that got on is a sign of life, as an event of a stream would be.
-    fn take_look(&mut self, seen: Seen) {
-        let now = Instant::now();
-        match seen {
-            Seen::Nothing => {}
-            Seen::NotShown => {
-                if now - self.patience.started() < UNSEEN_LIMIT {
-                    self.patience.hear_token(now, 0);
-                }
-            }
-            Seen::Progress(slot) if slot.decoded == 0 => {
-                let progress = PromptProgress {
-                    total: slot.prompt_tokens,
-                    processed: slot.processed,
-                };
-                if let Some(live) = &self.live {
-                    live.handle.set_prompt_left(progress.left());
-                }
-                self.patience.hear_of_prompt(now, progress);
-            }
-            Seen::Progress(slot) => {
-                if let Some(live) = &self.live {
-                    live.handle.set_prompt_left(0);
-                }
-                let context = slot.prompt_tokens.saturating_add(slot.decoded);
-                self.patience.hear_token(now, context);
-            }
-        }
-    }
-
-    fn end(&mut self, now: Instant) {
-        let started = self.patience.started();
+    fn end(&self, task: &mut InFlight, now: Instant) {
+        let started = task.patience.started();
         let first = self.first_event.unwrap_or(now);
-        let summary = self.account.summary(first - started, now - first);
-        self.ready.push_back(TokenEvent::End(summary));
-        self.live = None;
-        self.state = State::Closed;
+        task.end(self.account.summary(first - started, now - first));
     }
 }
 
-impl Stream for Call {
-    type Item = Result<TokenEvent, WorkerError>;
+impl AnswerKind for Call {
+    type Waiting = Waiting;
 
-    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let this = self.get_mut();
+    /// Messages tell nothing before their first token, and an answer in one piece
+    /// nothing before its end.
+    const IN_SLOT_IF_NOT_REFUSED: bool = true;
+
+    fn take(&mut self, task: &mut InFlight, event: SseEvent) -> Given {
+        let name = event.name.as_ref().map_or(0, |name| name.len());
+        self.bytes += EVENT_COST + name + event.data.len();
+        if self.bytes > STREAM_LIMIT {
+            return Err(WorkerError::Protocol {
+                what: format!("an answer of more than {STREAM_LIMIT} bytes"),
+            });
+        }
+        if event.data == DONE {
+            self.end(task, task.now);
+            return Ok(None);
+        }
+        let heard =
+            self.reader
+                .read(self.api, &event.data)
+                .map_err(|error| WorkerError::Protocol {
+                    what: format!("an event that cannot be read: {error}"),
+                })?;
+        if heard.nothing {
+            return Ok(None);
+        }
+        if let Some(error) = heard.error {
+            return Err(error.into_worker_error(&self.url));
+        }
+        if let Some(progress) = &heard.progress {
+            task.hear_of_prompt(progress.prompt);
+            let raw = progress.raw;
+            let shown = if self.progress_wanted {
+                Some(event.data)
+            } else {
+                self.without_progress(&event.data, raw)
+                    .map(ByteString::from)
+            };
+            return Ok(shown.map(|data| self.chunk(event.name, data, ByteString::new())));
+        }
+        self.hear(task, &heard);
+        let last = heard.last;
+        let text = part_of(&event.data, heard.text);
+        let chunk = self.chunk(event.name, event.data, text);
+        if last {
+            self.end(task, task.now);
+        }
+        Ok(Some(chunk))
+    }
+
+    fn poll_answer(
+        &mut self,
+        waiting: &mut Waiting,
+        task: &mut InFlight,
+        context: &mut Context<'_>,
+    ) -> Poll<Given> {
         loop {
-            // Nothing is handed out after a cancel, not even what is here.
-            let live = this.live.as_ref();
-            if live.is_some_and(|live| live.handle.is_cancelled()) {
-                return Poll::Ready(Some(Err(this.close(WorkerError::Cancelled))));
+            if let Poll::Ready(answer) = waiting.answer.as_mut().poll(context) {
+                return Poll::Ready(self.take_answer(task, answer?));
             }
-            if let Some(event) = this.ready.pop_front() {
-                return Poll::Ready(Some(Ok(event)));
+            match waiting.sights.poll_next_unpin(context) {
+                // No step of the answer: the next look is waited for.
+                Poll::Ready(Some(seen)) => take_look(task, seen),
+                Poll::Ready(None) | Poll::Pending => return Poll::Pending,
             }
-            if matches!(this.state, State::Closed) {
-                return Poll::Ready(None);
+        }
+    }
+}
+
+/// A slot that got on is a sign of life, as an event of a stream would be.
+fn take_look(task: &mut InFlight, seen: Seen) {
+    let now = Instant::now();
+    match seen {
+        Seen::Nothing => {}
+        Seen::NotShown => {
+            if now - task.patience.started() < UNSEEN_LIMIT {
+                task.patience.hear_token(now, 0);
             }
-            match ready!(this.poll_step(context)) {
-                Ok(Some(event)) => return Poll::Ready(Some(Ok(event))),
-                Ok(None) => {}
-                Err(error) => return Poll::Ready(Some(Err(this.close(error)))),
-            }
+        }
+        Seen::Progress(slot) if slot.decoded == 0 => {
+            let progress = PromptProgress {
+                total: slot.prompt_tokens,
+                processed: slot.processed,
+            };
+            task.handle.set_prompt_left(progress.left());
+            task.patience.hear_of_prompt(now, progress);
+        }
+        Seen::Progress(slot) => {
+            task.handle.set_prompt_left(0);
+            let context = slot.prompt_tokens.saturating_add(slot.decoded);
+            task.patience.hear_token(now, context);
         }
     }
 }

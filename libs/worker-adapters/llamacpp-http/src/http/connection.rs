@@ -23,7 +23,7 @@ const LARGEST_READ: usize = 64 << 10;
 /// With less room the buffer is begun anew.
 const SMALLEST_READ: usize = 2 << 10;
 
-/// How long an engine that has begun to answer may take for the rest of the request.
+/// How long an engine that has begun to answer may take nothing of the request's rest.
 const REST_LIMIT: Duration = Duration::from_secs(10);
 
 /// An answer whose head has come.
@@ -65,34 +65,47 @@ async fn send_within(
     }
     let (mut receiving, mut sending) = stream.split();
     let mut buffer = BytesMut::with_capacity(FIRST_READ);
+    let mut request = Bytes::from(target.request(path, body.len())).chain(body);
     let head = {
         let mut head = std::pin::pin!(receive_head(&mut receiving, &mut buffer));
-        let request = target.request(path, body.len());
-        let mut sent = std::pin::pin!(write(&mut sending, request, body));
         tokio::select! {
             biased;
-            // An engine that refuses a request need not read it to its end: what it
+            // An engine that answers need not have read the request to its end: what it
             // has said counts, and not that it then closed the connection.
-            outcome = &mut sent => match (outcome, head.await) {
+            outcome = sending.write_all_buf(&mut request) => match (outcome, head.await) {
                 (_, Ok(head)) => head,
-                (Err(error), Err(_)) | (Ok(()), Err(error)) => return Err(error),
+                (Err(error), Err(_)) => return Err(HttpError::Send(error)),
+                (Ok(()), Err(error)) => return Err(error),
             },
-            head = &mut head => {
-                let head = head?;
-                if (200..300).contains(&head.status) {
-                    // Nothing reads the answer meanwhile, so an engine that takes no
-                    // more would wait for us as we do for it.
-                    let sent = timeout(rest_limit, sent).await;
-                    sent.map_err(|_| HttpError::NotTaken { limit: rest_limit })??;
-                }
-                head
-            }
+            head = &mut head => head?,
         }
     };
+    if (200..300).contains(&head.status) {
+        send_rest(&mut sending, &mut request, rest_limit).await?;
+    }
     Ok(Answer {
         status: head.status,
         body: Body::new(stream, buffer, head.framing),
     })
+}
+
+/// Sends what is left of a request that an engine has begun to answer, as it may before
+/// it has read all of it. Nothing reads the answer meanwhile, so an engine that takes
+/// no more would wait for us as we do for it.
+async fn send_rest(
+    stream: &mut WriteHalf<'_>,
+    request: &mut impl Buf,
+    limit: Duration,
+) -> Result<(), HttpError> {
+    while request.has_remaining() {
+        match timeout(limit, stream.write_buf(request)).await {
+            Ok(Ok(1..)) => {}
+            // Its answer tells whether it is whole all the same.
+            Ok(_) => break,
+            Err(_) => return Err(HttpError::NotTaken { limit }),
+        }
+    }
+    Ok(())
 }
 
 /// Has several of the engine's packets acknowledged together, as far as the system
@@ -104,12 +117,6 @@ fn delay_acks(stream: &TcpStream) {
     }
     #[cfg(not(target_os = "linux"))]
     let _ = stream;
-}
-
-async fn write(stream: &mut WriteHalf<'_>, head: Vec<u8>, body: Bytes) -> Result<(), HttpError> {
-    let mut request = Bytes::from(head).chain(body);
-    let written = stream.write_all_buf(&mut request).await;
-    written.map_err(HttpError::Send)
 }
 
 async fn receive_head<R: AsyncRead + Unpin>(
@@ -141,6 +148,7 @@ pub(crate) struct Body<R> {
     latest_read: usize,
     /// The latest read took in all that it could: the engine is ahead.
     was_full: bool,
+    has_yielded: bool,
     has_read: bool,
 }
 
@@ -153,6 +161,7 @@ impl<R: AsyncRead + Unpin> Body<R> {
             read_size: FIRST_READ,
             latest_read: FIRST_READ,
             was_full: false,
+            has_yielded: false,
             has_read: true,
         }
     }
@@ -160,6 +169,12 @@ impl<R: AsyncRead + Unpin> Body<R> {
     /// Whether anything was read since this was last asked.
     pub(crate) fn take_has_read(&mut self) -> bool {
         std::mem::take(&mut self.has_read)
+    }
+
+    /// Whether nothing came last only because others have their turn: the engine was
+    /// not asked.
+    pub(crate) fn has_yielded(&self) -> bool {
+        self.has_yielded
     }
 
     /// The next bytes of the body, never none. An error is the last item.
@@ -201,7 +216,8 @@ impl<R: AsyncRead + Unpin> Body<R> {
     }
 
     fn poll_read(&mut self, context: &mut Context<'_>) -> Poll<Result<usize, HttpError>> {
-        if std::mem::take(&mut self.was_full) {
+        self.has_yielded = std::mem::take(&mut self.was_full);
+        if self.has_yielded {
             // Many events were handed out in one go: others have their turn.
             context.waker().wake_by_ref();
             return Poll::Pending;

@@ -100,6 +100,30 @@ async fn a_refusal_before_the_request_is_read_is_the_answer() {
 }
 
 #[tokio::test]
+async fn a_request_is_sent_on_to_an_engine_that_answers_before_it_has_read_it() {
+    const LARGE: usize = 64 << 20;
+    let (told, asked) = tokio::sync::oneshot::channel();
+    let target = served(|mut stream| {
+        let head = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n";
+        stream.write_all(head).unwrap();
+        let (mut scratch, mut whole) = (vec![0; 1 << 16], 0);
+        while whole < LARGE {
+            whole += stream.read(&mut scratch).unwrap();
+        }
+        stream.write_all(b"ok").unwrap();
+        told.send(()).unwrap();
+        // Until the client has gone.
+        while stream.read(&mut scratch).is_ok_and(|read| read > 0) {}
+    });
+    let body = Bytes::from(vec![b'x'; LARGE]);
+    let answer = send(&target, "/x", body, CONNECT).await.unwrap();
+    assert_eq!(answer.status, 200);
+    let asked = timeout(Duration::from_mins(1), asked).await;
+    asked.expect("the whole body gets there").unwrap();
+    assert_eq!(answer.body.short(9).await, b"ok");
+}
+
+#[tokio::test]
 async fn an_engine_that_answers_and_takes_no_more_is_not_waited_for() {
     let (gone, until_gone) = std::sync::mpsc::channel::<()>();
     let target = served(move |mut stream| {
