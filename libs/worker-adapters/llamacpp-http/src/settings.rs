@@ -55,8 +55,8 @@ pub struct AdapterSettings {
 
 impl AdapterSettings {
     /// The default timeouts: connection 0.9 s, answer 10 s, first token 120 s,
-    /// next token 30 s; a look at the slots every 5 s, a `Metrics` event every 250 ms. Acknowledgements are
-    /// not delayed.
+    /// next token 30 s; a look at the slots every 5 s, a `Metrics` event every 250 ms.
+    /// Acknowledgements are not delayed.
     pub fn new(base_url: impl Into<String>) -> Self {
         Self {
             base_url: base_url.into(),

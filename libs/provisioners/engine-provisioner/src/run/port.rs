@@ -46,18 +46,22 @@ pub(super) fn listener(group: u32, port: u16) -> Listener {
 
 /// What the first socket that is of the group says; several may listen on one port.
 fn first_listener(
-    inodes: impl Iterator<Item = String>,
+    inodes: impl Iterator<Item = io::Result<String>>,
     look: impl Fn(&Path) -> Listener,
 ) -> Listener {
-    let mut answer = Listener::NotOurs;
+    let mut answer = None;
     for inode in inodes {
+        let Ok(inode) = inode else {
+            return Listener::Unknown;
+        };
         match look(Path::new(&format!("socket:[{inode}]"))) {
-            Listener::NotOurs => {}
-            Listener::Unknown => answer = Listener::Unknown,
             member @ Listener::Member(_) => return member,
+            Listener::Unknown => answer = Some(Listener::Unknown),
+            Listener::NotOurs => answer = answer.or(Some(Listener::NotOurs)),
         }
     }
-    answer
+    // Where the table names nobody, it still matters whether all may be looked at.
+    answer.unwrap_or_else(|| look(Path::new("")))
 }
 
 /// The first process that has the socket open. A process that may not be looked at (a
@@ -119,16 +123,20 @@ pub(super) fn resident_bytes(pid: u32) -> Option<u64> {
 }
 
 /// The inodes of sockets that listen on the port at 127.0.0.1 or at every address.
-fn listening_inodes(table: impl BufRead, port: u16) -> impl Iterator<Item = String> {
+fn listening_inodes(table: impl BufRead, port: u16) -> impl Iterator<Item = io::Result<String>> {
     let suffix = format!(":{port:04X}");
-    table.lines().map_while(Result::ok).filter_map(move |line| {
-        let mut fields = line.split_ascii_whitespace();
-        let (local, state) = (fields.nth(1)?, fields.nth(1)?);
-        let here = matches!(local.strip_suffix(&suffix)?, "0100007F" | "00000000");
-        // 0A: listening.
-        let inode = fields.nth(5).filter(|_| here && state == "0A")?;
-        Some(inode.to_owned())
+    table.lines().filter_map(move |line| {
+        let inode = line.map(|line| Some(listening_inode(&line, &suffix)?.to_owned()));
+        inode.transpose()
     })
+}
+
+fn listening_inode<'a>(line: &'a str, suffix: &str) -> Option<&'a str> {
+    let mut fields = line.split_ascii_whitespace();
+    let (local, state, inode) = (fields.nth(1)?, fields.nth(1)?, fields.nth(5)?);
+    let here = matches!(local.strip_suffix(suffix)?, "0100007F" | "00000000");
+    // 0A: listening.
+    (here && state == "0A").then_some(inode)
 }
 
 #[cfg(test)]
@@ -147,7 +155,11 @@ mod tests {
             0: 0100007F:9C40 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 4711 1 0 100 0 0 10 0\n\
             1: 0100007F:9C40 0100007F:1234 01 00000000:00000000 00:00000000 00000000  1000        0 4712 1 0 100 0 0 10 0\n\
             2: 0200000A:9C40 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 4713 1 0 100 0 0 10 0\n";
-        let inodes = |port| listening_inodes(table.as_bytes(), port).collect::<Vec<_>>();
+        let inodes = |port| {
+            listening_inodes(table.as_bytes(), port)
+                .collect::<io::Result<Vec<_>>>()
+                .unwrap()
+        };
         assert_eq!(inodes(40000), ["4711"]);
         assert_eq!(inodes(40001), [""; 0]);
     }
@@ -155,7 +167,9 @@ mod tests {
     #[test]
     fn no_more_of_the_table_is_read_than_is_needed() {
         let mut read = 0;
-        let inodes = ["1", "2", "3"].map(str::to_owned).into_iter();
+        let inodes = ["1", "2", "3"]
+            .map(|inode| Ok(inode.to_owned()))
+            .into_iter();
         let answer = first_listener(inodes.inspect(|_| read += 1), |socket| {
             if socket.ends_with("socket:[2]") {
                 Listener::Member(7)
@@ -164,10 +178,23 @@ mod tests {
             }
         });
         assert_eq!((answer, read), (Listener::Member(7), 2));
-        let none = first_listener(std::iter::empty(), |_| Listener::Member(7));
-        assert_eq!(none, Listener::NotOurs);
-        let unknown = first_listener(["1".to_owned()].into_iter(), |_| Listener::Unknown);
+        let unknown = first_listener([Ok("1".to_owned())].into_iter(), |_| Listener::Unknown);
         assert_eq!(unknown, Listener::Unknown);
+    }
+
+    #[test]
+    fn a_table_that_names_nobody_tells_only_of_processes_that_may_be_looked_at() {
+        let of = |kind: Option<io::ErrorKind>| {
+            let files = |_| kind.map_or(Ok(Vec::new()), |kind| Err(kind.into()));
+            first_listener(std::iter::empty(), |socket| {
+                find_listener([1].into_iter(), socket, files)
+            })
+        };
+        assert_eq!(of(None), Listener::NotOurs);
+        assert_eq!(of(Some(io::ErrorKind::PermissionDenied)), Listener::Unknown);
+        let broken = [Err(io::ErrorKind::PermissionDenied.into())].into_iter();
+        let broken = first_listener(broken, |_| Listener::NotOurs);
+        assert_eq!(broken, Listener::Unknown);
     }
 
     #[test]
