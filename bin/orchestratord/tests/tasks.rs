@@ -452,7 +452,9 @@ async fn metrics_and_the_description_cover_what_happened() {
             let metrics = daemon.get("/metrics").await.text().await.unwrap();
             let counted = "orchestratord_tasks_total{pool=\"default\",outcome=\"completed\"} 1";
             (metrics.contains(counted)
-                && metrics.contains("orchestratord_time_to_first_token_seconds_bucket"))
+                && metrics.contains(
+                    "orchestratord_time_to_first_token_seconds_count{pool=\"default\"} 1",
+                ))
             .then_some(())
         })
         .await;

@@ -2,13 +2,10 @@
 //! `Authorization: Bearer` or, as Anthropic's clients send it, as `x-api-key`.
 
 use std::net::IpAddr;
-use std::sync::Arc;
 
-use axum::extract::{Request, State};
+use axum::extract::Request;
 use axum::http::header::{AUTHORIZATION, HOST, ORIGIN};
 use axum::http::{HeaderMap, HeaderName, StatusCode, Uri};
-use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
 use llama_orch_types::ErrorCode;
 use subtle::ConstantTimeEq;
 
@@ -19,20 +16,15 @@ use crate::services::event_log::Failure;
 
 const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
-pub async fn require_token(
-    State(state): State<Arc<AppState>>,
-    request: Request,
-    next: Next,
-) -> Response {
+/// Whether a request may be served.
+pub fn check(state: &AppState, request: &Request) -> Result<(), ApiError> {
     let open = request.uri().path() == "/health";
     // The one in force now: it can change by a reload.
     let token = state.token.get();
     match token.as_ref() {
-        Some(token) if !open && !carries(request.headers(), token) => refused().into_response(),
-        None if !open && !from_this_machine(request.uri(), request.headers()) => {
-            foreign().into_response()
-        }
-        _ => next.run(request).await,
+        Some(token) if !open && !carries(request.headers(), token) => Err(refused()),
+        None if !open && !from_this_machine(request.uri(), request.headers()) => Err(foreign()),
+        _ => Ok(()),
     }
 }
 

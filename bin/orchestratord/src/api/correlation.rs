@@ -9,10 +9,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use axum::body::Body;
-use axum::extract::{Request, State};
+use axum::extract::Request;
 use axum::http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
-use axum::middleware::Next;
 use axum::response::Response;
 use uuid::Uuid;
 
@@ -67,11 +66,11 @@ fn without_token<'a>(text: &'a str, token: Option<&Token>) -> Cow<'a, str> {
     }
 }
 
-/// Outermost layer: every answer passes through it, whoever made it.
+/// Around every answer, whoever made it.
 pub async fn correlate(
-    State(state): State<Arc<AppState>>,
+    state: &AppState,
     mut request: Request,
-    next: Next,
+    answer: impl AsyncFnOnce(Request) -> Response,
 ) -> Response {
     let held = state.token.get();
     let token = Option::as_ref(&held);
@@ -81,7 +80,7 @@ pub async fn correlate(
         .insert(CorrelationId(Arc::clone(&id)));
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let dialect = Dialect::of(&path);
-    let mut response = next.run(request).await;
+    let mut response = answer(request).await;
     if let Some(mut error) = response.extensions_mut().remove::<ApiError>() {
         let failure = &mut error.failure;
         failure.message = without_token(&failure.message, token).into_owned();

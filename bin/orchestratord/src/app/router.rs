@@ -5,10 +5,10 @@
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, Request};
+use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{Method, StatusCode, Uri};
-use axum::middleware::{from_fn, from_fn_with_state};
+use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use utoipa::OpenApi;
@@ -163,13 +163,23 @@ pub fn router(state: Arc<AppState>) -> Router {
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(state.max_body_bytes))
-        .layer(from_fn_with_state(Arc::clone(&state), auth::require_token))
-        .layer(from_fn(panics::caught))
-        .layer(from_fn_with_state(
-            Arc::clone(&state),
-            correlation::correlate,
-        ))
+        .layer(from_fn_with_state(Arc::clone(&state), every_request))
         .with_state(state)
+}
+
+/// What every request passes through. One layer, since each makes a copy of all that
+/// is within it for every request.
+async fn every_request(
+    State(state): State<Arc<AppState>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let admitted = async |request| match auth::check(&state, &request) {
+        Ok(()) => next.run(request).await,
+        Err(refused) => refused.into_response(),
+    };
+    let answered = async |request| panics::caught(admitted(request)).await;
+    correlation::correlate(&state, request, answered).await
 }
 
 /// Made off the serving thread: it takes milliseconds.

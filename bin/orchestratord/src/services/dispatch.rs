@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 
 use adapter_host::AdapterHost;
 use llama_orch_types::{ErrorCode, ProvisionedContext, TaskId};
-use metrics::counter;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use worker_adapters_adapter_api::{CancelReport, EndSummary, TokenStream};
@@ -23,10 +22,9 @@ use self::pump::Pumped;
 pub use self::slot::NotFreed;
 use self::trouble::{Silence, Trouble};
 use super::event_log::{EngineSays, Failure, Receipt, TaskEvent};
-use super::pool::Submission;
+use super::pool::{Submission, TaskMeters};
 use super::resume::{Loss, Seen};
 use super::tasks::TaskRecord;
-use super::telemetry;
 
 /// How often a task is offered to an engine that counts as ready and yet
 /// cannot be reached, before the task fails.
@@ -48,6 +46,7 @@ pub struct TaskRun {
     pub give_back: CancellationToken,
     /// Where the pool is told that a cancelled task's slot is not seen free.
     pub not_freed: mpsc::Sender<NotFreed>,
+    pub meters: Arc<TaskMeters>,
     pub seen: Seen,
     /// Pieces of text of a call's answer so far.
     pub pieces: u64,
@@ -91,7 +90,7 @@ pub enum Outcome {
 impl Outcome {
     pub fn label(self) -> &'static str {
         match self {
-            Self::Completed => "completed",
+            Self::Completed => TaskMeters::COMPLETED,
             Self::Cancelled => "cancelled",
             Self::Failed(code) => code.as_str(),
             Self::NotTaken { .. } => "not_taken",
@@ -169,7 +168,7 @@ impl TaskRun {
         self.submission.go_on_after(self.seen, loss);
         let resets = self.submission.carried.resets;
         record.resumed.store(resets, Ordering::Relaxed);
-        counter!(telemetry::RESUMED, "pool" => self.pool_label()).increment(1);
+        self.meters.resumed.increment(1);
         tracing::warn!(
             pool = %record.pool, task = %record.id, correlation_id = record.correlation_id,
             reason = failure.message, pieces = self.submission.carried.pieces,
@@ -269,10 +268,6 @@ impl TaskRun {
         );
         let _ = record.log.append(TaskEvent::Error(Box::new(failure)));
         code
-    }
-
-    fn pool_label(&self) -> String {
-        self.context.pool_id.to_string()
     }
 }
 

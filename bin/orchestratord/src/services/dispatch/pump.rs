@@ -5,7 +5,6 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use metrics::{counter, histogram};
 use worker_adapters_adapter_api::{
     CallChunk, CancelReport, EndSummary, FinishReason, TokenEvent, TokenStream,
 };
@@ -14,7 +13,6 @@ use super::trouble::Trouble;
 use super::{TaskRun, receipt};
 use crate::services::event_log::{Answer, Chunk, End, Failure, Metrics, Started, TaskEvent, Token};
 use crate::services::tasks::TaskRecord;
-use crate::services::telemetry;
 
 /// How many events go to the log before the readers have their turn.
 const AT_ONCE: u32 = 128;
@@ -100,8 +98,7 @@ impl TaskRun {
                     // It has begun on an engine before, and that was said.
                     return !record.log.is_closed();
                 }
-                histogram!(telemetry::QUEUE_WAIT, "pool" => self.pool_label())
-                    .record(record.created.elapsed());
+                self.meters.queue_wait.record(record.created.elapsed());
                 TaskEvent::Started(started(record))
             }
             TokenEvent::Token {
@@ -186,8 +183,8 @@ impl TaskRun {
     }
 
     fn note_first_token(&self) {
-        histogram!(telemetry::FIRST_TOKEN, "pool" => self.pool_label())
-            .record(self.submission.record.created.elapsed());
+        let since = self.submission.record.created.elapsed();
+        self.meters.first_token.record(since);
     }
 
     fn end(&self, summary: &EndSummary) -> Pumped {
@@ -218,8 +215,8 @@ impl TaskRun {
 
     fn close_complete(&self, end: End) -> Pumped {
         let tokens_in = end.tokens_in.unwrap_or_default();
-        counter!(telemetry::TOKENS_IN, "pool" => self.pool_label()).increment(tokens_in);
-        counter!(telemetry::TOKENS_OUT, "pool" => self.pool_label()).increment(end.tokens_out);
+        self.meters.tokens_in.increment(tokens_in);
+        self.meters.tokens_out.increment(end.tokens_out);
         let log = &self.submission.record.log;
         match log.append(TaskEvent::End(Box::new(end))) {
             Ok(()) => Pumped::Ended,

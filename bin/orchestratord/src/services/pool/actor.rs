@@ -9,12 +9,12 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use adapter_host::AdapterHost;
-use llama_orch_types::{PoolId, ProvisionedContext, TaskId};
-use metrics::{Gauge, gauge};
+use llama_orch_types::{ProvisionedContext, TaskId};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
-use super::lifecycle::{Event, Lifecycle, Phase};
+use super::lifecycle::{Event, Lifecycle};
+use super::meters::{Gauges, TaskMeters};
 use super::residence::Residence;
 use super::work::Running;
 use super::{
@@ -27,7 +27,6 @@ use crate::services::dispatch::{Finished, NotFreed};
 use crate::services::estimates::ServiceTimes;
 use crate::services::event_log::Failure;
 use crate::services::preparation::PreparationBoard;
-use crate::services::telemetry;
 
 /// Notes of runs that may wait for the actor: each run sends one at the most.
 const NOTES: usize = 64;
@@ -73,6 +72,7 @@ pub(super) struct Actor {
     pub(super) ended: bool,
     pub(super) orders: watch::Sender<Order>,
     pub(super) gauges: Gauges,
+    pub(super) meters: Arc<TaskMeters>,
 }
 
 pub(super) fn spawn(
@@ -96,6 +96,7 @@ pub(super) fn spawn(
     let actor = Actor {
         queue: AdmissionQueue::new(settings.queue_capacity, settings.batch_ageing),
         gauges: Gauges::of(&settings.id),
+        meters: Arc::new(TaskMeters::of(&settings.id)),
         lifecycle: Lifecycle::new(settings.policy(), on_demand, now),
         settings,
         host,
@@ -273,37 +274,6 @@ impl Actor {
         let snapshot = self.snapshot();
         self.gauges.show(&snapshot);
         publish.send_replace(snapshot);
-    }
-}
-
-/// A pool's gauges, looked up once.
-pub(super) struct Gauges {
-    interactive: Gauge,
-    batch: Gauge,
-    running: Gauge,
-    slots: Gauge,
-    ready: Gauge,
-}
-
-impl Gauges {
-    fn of(pool: &PoolId) -> Self {
-        let queued = |priority: Priority| gauge!(telemetry::QUEUED, "pool" => pool.to_string(), "priority" => priority.as_str());
-        Self {
-            interactive: queued(Priority::Interactive),
-            batch: queued(Priority::Batch),
-            running: gauge!(telemetry::RUNNING, "pool" => pool.to_string()),
-            slots: gauge!(telemetry::SLOTS, "pool" => pool.to_string()),
-            ready: gauge!(telemetry::READY, "pool" => pool.to_string()),
-        }
-    }
-
-    fn show(&self, snapshot: &PoolSnapshot) {
-        self.interactive.set(snapshot.queued_interactive as f64);
-        self.batch.set(snapshot.queued_batch as f64);
-        self.running.set(snapshot.running as f64);
-        self.slots.set(f64::from(snapshot.slots));
-        let ready = snapshot.phase == Phase::Ready;
-        self.ready.set(f64::from(u8::from(ready)));
     }
 }
 

@@ -14,6 +14,7 @@
 mod actor;
 mod engine;
 pub mod lifecycle;
+mod meters;
 mod orders;
 mod refusals;
 mod residence;
@@ -34,6 +35,7 @@ use worker_adapters_adapter_api::{CancelReport, EngineTask};
 
 use self::lifecycle::Policy;
 pub use self::lifecycle::{Phase, Restarts};
+pub use self::meters::TaskMeters;
 use self::orders::Request;
 pub use self::orders::{
     Bound, Change, LoadCause, LogTail, Order, ReloadRequest, ReloadView, Transition, Unload,

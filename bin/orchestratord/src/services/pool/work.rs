@@ -13,7 +13,7 @@ use worker_adapters_adapter_api::{CancelReport, FinishReason};
 
 use super::actor::Actor;
 use super::lifecycle::Drain;
-use super::{Cancelled, Escalation, Submission};
+use super::{Cancelled, Escalation, Submission, TaskMeters};
 use crate::services::admission::Entry;
 use crate::services::dispatch::{Finished, NotFreed, Outcome, TaskRun, receipt};
 use crate::services::estimates::Outlook;
@@ -216,6 +216,7 @@ impl Actor {
                 cancel: cancel.clone(),
                 give_back: give_back.clone(),
                 not_freed: self.not_freed.clone(),
+                meters: Arc::clone(&self.meters),
                 seen: Seen::default(),
                 pieces: 0,
             };
@@ -315,7 +316,7 @@ impl Actor {
         if finished.outcome.tells_service_time() {
             self.times.record(finished.took);
         }
-        histogram!(telemetry::SERVICE_TIME, "pool" => self.label()).record(finished.took);
+        self.meters.service_time.record(finished.took);
         let report = finished.cancelled.unwrap_or(CancelReport::NotRunning);
         // An engine elsewhere has a queue of its own.
         let elsewhere = running.context.engine == EngineKind::Openai;
@@ -448,6 +449,9 @@ impl Actor {
     }
 
     pub(super) fn count_outcome(&self, outcome: &'static str) {
+        if outcome == TaskMeters::COMPLETED {
+            return self.meters.completed.increment(1);
+        }
         counter!(telemetry::TASKS, "pool" => self.label(), "outcome" => outcome).increment(1);
     }
 }
