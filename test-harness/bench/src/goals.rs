@@ -86,8 +86,9 @@ impl Goal {
         }
     }
 
-    /// With what the same measurement shows where nothing differs. A figure is not
-    /// held to a target that is less than this, unless it is more than twice of it.
+    /// With what the same measurement shows where nothing differs; for a ratio, how far
+    /// from 1. A figure is not held to a target that allows less than this, unless it
+    /// is off by more than twice of it.
     #[must_use]
     pub fn beside_noise(self, noise: f64) -> Self {
         Self {
@@ -115,8 +116,13 @@ impl Goal {
     }
 
     fn is_lost_in(&self, measured: f64) -> bool {
+        // Only ratios have a least.
+        let (allowed, off) = match self.bound {
+            Bound::AtLeast => (1.0 - self.target, 1.0 - measured),
+            Bound::AtMost => (self.target, measured),
+        };
         self.noise
-            .is_some_and(|noise| noise > self.target && measured <= 2.0 * noise)
+            .is_some_and(|noise| noise > allowed && off <= 2.0 * noise)
     }
 
     /// "reached", or how far it is from that.
@@ -171,17 +177,20 @@ impl Goal {
     }
 }
 
-/// Of several operating points the one that is worst to its target; those that
-/// were not measured count only if there is no other.
+/// Of several operating points the one that is worst to its target: one that misses it
+/// before one of which that cannot be told. Those that were not measured count only if
+/// there is no other.
 pub fn worst(goals: impl IntoIterator<Item = Goal>) -> Option<Goal> {
     let badness = |goal: &Goal| match (goal.bound, goal.measured) {
         (_, None) => f64::NEG_INFINITY,
         (Bound::AtMost, Some(measured)) => measured - goal.target,
         (Bound::AtLeast, Some(measured)) => goal.target - measured,
     };
-    goals
-        .into_iter()
-        .max_by(|a, b| badness(a).total_cmp(&badness(b)))
+    goals.into_iter().max_by(|a, b| {
+        let missed = |goal: &Goal| goal.reached() == Some(false);
+        let by_badness = || badness(a).total_cmp(&badness(b));
+        missed(a).cmp(&missed(b)).then_with(by_badness)
+    })
 }
 
 /// All figures in one table.
@@ -236,6 +245,9 @@ mod tests {
         assert_eq!(noisy(13.0).verdict(), "no: 3.25 times the target");
         let quiet = cost.seen(5.0).beside_noise(3.9);
         assert_eq!(quiet.verdict(), "no: 1.25 times the target");
+        let ratio = |seen| Goal::at_least("x", 0.99).seen(seen).beside_noise(0.03);
+        assert_eq!(ratio(0.95).verdict(), "cannot be told: 0.030 of noise");
+        assert_eq!(ratio(0.93).reached(), Some(false));
         let nothing = Goal::at_least("x", 1.0).seen(f64::NAN);
         assert_eq!(nothing.reached(), Some(false), "no figure reaches nothing");
     }
@@ -247,6 +259,10 @@ mod tests {
         assert_eq!(worst(goals).unwrap().name, "2");
         let most = |name: &str, seen| Goal::at_most(name, 1.0).seen(seen);
         assert_eq!(worst([most("1", -2.0), most("2", 0.1)]).unwrap().name, "2");
+        let unsure = most("3", 5.0).beside_noise(4.0);
+        let seen = worst([unsure.clone(), most("4", 1.5), most("5", 0.5)]);
+        assert_eq!(seen.unwrap().name, "4");
+        assert_eq!(worst([unsure, most("5", 0.5)]).unwrap().name, "3");
         assert!(worst([]).is_none());
     }
 

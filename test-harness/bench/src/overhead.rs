@@ -8,8 +8,8 @@
 //! so their prompt caches hold the same at every moment, and no side profits
 //! from what another one has asked.
 //!
-//! A real engine's first tokens move by more than a layer may add. So the same is
-//! asked once more of `bench-engine`, which takes as long every time.
+//! A real engine's times move by more than a layer may add. So the same is asked once
+//! more of `bench-engine`, which takes as long for each token every time.
 
 mod engine;
 mod outcome;
@@ -38,9 +38,18 @@ const STREAMS: [usize; 4] = [1, 2, 4, 8];
 /// Of a request that is asked for its first token.
 const SHORT_TOKENS: u32 = 2;
 
-/// Rounds for the tokens per second, to each that the run has: one takes a second or two,
-/// and they differ by several per cent.
+/// Rounds of the real engine for the tokens per second, to each that the run has: one
+/// takes a second or two, and they differ by several per cent.
 const LONG_ROUNDS: usize = 2;
+
+/// Tokens of one answer in such a round. More streams are slower, and all of them
+/// together have enough with fewer each.
+fn long_tokens(streams: usize, size: Size) -> u32 {
+    match (size, streams) {
+        (Size::Full, 1 | 2) => 32,
+        _ => 16,
+    }
+}
 
 /// What one stream came to, in milliseconds but for the tokens.
 #[derive(Debug, Clone, Default)]
@@ -111,12 +120,12 @@ async fn real(context: &Context<'_>, measured: &mut Measured) -> io::Result<Vec<
     take(&comparisons, context, measured).await
 }
 
-/// `bench-engine`, bare and behind the daemon.
+/// `bench-engine` at a steady pace, bare and behind the daemon.
 async fn steady(context: &Context<'_>, measured: &mut Measured) -> io::Result<Vec<Point>> {
     let dir = context.dir.join("steady");
     std::fs::create_dir_all(&dir)?;
     let scripted = Scripted::install(&dir, context.engine)?;
-    scripted.set_steady(STEADY_MS, SHORT_TOKENS)?;
+    scripted.set_steady(STEADY_MS)?;
     let daemon = scripted.daemon(&dir, SLOTS).await?;
     let (bare, _) = daemon.engine().await?;
     let comparison = |names: [&'static str; 2], apis: [Api; 2], sign| {
@@ -192,12 +201,12 @@ async fn compare(
 ) -> io::Result<Vec<Seen>> {
     let sides = &comparison.sides;
     let mut seen = vec![Seen::default(); sides.len()];
-    let short = context.size.pick(60, 24, 4).max(streams) / streams;
-    let (long, long_tokens) = match (comparison.engine, context.size) {
-        (Engine::Steady, _) => (0, 0),
-        (Engine::Real, Size::Full) => (context.rounds * LONG_ROUNDS, 32),
-        (Engine::Real, _) => (context.rounds, 16),
+    let (requests, long) = match (comparison.engine, context.size) {
+        (Engine::Real, Size::Full) => (40, context.rounds * LONG_ROUNDS),
+        (_, size) => (size.pick(60, 24, 4), context.rounds),
     };
+    let short = requests.max(streams) / streams;
+    let long_tokens = long_tokens(streams, context.size);
     for number in 0..short + long {
         let tokens = if number < short {
             SHORT_TOKENS

@@ -51,11 +51,12 @@ impl Scripted {
         )
     }
 
-    /// From now on every answer has so many tokens, all of them after a time.
-    pub fn set_steady(&self, first_token_ms: u32, tokens: u32) -> io::Result<()> {
-        self.answer(
-            &json!({ "tokens": tokens, "tokens_per_second": 0, "first_token_ms": first_token_ms }),
-        )
+    /// From now on every token of an answer takes so long, the first one too, and an
+    /// answer has as many as are asked for.
+    pub fn set_steady(&self, token_ms: u32) -> io::Result<()> {
+        self.answer(&json!({
+            "tokens": u32::MAX, "tokens_per_second": 1000 / token_ms, "first_token_ms": token_ms,
+        }))
     }
 
     fn answer(&self, point: &Value) -> io::Result<()> {

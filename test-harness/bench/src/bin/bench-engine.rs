@@ -42,7 +42,8 @@ struct Point {
     tokens: u32,
     /// For each stream; 0 is flat out.
     tokens_per_second: u32,
-    /// How long it takes to the first token.
+    /// How long it takes to the first token. With it a stream begins when it is
+    /// asked for, and has no place among others.
     #[serde(default)]
     first_token_ms: u32,
 }
@@ -248,10 +249,12 @@ async fn emit(stream: &mut TcpStream, events: &impl Events, most: u32) -> io::Re
     let tokens = point.tokens.min(most);
     let head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nServer: llama.cpp\r\n\r\n";
     stream.write_all(head.as_bytes()).await?;
-    if point.first_token_ms > 0 {
-        tokio::time::sleep(Duration::from_millis(point.first_token_ms.into())).await;
-    }
-    let begun = Instant::now() + place(point.tokens_per_second);
+    let first_token = if point.first_token_ms > 0 {
+        Duration::from_millis(point.first_token_ms.into())
+    } else {
+        place(point.tokens_per_second)
+    };
+    let begun = Instant::now() + first_token;
     let mut out = Vec::with_capacity(1024);
     for index in 0..tokens {
         if point.tokens_per_second > 0 {

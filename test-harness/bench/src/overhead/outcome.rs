@@ -5,14 +5,14 @@ use crate::report::{Cell, Table};
 use crate::sides::Side;
 use crate::stats::{Summary, added, ratios};
 
-/// How long a steady engine takes to its first token, in milliseconds.
+/// How long a steady engine takes for each token, in milliseconds.
 pub(super) const STEADY_MS: u32 = 20;
 
 /// What is behind the sides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Engine {
     Real,
-    /// Its first token takes as long every time: what a real one's noise covers shows.
+    /// Each token takes as long every time: what a real one's noise covers shows.
     Steady,
 }
 
@@ -20,7 +20,7 @@ impl Engine {
     fn name(self) -> String {
         match self {
             Self::Real => "1 to 8 streams".to_owned(),
-            Self::Steady => format!("an engine that always takes {STEADY_MS} ms"),
+            Self::Steady => format!("an engine that takes {STEADY_MS} ms a token"),
         }
     }
 
@@ -28,14 +28,6 @@ impl Engine {
         match self {
             Self::Real => "real engine",
             Self::Steady => "steady engine",
-        }
-    }
-
-    /// Which columns of its tables mean something.
-    fn columns(self) -> &'static [usize] {
-        match self {
-            Self::Real => &[0, 1, 2, 3, 4, 5, 6, 7, 8],
-            Self::Steady => &[0, 2, 3, 4, 6],
         }
     }
 }
@@ -54,6 +46,24 @@ pub(super) struct Seen {
 /// added where nothing is added.
 fn noise(base: &Seen) -> Option<Summary> {
     added(base.first_tokens.get(1..)?, &base.first_tokens)
+}
+
+/// By how much a median over all rounds differs where nothing does: what one round of
+/// the bare engine differs from the next, typically, of as many rounds as there are.
+fn noise_of_median(differences: impl Iterator<Item = f64>) -> f64 {
+    let differences = Summary::of(differences.map(f64::abs));
+    differences.median / ((differences.count + 1) as f64).sqrt()
+}
+
+fn speed_noise(base: &Seen) -> f64 {
+    let speeds = base.tokens_per_second.windows(2);
+    noise_of_median(speeds.map(|pair| pair[1] / pair[0] - 1.0))
+}
+
+fn first_token_noise(base: &Seen) -> f64 {
+    let rounds = base.first_tokens.windows(2);
+    let medians = rounds.filter_map(|pair| added(&pair[1..], &pair[..1]));
+    noise_of_median(medians.map(|added| added.median))
 }
 
 /// Which figure a goal is for, so that the worst number of streams is found.
@@ -88,15 +98,17 @@ pub(super) fn goals_of(
     let mut goals = Vec::new();
     let mut push = |figure, goal: Goal| goals.push((engine, name, figure, goal.noted(at.clone())));
     if let Some(speed) = ratios(&own.tokens_per_second, &base.tokens_per_second) {
-        let goal = Goal::at_least(named("tokens/s to direct"), 0.99);
-        push(Figure::Speed, goal.median(Some(speed)));
+        let goal = Goal::at_least(named("tokens/s to direct"), 0.99).median(Some(speed));
+        push(Figure::Speed, goal.beside_noise(speed_noise(base)));
     }
     if let Some(first) = added(&own.first_tokens, &base.first_tokens) {
-        let noise = noise(base).unwrap_or_default();
         let goal = Goal::at_most(named("added to first token, median"), 1.0).in_unit("ms", 2);
-        let goal = goal.seen(first.median).beside_noise(noise.median.abs());
+        let goal = goal
+            .seen(first.median)
+            .beside_noise(first_token_noise(base));
         push(Figure::FirstToken, goal);
         let goal = Goal::at_most(named("added to first token, p99"), 3.0).in_unit("ms", 2);
+        let noise = noise(base).unwrap_or_default();
         let goal = goal.seen(first.p99).beside_noise(noise.p99);
         push(Figure::FirstTokenP99, goal);
     }
@@ -104,13 +116,18 @@ pub(super) fn goals_of(
         return goals;
     };
     if let Some(speed) = ratios(&own.tokens_per_second, &router.tokens_per_second) {
-        let goal = Goal::at_least(named("tokens/s to router mode"), 1.0);
-        push(Figure::SpeedToRouter, goal.median(Some(speed)));
+        let goal = Goal::at_least(named("tokens/s to router mode"), 1.0).median(Some(speed));
+        push(Figure::SpeedToRouter, goal.beside_noise(speed_noise(base)));
     }
     if let Some(first) = added(&own.first_tokens, &router.first_tokens) {
         let named = named("first token after router mode's, median");
-        let goal = Goal::at_most(named, 0.0).in_unit("ms", 2);
-        push(Figure::FirstTokenToRouter, goal.seen(first.median));
+        let goal = Goal::at_most(named, 0.0)
+            .in_unit("ms", 2)
+            .seen(first.median);
+        push(
+            Figure::FirstTokenToRouter,
+            goal.beside_noise(first_token_noise(base)),
+        );
     }
     goals
 }
@@ -177,21 +194,15 @@ pub(super) fn table(engine: Engine, streams: usize, sides: &[Side], seen: &[Seen
         "gap p99 ms",
     ];
     let requests: usize = base.first_tokens.iter().map(Vec::len).sum();
-    let kept = engine.columns();
     Table {
         name: format!(
             "overhead, {}, {}, {streams} at a time, {requests} requests to each side",
             engine.kind(),
             sides.last().map_or("", |side| side.name)
         ),
-        columns: kept.iter().map(|at| columns[*at].to_owned()).collect(),
-        rows: rows
-            .map(|row: Vec<Cell>| kept.iter().map(|at| row[*at].clone()).collect())
-            .collect(),
-        plotted: match engine {
-            Engine::Real => vec![5, 6],
-            Engine::Steady => vec![4],
-        },
+        columns: columns.map(str::to_owned).to_vec(),
+        rows: rows.collect(),
+        plotted: vec![5, 6],
     }
 }
 
@@ -244,19 +255,37 @@ mod tests {
     #[test]
     fn an_engine_that_is_always_as_fast_has_figures_of_its_own() {
         let sides = [side("bench-engine"), side("orchestratord /v2")];
-        let own = [seen(20.0, 1.0), seen(20.5, 1.0)];
-        let steady = own.clone().map(|seen| Seen {
-            tokens_per_second: Vec::new(),
-            ..seen
-        });
-        let real = goals_of(Engine::Real, 1, &sides, &own);
-        let steady = goals_of(Engine::Steady, 1, &sides, &steady);
-        let goals = worst_of_all([real, steady].concat());
-        assert_eq!(goals.len(), 5);
+        let own = [seen(20.0, 50.0), seen(20.5, 49.9)];
+        let of = |engine| goals_of(engine, 1, &sides, &own);
+        let goals = worst_of_all([of(Engine::Real), of(Engine::Steady)].concat());
+        assert_eq!(goals.len(), 6);
         let of_steady = goals
             .iter()
-            .filter(|goal| goal.name.contains("always takes"));
-        assert_eq!(of_steady.count(), 2);
+            .filter(|goal| goal.name.contains("20 ms a token"));
+        assert_eq!(of_steady.count(), 3);
+    }
+
+    #[test]
+    fn rounds_that_differ_among_themselves_tell_less() {
+        let base = |speeds: [f64; 4], firsts: [f64; 4]| Seen {
+            first_tokens: firsts.map(|first| vec![first]).to_vec(),
+            tokens_per_second: speeds.to_vec(),
+            gaps: Vec::new(),
+        };
+        let quiet = base([50.0; 4], [20.0; 4]);
+        let wild = base([50.0, 40.0, 50.0, 60.0], [20.0, 28.0, 20.0, 12.0]);
+        let none = [speed_noise(&quiet), first_token_noise(&quiet)];
+        assert!(none.iter().all(|noise| noise.abs() < 1e-9));
+        let near = |noise: f64, right: f64| (noise - right).abs() < 1e-9;
+        assert!(near(first_token_noise(&wild), 4.0) && near(speed_noise(&wild), 0.1));
+        let sides = [side("llama-server"), side("orchestratord /v1")];
+        let own = base([46.0; 4], [24.0; 4]);
+        let verdicts = |base: &Seen| {
+            let goals = goals_of(Engine::Real, 1, &sides, &[base.clone(), own.clone()]);
+            [goals[0].3.reached(), goals[1].3.reached()]
+        };
+        assert_eq!(verdicts(&quiet), [Some(false), Some(false)]);
+        assert_eq!(verdicts(&wild)[1], None);
     }
 
     #[test]
