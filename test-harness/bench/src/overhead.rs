@@ -42,14 +42,8 @@ const SHORT_TOKENS: u32 = 2;
 /// takes a second or two, and they differ by several per cent.
 const LONG_ROUNDS: usize = 2;
 
-/// Tokens of one answer in such a round. More streams are slower, and all of them
-/// together have enough with fewer each.
-fn long_tokens(streams: usize, size: Size) -> u32 {
-    match (size, streams) {
-        (Size::Full, 1 | 2) => 32,
-        _ => 16,
-    }
-}
+/// Tokens of one answer in such a round.
+const LONG_TOKENS: u32 = 16;
 
 /// What one stream came to, in milliseconds but for the tokens.
 #[derive(Debug, Clone, Default)]
@@ -206,12 +200,11 @@ async fn compare(
         (_, size) => (size.pick(60, 24, 4), context.rounds),
     };
     let short = requests.max(streams) / streams;
-    let long_tokens = long_tokens(streams, context.size);
     for number in 0..short + long {
         let tokens = if number < short {
             SHORT_TOKENS
         } else {
-            long_tokens
+            LONG_TOKENS
         };
         let sign = format!("{}{streams}{number:03}", comparison.sign);
         for turn in turns(sides.len(), number) {

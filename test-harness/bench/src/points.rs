@@ -54,11 +54,11 @@ impl Point {
     }
 }
 
-/// At a rate: 2.5 seconds. Flat out: a second at 150,000 tokens/s, so that the
+/// At a rate: 2 seconds. Flat out: a second at 150,000 tokens/s, so that the
 /// setting up of streams is a small part. A thousand streams are for what is lost.
 const POINTS: [Point; 6] = [
-    Point::new("100/s × 128", 128, 100, 250),
-    Point::new("1,000/s × 16", 16, 1000, 2500),
+    Point::new("100/s × 128", 128, 100, 200),
+    Point::new("1,000/s × 16", 16, 1000, 2000),
     Point::new("flat out × 1", 1, 0, 100_000),
     Point::new("flat out × 16", 16, 0, 10_000),
     Point::new("flat out × 128", 128, 0, 1250),
