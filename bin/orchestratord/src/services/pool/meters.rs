@@ -41,6 +41,7 @@ impl Gauges {
 }
 
 /// What every task counts in.
+#[derive(Debug)]
 pub struct TaskMeters {
     pub completed: Counter,
     pub resumed: Counter,
@@ -67,11 +68,5 @@ impl TaskMeters {
             first_token: timed(telemetry::FIRST_TOKEN),
             service_time: timed(telemetry::SERVICE_TIME),
         }
-    }
-}
-
-impl std::fmt::Debug for TaskMeters {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("TaskMeters").finish_non_exhaustive()
     }
 }
