@@ -26,7 +26,7 @@ use worker_adapters_adapter_api::{
     CallAnswer, CallApi, CallChunk, EngineCall, TokenEvent, WorkerError,
 };
 
-use self::account::Account;
+use self::account::{Account, Costs};
 pub(crate) use self::answer::read as read_answer;
 use self::body::{Wanted, prepare};
 use self::events::Heard;
@@ -150,13 +150,17 @@ impl Call {
                 .hear_streamed_token(task.now, context, &task.handle);
         }
         if let Some(costs) = &heard.costs {
-            self.account.add(costs);
-            if let Some(timings) = costs.timings {
-                self.speed.record(timings.prompt_n, timings.prompt_ms);
-            }
+            self.add_costs(costs);
         }
         if let Some(reason) = heard.finish {
             self.account.finish(reason);
+        }
+    }
+
+    fn add_costs(&mut self, costs: &Costs) {
+        self.account.add(costs);
+        if let Some(timings) = costs.timings {
+            self.speed.record(timings.prompt_n, timings.prompt_ms);
         }
     }
 
@@ -190,10 +194,7 @@ impl Call {
         let read = read_answer(self.api, &body).map_err(|error| WorkerError::Protocol {
             what: format!("an answer that cannot be read: {error}"),
         })?;
-        self.account.add(&read.costs);
-        if let Some(timings) = read.costs.timings {
-            self.speed.record(timings.prompt_n, timings.prompt_ms);
-        }
+        self.add_costs(&read.costs);
         if let Some(reason) = read.finish {
             self.account.finish(reason);
         }
