@@ -21,6 +21,7 @@ use std::panic::resume_unwind;
 use std::sync::{LazyLock, OnceLock};
 use std::time::Duration;
 
+pub use provision_kit::blocking::blocking;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
@@ -156,17 +157,6 @@ pub async fn computed<T: Send + 'static>(
     blocking(work).await
 }
 
-/// Does work that blocks, or takes a millisecond or more, in the blocking pool. Its
-/// panic goes on here.
-pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(broken) if broken.is_panic() => resume_unwind(broken.into_panic()),
-        // The runtime ends, and whoever waits ends with it.
-        Err(_) => std::future::pending().await,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc;
@@ -249,9 +239,6 @@ mod tests {
     #[tokio::test]
     async fn a_panic_goes_on_where_the_work_is_waited_for() {
         let broken = tokio::spawn(apart(async { panic!("over there") }));
-        let broken: Result<(), _> = broken.await;
-        assert!(broken.unwrap_err().is_panic());
-        let broken = tokio::spawn(blocking(|| panic!("in the pool")));
         let broken: Result<(), _> = broken.await;
         assert!(broken.unwrap_err().is_panic());
     }

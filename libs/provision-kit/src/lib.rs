@@ -2,6 +2,7 @@
 //!
 //! Each module is one mechanism and knows nothing of engines or models:
 //!
+//! - [`blocking`]: work that blocks, away from the threads that must not
 //! - [`chain`]: an error and its causes in one line
 //! - [`config`]: strict configuration files
 //! - [`dirs`]: where files live
@@ -17,6 +18,7 @@
 //! - [`repair`]: mending a part file instead of fetching all of it again
 //! - [`secret`]: a secret that does not get into logs
 
+pub mod blocking;
 pub mod chain;
 mod chunks;
 pub mod config;

@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
+use crate::blocking::blocking;
 use crate::chunks::{CHUNK, ChunkRecord};
 use crate::fs::{FsError, finish, remove_file_if_there};
 use disk::OnDisk;
@@ -244,23 +245,6 @@ pub(crate) async fn record_of(path: &Path, chunk: u64) -> ChunkRecord {
     let path = sidecar(path, Sidecar::Chunks);
     let text = tokio::fs::read_to_string(&path).await.unwrap_or_default();
     ChunkRecord::parse(&text, chunk).unwrap_or_else(|| ChunkRecord::new(chunk))
-}
-
-/// Runs disk work off the runtime's threads.
-pub(crate) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, FsError> + Send + 'static,
-) -> Result<T, FsError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        // The work never panics on purpose, and nothing cancels it but the
-        // end of the runtime: pass on what happened there.
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            Err(error) => Err(FsError::at("finish work on", Path::new("a download"))(
-                std::io::Error::other(error),
-            )),
-        },
-    }
 }
 
 #[cfg(test)]

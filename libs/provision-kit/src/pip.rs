@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use llama_orch_types::Digest;
 
+use crate::blocking::blocking;
 use crate::fs::{FsError, create_dir_all, rename_durably, write_atomic};
 use crate::process::{CommandSpec, ProcessError, ProcessIdentity, output};
 
@@ -199,9 +200,7 @@ impl Pip {
         let destination = dest_dir.join(file.file_name().unwrap_or_default());
         let (from, to) = (file, destination.clone());
         // Flushing a large file to disk takes its time.
-        tokio::task::spawn_blocking(move || rename_durably(&from, &to))
-            .await
-            .map_err(|error| FsError::at("name", &destination)(std::io::Error::other(error)))??;
+        blocking(move || rename_durably(&from, &to)).await?;
         Ok(destination)
     }
 

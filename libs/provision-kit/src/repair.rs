@@ -22,9 +22,10 @@ use std::time::Duration;
 
 use llama_orch_types::Digest;
 
+use crate::blocking::blocking;
 use crate::chunks::ChunkRecord;
 use crate::fs::{FsError, sha256_bytes, sha256_file};
-use crate::part::{PartFile, blocking, record_of, replace_chunk, truncate};
+use crate::part::{PartFile, record_of, replace_chunk, truncate};
 use crate::progress::Step;
 
 /// With more chunks than this that differ between two transfers, a third one

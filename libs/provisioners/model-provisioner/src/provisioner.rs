@@ -544,15 +544,9 @@ fn metadata(id: String, record: ModelRecord) -> ModelMetadata {
     }
 }
 
-/// Runs disk work off the runtime's threads.
+/// Does work on the disk away from the runtime's threads.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ModelError> + Send + 'static,
 ) -> Result<T, ModelError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            Err(_) => Err(ModelError::GivenUp),
-        },
-    }
+    provision_kit::blocking::blocking(work).await
 }

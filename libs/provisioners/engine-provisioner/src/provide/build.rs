@@ -9,13 +9,14 @@ use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 
+use provision_kit::blocking::blocking;
 use provision_kit::fs::FsError;
 use provision_kit::process::{self, ChildGroup, CommandSpec, DeathSignal};
 use provision_kit::progress::{Reporter, Step, StepKind, Unit};
 use tokio::fs::File;
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncWriteExt as _, BufReader};
 
-use super::{BINARY, blocking, tools};
+use super::{BINARY, tools};
 use crate::config::Accelerator;
 use crate::error::EngineError;
 use crate::run::environment::scrub;

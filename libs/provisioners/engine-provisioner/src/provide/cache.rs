@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::{
-    EngineInstallation, EngineProvisioner, blocking, build, choose_accelerator, release, source,
-};
+use provision_kit::blocking::blocking;
+
+use super::{EngineInstallation, EngineProvisioner, build, choose_accelerator, release, source};
 use crate::config::{EngineConfig, Mode};
 use crate::error::{EngineError, chain};
 use crate::machine::{self, Gpu};

@@ -27,6 +27,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use llama_orch_types::{Digest, ProvisioningMode};
+use provision_kit::blocking::blocking;
 use provision_kit::dirs::{CacheDirs, RuntimeDirs};
 use provision_kit::fs::{create_dir_all, free_space, rename_durably};
 use provision_kit::lock::FileLock;
@@ -358,18 +359,6 @@ async fn fresh_staging(engines: &Path, recipe: &Recipe) -> Result<PathBuf, Engin
     })
     .await?;
     Ok(staging)
-}
-
-/// Runs what blocks where it may block.
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(value) => value,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // The runtime is being shut down and will not poll this again.
-            Err(_) => std::future::pending().await,
-        },
-    }
 }
 
 #[cfg(test)]

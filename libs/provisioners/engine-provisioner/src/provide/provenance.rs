@@ -1,12 +1,13 @@
 //! `provenance/engines.jsonl`: which engine was provided and started, from what, when.
 
 use llama_orch_types::{Digest, ProvisionedContext};
+use provision_kit::blocking::blocking;
 use provision_kit::dirs::RuntimeDirs;
 use provision_kit::fs::{FsError, append_jsonl};
 use serde::Serialize;
 use tokio::task::JoinHandle;
 
-use super::{EngineInstallation, blocking};
+use super::EngineInstallation;
 use crate::manifest::{Manifest, Recipe};
 
 #[derive(Serialize)]

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use llama_orch_types::Digest;
+use provision_kit::blocking::blocking;
 use provision_kit::download::{self, Download, DownloadError};
 use provision_kit::fs::{create_dir_all, remove_file_if_there};
 use provision_kit::progress::{Step, StepKind, Unit};
@@ -12,8 +13,8 @@ use provision_kit::rate::RateLimit;
 use serde::Deserialize;
 
 use super::{
-    BINARY, Claim, EngineInstallation, EngineProvisioner, blocking, choose_accelerator,
-    fresh_staging, require_space,
+    BINARY, Claim, EngineInstallation, EngineProvisioner, choose_accelerator, fresh_staging,
+    require_space,
 };
 use crate::config::{Accelerator, AcceleratorChoice, EngineConfig, Mode};
 use crate::error::{EngineError, chain};

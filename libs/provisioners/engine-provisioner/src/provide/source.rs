@@ -11,6 +11,7 @@
 use std::path::{Path, PathBuf};
 
 use llama_orch_types::Digest;
+use provision_kit::blocking::blocking;
 use provision_kit::download::{self, Download, DownloadError};
 use provision_kit::fs::{create_dir_all, remove_file_if_there, rename_durably, sha256_file};
 use provision_kit::lock::FileLock;
@@ -20,8 +21,8 @@ use provision_kit::rate::RateLimit;
 
 use super::build::{self, BuildPlan};
 use super::{
-    BINARY, BUILD_SPACE, Claim, EngineInstallation, EngineProvisioner, blocking, cache,
-    choose_accelerator, fresh_staging, git, require_space, tools,
+    BINARY, BUILD_SPACE, Claim, EngineInstallation, EngineProvisioner, cache, choose_accelerator,
+    fresh_staging, git, require_space, tools,
 };
 use crate::config::{Accelerator, ArchiveSource, EngineConfig, Mode, PipSource, Source};
 use crate::error::{EngineError, SourceFailure, chain};

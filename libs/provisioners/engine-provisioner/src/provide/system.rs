@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use provision_kit::blocking::blocking;
 use provision_kit::fs::sha256_file;
 use provision_kit::process::{self, CommandSpec};
 
 use super::known::{Known, Look, Rest};
-use super::{BINARY, EngineInstallation, EngineProvisioner, blocking, provenance};
+use super::{BINARY, EngineInstallation, EngineProvisioner, provenance};
 use crate::config::{Accelerator, EngineConfig, Mode};
 use crate::error::EngineError;
 use crate::machine::{find_on_path, is_executable};

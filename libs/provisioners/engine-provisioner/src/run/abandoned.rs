@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use llama_orch_types::PoolId;
+use provision_kit::blocking::blocking;
 use provision_kit::dirs::{CacheDirs, RuntimeDirs};
 use provision_kit::fs::remove_file_if_there;
 use provision_kit::leftovers::entries;
@@ -16,7 +17,6 @@ use serde::Deserialize;
 
 use super::{handoff, pid_file};
 use crate::error::chain;
-use crate::provide::blocking;
 
 /// What an engine without an owner gets to end by itself. Nobody waits for its tasks; somebody may
 /// wait for the pool's lock.

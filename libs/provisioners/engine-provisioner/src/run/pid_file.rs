@@ -10,13 +10,13 @@ use llama_orch_types::PoolId;
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use provision_kit::blocking::blocking;
 use provision_kit::fs::{FsError, remove_file_if_there, write_unflushed};
 use provision_kit::process::ProcessIdentity;
 use serde::{Deserialize, Serialize};
 
 use super::port;
 use crate::error::EngineError;
-use crate::provide::blocking;
 
 /// How long a killed engine may take to vanish.
 const KILL_WAIT: Duration = Duration::from_secs(5);

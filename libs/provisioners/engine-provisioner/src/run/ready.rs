@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use llama_orch_types::PoolId;
+use provision_kit::blocking::blocking;
 use provision_kit::process::ChildGroup;
 use reqwest::{Client, StatusCode};
 use serde::Deserialize;
@@ -14,7 +15,6 @@ use super::pace::{self, MAX_PAUSE};
 use super::port::{self, Listener};
 use super::usage;
 use crate::error::EngineError;
-use crate::provide::blocking;
 
 /// Between two questions for what a ready engine runs.
 const PROPS_POLL: Duration = Duration::from_millis(50);
