@@ -2,11 +2,40 @@
 //! small, and the same for every side.
 
 use std::io::{self, Error, ErrorKind};
+use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 
 use memchr::memmem::{self, Finder};
+use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+
+/// Asks as an HTTP client does: on the connection of the request before, or on a new
+/// one where the other side has closed that or closes it just then.
+#[derive(Debug)]
+pub struct Client {
+    address: SocketAddr,
+    kept: Option<Connection>,
+}
+
+impl Client {
+    pub fn new(address: SocketAddr) -> Self {
+        let kept = None;
+        Self { address, kept }
+    }
+
+    /// For the next request, which must come after the end of the one before.
+    pub async fn connection(&mut self) -> io::Result<&mut Connection> {
+        let connection = match self.kept.take() {
+            Some(kept) if kept.is_open() => Connection {
+                may_be_closed: true,
+                ..kept
+            },
+            _ => Connection::open(self.address).await?,
+        };
+        Ok(self.kept.insert(connection))
+    }
+}
 
 /// One connection that is kept for several requests.
 #[derive(Debug)]
@@ -18,6 +47,8 @@ pub struct Connection {
     /// The body so far, without its framing.
     body: Vec<u8>,
     left: Left,
+    /// The other side may close it as the next request is on its way.
+    may_be_closed: bool,
 }
 
 /// What is left of an answer's body.
@@ -29,6 +60,11 @@ enum Left {
     /// Until the other side closes.
     All,
     Nothing,
+}
+
+fn is_closed(error: &Error) -> bool {
+    use ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }
 
 fn broken(what: impl Into<String>) -> Error {
@@ -45,7 +81,17 @@ impl Connection {
             raw: Vec::with_capacity(16 * 1024),
             body: Vec::with_capacity(16 * 1024),
             left: Left::Nothing,
+            may_be_closed: false,
         })
+    }
+
+    /// Whether another request may be sent: the answer is over, and the system knows of no
+    /// end.
+    fn is_open(&self) -> bool {
+        let mut next = [MaybeUninit::uninit()];
+        let is_over = matches!(self.left, Left::Nothing | Left::Bytes(0));
+        let seen = SockRef::from(&self.stream).peek(&mut next);
+        is_over && seen.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
     }
 
     /// Sends a request and reads the answer's head; its status.
@@ -55,6 +101,16 @@ impl Connection {
             self.address,
             body.len()
         );
+        if std::mem::take(&mut self.may_be_closed) {
+            match self.exchange(&request).await {
+                Err(error) if is_closed(&error) => *self = Self::open(self.address).await?,
+                answered => return answered,
+            }
+        }
+        self.exchange(&request).await
+    }
+
+    async fn exchange(&mut self, request: &str) -> io::Result<u16> {
         self.stream.write_all(request.as_bytes()).await?;
         self.raw.clear();
         self.body.clear();
@@ -65,7 +121,8 @@ impl Connection {
                 return self.read_head(&head);
             }
             if self.stream.read_buf(&mut self.raw).await? == 0 {
-                return Err(broken("closed before the head"));
+                let why = "closed before the head";
+                return Err(Error::new(ErrorKind::UnexpectedEof, why));
             }
         }
     }
@@ -223,6 +280,55 @@ mod tests {
         let counted = "HTTP/1.1 404 No\r\nContent-Length: 9\r\n\r\ndata: c\n\n";
         let (status, events) = answered(counted).await;
         assert_eq!((status, events), (404, vec!["data: c".to_owned()]));
+    }
+
+    /// Takes one connection and answers so many requests on it.
+    async fn serve(listener: &TcpListener, answers: usize) -> TcpStream {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        for _ in 0..answers {
+            assert_ne!(stream.read(&mut [0; 1024]).await.unwrap(), 0);
+            let empty = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n";
+            stream.write_all(empty).await.unwrap();
+        }
+        stream
+    }
+
+    /// Asks once; the client's port.
+    async fn ask(client: &mut Client) -> u16 {
+        let connection = client.connection().await.unwrap();
+        assert_eq!(connection.send("GET", "/", "").await.unwrap(), 200);
+        assert_eq!(connection.whole().await.unwrap(), "");
+        connection.stream.local_addr().unwrap().port()
+    }
+
+    #[tokio::test]
+    async fn a_connection_is_kept_until_the_other_side_closes_it() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = Client::new(listener.local_addr().unwrap());
+        let asks = async { (ask(&mut client).await, ask(&mut client).await) };
+        let (mut served, (first, second)) = tokio::join!(serve(&listener, 2), asks);
+        assert_eq!(first, second);
+        served.shutdown().await.unwrap();
+        let kept = client.kept.as_ref().unwrap();
+        kept.stream.readable().await.unwrap();
+        assert!(!kept.is_open());
+        let (_, third) = tokio::join!(serve(&listener, 1), ask(&mut client));
+        assert_ne!(third, first);
+    }
+
+    #[tokio::test]
+    async fn a_request_that_meets_the_others_close_is_sent_once_more() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = Client::new(listener.local_addr().unwrap());
+        let serve_twice = async {
+            let mut first = serve(&listener, 1).await;
+            assert_ne!(first.read(&mut [0; 1024]).await.unwrap(), 0);
+            drop(first);
+            serve(&listener, 1).await
+        };
+        let asks = async { (ask(&mut client).await, ask(&mut client).await) };
+        let (_, (first, second)) = tokio::join!(serve_twice, asks);
+        assert_ne!(first, second);
     }
 
     #[test]

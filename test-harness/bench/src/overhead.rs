@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 pub use self::engine::{Provided, provided};
 use self::engine::{direct, router};
 use self::outcome::{Engine, Point, STEADY_MS, Seen, goals_of, table, worst_of_all};
-use crate::http::Connection;
+use crate::http::Client;
 use crate::points::Size;
 use crate::scripted::Scripted;
 use crate::sides::{Api, Ask, Daemon, Side};
@@ -60,6 +60,14 @@ struct Comparison {
     sides: Vec<Side>,
     /// Before every prompt, so that two comparisons share none.
     sign: char,
+}
+
+impl Comparison {
+    /// For each side as many as ask it at once.
+    fn clients(&self) -> Vec<Vec<Client>> {
+        let of_side = |side: &Side| (0..SLOTS).map(|_| Client::new(side.address)).collect();
+        self.sides.iter().map(of_side).collect()
+    }
 }
 
 pub async fn run(context: &Context<'_>) -> io::Result<Measured> {
@@ -164,12 +172,14 @@ async fn take(
     let mut points = Vec::new();
     for comparison in comparisons {
         let (engine, sides) = (comparison.engine, &comparison.sides);
-        for side in sides {
+        let mut clients = comparison.clients();
+        for (side, clients) in sides.iter().zip(&mut clients) {
             // The model is paged in, the router has loaded it.
-            round(side, 1, SHORT_TOKENS, &format!("{}000", comparison.sign)).await?;
+            let sign = format!("{}000", comparison.sign);
+            round(side, &mut clients[..1], SHORT_TOKENS, &sign).await?;
         }
         for streams in STREAMS {
-            let seen = compare(comparison, streams, context).await?;
+            let seen = compare(comparison, &mut clients, streams, context).await?;
             measured.tables.push(table(engine, streams, sides, &seen));
             points.extend(goals_of(engine, streams, sides, &seen));
         }
@@ -190,6 +200,7 @@ fn pool(context: &Context<'_>) -> io::Result<Value> {
 /// Short answers for the first token, then long ones for the tokens per second.
 async fn compare(
     comparison: &Comparison,
+    clients: &mut [Vec<Client>],
     streams: usize,
     context: &Context<'_>,
 ) -> io::Result<Vec<Seen>> {
@@ -209,7 +220,8 @@ async fn compare(
         let sign = format!("{}{streams}{number:03}", comparison.sign);
         for turn in turns(sides.len(), number) {
             let begun = Instant::now();
-            let round = round(&sides[turn], streams, tokens, &sign).await?;
+            let clients = &mut clients[turn][..streams];
+            let round = round(&sides[turn], clients, tokens, &sign).await?;
             let took = begun.elapsed().as_secs_f64();
             let seen = &mut seen[turn];
             let first_tokens = round.iter().map(|stream| stream.first_token);
@@ -227,29 +239,28 @@ async fn compare(
 
 /// All streams at once; `sign` tells this round's prompts from all others, from
 /// their first characters on.
-async fn round(side: &Side, streams: usize, tokens: u32, sign: &str) -> io::Result<Vec<Stream>> {
-    let mut connections = Vec::new();
-    for _ in 0..streams {
-        connections.push(Connection::open(side.address).await?);
-    }
-    let all = connections
-        .into_iter()
-        .enumerate()
-        .map(|(index, connection)| {
-            let ask = Ask {
-                prompt: format!("{index}{sign}: Tell a long story."),
-                max_tokens: tokens,
-            };
-            stream(side, connection, ask)
-        });
+async fn round(
+    side: &Side,
+    clients: &mut [Client],
+    tokens: u32,
+    sign: &str,
+) -> io::Result<Vec<Stream>> {
+    let all = clients.iter_mut().enumerate().map(|(index, client)| {
+        let ask = Ask {
+            prompt: format!("{index}{sign}: Tell a long story."),
+            max_tokens: tokens,
+        };
+        stream(side, client, ask)
+    });
     try_join_all(all).await
 }
 
-/// From the request, with the connection open, to the end of the answer.
-async fn stream(side: &Side, mut connection: Connection, ask: Ask) -> io::Result<Stream> {
+/// From the request, with its connection where there is none, to the end of the answer.
+async fn stream(side: &Side, client: &mut Client, ask: Ask) -> io::Result<Stream> {
     let begun = Instant::now();
+    let connection = client.connection().await?;
     let mut times = Vec::new();
-    side.stream(&mut connection, &ask, || {
+    side.stream(connection, &ask, || {
         times.push(begun.elapsed().as_secs_f64() * 1000.0);
     })
     .await?;

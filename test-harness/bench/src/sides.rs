@@ -221,7 +221,9 @@ impl Daemon {
 }
 
 /// nginx as a plain relay, set up as is usual for event streams: no buffering,
-/// connections to the engine kept, no access log, one worker.
+/// connections to the engine kept, no access log, one worker. The engine closes a
+/// connection after each stream; what nginx sends on one that it takes for open goes
+/// out once more.
 pub fn nginx(program: &Path, dir: &Path, engine: SocketAddr) -> io::Result<(Process, SocketAddr)> {
     let address = free_address()?;
     let own = dir.join("nginx");
@@ -231,7 +233,7 @@ pub fn nginx(program: &Path, dir: &Path, engine: SocketAddr) -> io::Result<(Proc
          events {{ worker_connections 12000; }}\n\
          http {{\n  access_log off;\n  client_body_temp_path {own}/body;\n  proxy_temp_path {own}/proxy;\n  fastcgi_temp_path {own}/fastcgi;\n  uwsgi_temp_path {own}/uwsgi;\n  scgi_temp_path {own}/scgi;\n\
          upstream engine {{ server {engine}; keepalive 256; }}\n\
-         server {{ listen {address} backlog=4096; tcp_nodelay on;\n    location / {{ proxy_pass http://engine; proxy_http_version 1.1; proxy_set_header Connection \"\"; proxy_buffering off; proxy_read_timeout 600s; }}\n  }}\n}}\n",
+         server {{ listen {address} backlog=4096; tcp_nodelay on;\n    location / {{ proxy_pass http://engine; proxy_http_version 1.1; proxy_set_header Connection \"\"; proxy_buffering off; proxy_next_upstream error non_idempotent; proxy_read_timeout 600s; }}\n  }}\n}}\n",
         own = own.display(),
     );
     let file = own.join("nginx.conf");

@@ -94,19 +94,18 @@ async fn main() -> io::Result<()> {
     }
 }
 
-/// Requests of one connection, one after the other, until the client goes.
-async fn serve(mut stream: TcpStream, slots: u32, model: String) {
+/// Requests of one connection, one after the other, until the client goes or a stream is
+/// over: llama-server closes the connection after each.
+async fn serve(mut stream: TcpStream, slots: u32, model: String) -> io::Result<()> {
     let mut buffer = Vec::new();
-    while let Ok(Some(Request { path, most })) = next_request(&mut stream, &mut buffer).await {
-        let answered = match path.as_str() {
-            "/completion" => emit(&mut stream, &Native, most).await,
-            "/v1/chat/completions" => emit(&mut stream, &Chat, most).await,
-            _ => answer(&mut stream, &fixed(&path, slots, &model)).await,
-        };
-        if answered.is_err() {
-            return;
+    while let Some(Request { path, most }) = next_request(&mut stream, &mut buffer).await? {
+        match path.as_str() {
+            "/completion" => return emit(&mut stream, &Native, most).await,
+            "/v1/chat/completions" => return emit(&mut stream, &Chat, most).await,
+            _ => answer(&mut stream, &fixed(&path, slots, &model)).await?,
         }
     }
+    Ok(())
 }
 
 /// What is looked at of a request.
