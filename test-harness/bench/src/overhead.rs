@@ -38,9 +38,11 @@ const STREAMS: [usize; 4] = [1, 2, 4, 8];
 /// Of a request that is asked for its first token.
 const SHORT_TOKENS: u32 = 2;
 
-/// Rounds of the real engine for the tokens per second, to each that the run has: one
-/// takes a second or two, and they differ by several per cent.
-const LONG_ROUNDS: usize = 2;
+/// Rounds of the real engine for the tokens per second, to each that the run has: they
+/// differ by several per cent, and the more tokens one has the less.
+const fn long_rounds(streams: usize) -> usize {
+    if streams < 4 { 2 } else { 1 }
+}
 
 /// Tokens of one answer in such a round.
 const LONG_TOKENS: u32 = 16;
@@ -207,7 +209,7 @@ async fn compare(
     let sides = &comparison.sides;
     let mut seen = vec![Seen::default(); sides.len()];
     let (requests, long) = match (comparison.engine, context.size) {
-        (Engine::Real, Size::Full) => (40, context.rounds * LONG_ROUNDS),
+        (Engine::Real, Size::Full) => (40, context.rounds * long_rounds(streams)),
         (_, size) => (size.pick(60, 24, 4), context.rounds),
     };
     let short = requests.max(streams) / streams;
