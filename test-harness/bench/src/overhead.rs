@@ -209,7 +209,7 @@ async fn compare(
     let sides = &comparison.sides;
     let mut seen = vec![Seen::default(); sides.len()];
     let (requests, long) = match (comparison.engine, context.size) {
-        (Engine::Real, Size::Full) => (40, context.rounds * long_rounds(streams)),
+        (Engine::Real, Size::Full) => (24, context.rounds * long_rounds(streams)),
         (_, size) => (size.pick(60, 24, 4), context.rounds),
     };
     let short = requests.max(streams) / streams;

@@ -263,7 +263,10 @@ pub fn start(plan: Plan) -> Result<App, StartError> {
         next_token_timeout: Duration::from_secs(config.tasks.next_token_seconds),
         ..HostSettings::default()
     });
-    let residency = Residency::start(config.memory.rules(), budget(config.memory.clone()));
+    let residency = Residency::start(
+        super::config::rules(&config.memory),
+        budget(config.memory.clone()),
+    );
     let (reloads, commands) = reload::channel();
     let stop = CancellationToken::new();
     let background = TaskTracker::new();

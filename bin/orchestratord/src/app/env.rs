@@ -10,7 +10,7 @@ pub const CONFIG: &str = "ORCHD_CONFIG";
 pub const LISTEN: &str = "ORCHD_LISTEN";
 
 /// The bearer token that clients must send.
-pub const TOKEN: &str = "ORCHD_TOKEN";
+pub const TOKEN: &str = super::config::TOKEN_VARIABLE;
 
 /// The env shim's variables (feature `env-shim`).
 pub const SHIM_URL: &str = "ORCHD_LLAMACPP_URL";

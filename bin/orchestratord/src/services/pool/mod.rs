@@ -47,7 +47,7 @@ use super::event_log::{Failure, TaskEvent};
 use super::preparation::PreparationBoard;
 use super::resume::{Carried, Loss, Seen};
 use super::tasks::{Admitted, TaskRecord};
-use crate::app::config::{PoolConfig, shown_model};
+use crate::app::config::{PoolConfig, restart_policy, shown_model};
 
 /// How long a command may take. The actor only decides, so only a fault of
 /// ours takes that long.
@@ -102,7 +102,7 @@ impl PoolSettings {
 
     fn policy(&self) -> Policy {
         Policy {
-            restart: self.config.restart.policy(),
+            restart: restart_policy(&self.config.restart),
             drain: self.drain,
         }
     }

@@ -1,7 +1,6 @@
 //! Which pools are in memory, and how much of it they may take together.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use llama_orch_types::{EngineKind, PoolId};
 use provision_kit::config::nearest;
@@ -11,7 +10,6 @@ use serde::{Deserialize, Serialize};
 
 use super::PoolConfig;
 use super::read::{ranged, ranged_option};
-use crate::services::residency::{Group, Rules};
 
 /// When a pool's engine is loaded.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -86,18 +84,6 @@ impl MemoryConfig {
         }
         let mut groups = self.groups.iter();
         groups.try_for_each(|(name, group)| group.check(name, pools))
-    }
-
-    /// By what rules memory is given out, apart from how much there is.
-    pub fn rules(&self) -> Rules {
-        let group = |group: &GroupConfig| Group {
-            pools: group.pools.iter().cloned().collect(),
-            at_most: group.at_most as usize,
-        };
-        Rules {
-            groups: self.groups.values().map(group).collect(),
-            min_dwell: self.min_dwell_seconds.map(Duration::from_secs),
-        }
     }
 }
 

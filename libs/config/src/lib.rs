@@ -41,6 +41,9 @@ pub use self::remote::EndpointConfig;
 pub use self::source::Source;
 pub use self::supervision::{LivenessConfig, RestartConfig};
 
+/// The environment variable with the bearer token that clients must send.
+pub const TOKEN_VARIABLE: &str = "ORCHD_TOKEN";
+
 /// The whole configuration. It is also written, as JSON, to see what differs
 /// between two ([`difference`]); what is secret is left out there.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -402,7 +405,7 @@ impl Config {
             Token::try_from(text).map_err(|problem| SetupError::Token { origin, problem })
         };
         if let Some(text) = from_env {
-            return parse(text, super::env::TOKEN.to_owned()).map(Some);
+            return parse(text, TOKEN_VARIABLE.to_owned()).map(Some);
         }
         if let Some(path) = &self.auth.token_file {
             let text = std::fs::read_to_string(path).map_err(|source| SetupError::TokenFile {

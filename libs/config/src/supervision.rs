@@ -1,12 +1,9 @@
 //! How a pool's engine is watched, and when it is started again.
 
-use std::time::Duration;
-
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::read::ranged;
-use crate::services::pool::restart::RestartPolicy;
 
 /// When an engine that ended is started again.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -45,18 +42,6 @@ impl Default for RestartConfig {
             crashes: 5,
             window_seconds: 600,
             cool_down_seconds: 300,
-        }
-    }
-}
-
-impl RestartConfig {
-    pub fn policy(&self) -> RestartPolicy {
-        RestartPolicy {
-            first_delay: Duration::from_millis(self.first_delay_ms),
-            last_delay: Duration::from_millis(self.last_delay_ms),
-            crashes: self.crashes as usize,
-            window: Duration::from_secs(self.window_seconds),
-            cool_down: Duration::from_secs(self.cool_down_seconds),
         }
     }
 }
