@@ -8,6 +8,12 @@ use crate::stats::{Summary, added, ratios};
 /// How long a steady engine takes for each token, in milliseconds.
 pub(super) const STEADY_MS: u32 = 20;
 
+/// Standard deviations in the median of absolute differences, of a normal distribution.
+const DEVIATION_OF_MEDIAN_SIZE: f64 = 1.4826;
+
+/// The standard error of a median beside that of a mean, of a normal distribution.
+const ERROR_OF_MEDIAN: f64 = 1.2533;
+
 /// What is behind the sides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Engine {
@@ -48,11 +54,13 @@ fn noise(base: &Seen) -> Option<Summary> {
     added(base.first_tokens.get(1..)?, &base.first_tokens)
 }
 
-/// By how much a median over all rounds differs where nothing does: what one round of
-/// the bare engine differs from the next, typically, of as many rounds as there are.
+/// The standard error of a median over all rounds, from what one round of the bare
+/// engine differs from the next. Their typical size stands for the deviation, so that
+/// one late batch does not.
 fn noise_of_median(differences: impl Iterator<Item = f64>) -> f64 {
     let differences = Summary::of(differences.map(f64::abs));
-    differences.median / ((differences.count + 1) as f64).sqrt()
+    let deviation = DEVIATION_OF_MEDIAN_SIZE * differences.median;
+    ERROR_OF_MEDIAN * deviation / ((differences.count + 1) as f64).sqrt()
 }
 
 fn speed_noise(base: &Seen) -> f64 {
@@ -277,7 +285,10 @@ mod tests {
         let none = [speed_noise(&quiet), first_token_noise(&quiet)];
         assert!(none.iter().all(|noise| noise.abs() < 1e-9));
         let near = |noise: f64, right: f64| (noise - right).abs() < 1e-9;
-        assert!(near(first_token_noise(&wild), 4.0) && near(speed_noise(&wild), 0.1));
+        // Rounds that are 8 ms, and a fifth of the speed, apart.
+        let error = DEVIATION_OF_MEDIAN_SIZE * ERROR_OF_MEDIAN / 2.0;
+        assert!(near(first_token_noise(&wild), 8.0 * error));
+        assert!(near(speed_noise(&wild), 0.2 * error));
         let sides = [side("llama-server"), side("orchestratord /v1")];
         let own = base([46.0; 4], [24.0; 4]);
         let verdicts = |base: &Seen| {
