@@ -247,6 +247,7 @@ mod tests {
         assert_eq!(noisy(3.0).verdict(), "reached");
         assert_eq!(noisy(9.0).reached(), None);
         assert_eq!(noisy(9.0).verdict(), "cannot be told: 6.00 KiB of noise");
+        assert_eq!(noisy(17.0).reached(), None);
         assert_eq!(noisy(19.0).verdict(), "no: 4.75 times the target");
         let quiet = cost.seen(5.0).beside_noise(3.9);
         assert_eq!(quiet.verdict(), "no: 1.25 times the target");
