@@ -26,15 +26,11 @@ pub struct RestartPolicy {
     pub cool_down: Duration,
 }
 
+/// That of a pool whose configuration says nothing.
+#[cfg(test)]
 impl Default for RestartPolicy {
     fn default() -> Self {
-        Self {
-            first_delay: Duration::from_millis(500),
-            last_delay: Duration::from_secs(30),
-            crashes: 5,
-            window: Duration::from_mins(10),
-            cool_down: Duration::from_mins(5),
-        }
+        crate::app::config::restart_policy(&crate::app::config::RestartConfig::default())
     }
 }
 
